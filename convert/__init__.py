@@ -1,0 +1,1 @@
+"""A checkpoint goes in, a checkpoint comes out."""

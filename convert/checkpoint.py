@@ -1,0 +1,378 @@
+"""Reading and writing Hugging Face checkpoints tensor by tensor.
+
+The safetensors file format is an 8-byte little-endian header length, a JSON header that gives each tensor's dtype, shape and
+byte range, and the raw bytes. The library reads through a memory map and writes whole files from memory; kvfold
+reads one tensor at a time into its own buffer and writes into files whose headers were laid out in advance, so that peak
+memory is one layer and an interrupted conversion keeps what it had finished.
+"""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from kvfold.errors import ConversionError, UserError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+CHUNK = 16 << 20
+"""Bytes copied at a time."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies: its file, dtype, shape and byte range in the file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """The tensors of one safetensors file. Raises UserError when it is missing, truncated or not such a file."""
+    remedy = "download the checkpoint again"
+    try:
+        total = path.stat().st_size
+        with path.open("rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            if length > total - 8:
+                raise UserError(f"{path} is truncated inside its header: {remedy}")
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {remedy}, or remove it from {INDEX}") from None
+    except (struct.error, ValueError):
+        raise UserError(f"{path} is not a safetensors file or its header is damaged: {remedy}") from None
+    entries = {}
+    for name, info in header.items():
+        if name == "__metadata__":
+            continue
+        if info["dtype"] not in DTYPES:
+            raise UserError(
+                f"{path}: tensor {name} has dtype {info['dtype']}, which kvfold does not read; "
+                "start from the unquantised checkpoint"
+            )
+        begin, end = info["data_offsets"]
+        if 8 + length + end > total:
+            raise UserError(f"{path} is truncated: tensor {name} ends {8 + length + end - total} bytes past it; {remedy}")
+        entries[name] = TensorEntry(path, DTYPES[info["dtype"]], tuple(info["shape"]), 8 + length + begin, end - begin)
+    return entries
+
+
+class CheckpointReader:
+    """A local checkpoint folder: config and index first, tensors when asked for.
+
+    Attributes:
+        folder: the checkpoint's folder.
+        config: config.json as a dict.
+        entries: every tensor's place, in the checkpoint's order.
+
+    Raises:
+        UserError: no config, no safetensors weights, an index naming a tensor or shard that is not there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = read_config(folder)
+        index = folder / INDEX
+        if index.exists():
+            weight_map = _read_json(index).get("weight_map", {})
+            headers = {shard: read_header(folder / shard) for shard in sorted(set(weight_map.values()))}
+            for name, shard in weight_map.items():
+                if name not in headers[shard]:
+                    raise UserError(f"{index} names tensor {name}, but {shard} does not hold it; download both again")
+            self.entries = {name: headers[shard][name] for name, shard in weight_map.items()}
+        elif (folder / SINGLE).exists():
+            self.entries = read_header(folder / SINGLE)
+        elif any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+            raise UserError(
+                f"{folder} holds pickled .bin weights only, which kvfold does not open; convert them once with "
+                "`AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(DIR)` and fold DIR"
+            )
+        else:
+            raise UserError(f"{folder} holds no {SINGLE} and no {INDEX}: give a folder with safetensors weights")
+
+    def tensor(self, name: str, check_finite: bool = True) -> Tensor:
+        """Read one tensor. Raises UserError when the checkpoint lacks it or it holds NaN or infinity."""
+        entry = self.entry(name)
+        data = bytearray(entry.size)
+        with entry.file.open("rb") as file:
+            file.seek(entry.start)
+            file.readinto(data)
+        tensor = torch.frombuffer(data, dtype=entry.dtype) if data else torch.empty(0, dtype=entry.dtype)
+        if check_finite:
+            _refuse_nonfinite(tensor, name, entry.file)
+        return tensor.view(entry.shape)
+
+    def entry(self, name: str) -> TensorEntry:
+        if name not in self.entries:
+            raise UserError(f"{self.folder} has no tensor {name}: the checkpoint is incomplete or of another architecture")
+        return self.entries[name]
+
+    def chunks(self, name: str) -> Iterator[bytes | memoryview]:
+        """The raw bytes of a tensor in pieces, checked for NaN and infinity on the way."""
+        entry = self.entry(name)
+        buffer = bytearray(min(CHUNK, entry.size))
+        with entry.file.open("rb", buffering=0) as file:
+            file.seek(entry.start)
+            left = entry.size
+            while left:
+                piece = memoryview(buffer)[: min(left, len(buffer))]
+                got = file.readinto(piece)
+                if not got:
+                    raise UserError(f"{entry.file} ended inside tensor {name}: download the checkpoint again")
+                if got % entry.dtype.itemsize == 0:
+                    _refuse_nonfinite(torch.frombuffer(piece[:got], dtype=entry.dtype), name, entry.file)
+                yield piece[:got]
+                left -= got
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a local checkpoint. Raises UserError when there is none or it is not JSON."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json: give the folder of a Hugging Face checkpoint or a Hub id")
+    return _read_json(folder / "config.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): download it again") from None
+
+
+def _refuse_nonfinite(tensor: Tensor, name: str, file: Path) -> None:
+    # A sum is finite only if every term is: one pass, no mask. Half precision sums in float32, where it cannot overflow.
+    if tensor.is_floating_point() and tensor.numel():
+        total = tensor.sum(dtype=torch.float64 if tensor.dtype.itemsize > 2 else torch.float32)
+        if not torch.isfinite(total):
+            raise UserError(f"tensor {name} in {file} holds NaN or infinity: the checkpoint is damaged, get a sound copy")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that a checkpoint will hold."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+def assign_shards(specs: Iterable[TensorSpec], max_shard_size: int) -> list[list[TensorSpec]]:
+    """Fill shards in order; a tensor larger than `max_shard_size` bytes gets a shard of its own."""
+    shards: list[list[TensorSpec]] = [[]]
+    filled = 0
+    for spec in specs:
+        if shards[-1] and filled + spec.size > max_shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(spec)
+        filled += spec.size
+    return shards
+
+
+class CheckpointWriter:
+    """Writes `OUT.partial/`, tensor by tensor in any order, and renames it to `OUT` when all is there.
+
+    The layout of every file follows from `specs` alone, so a resumed conversion writes the same bytes as one that was
+    never interrupted. What is finished is journalled: `journal.jsonl` holds a fingerprint of the job in its first line and one
+    line for every finished unit of work. Leaving the `with` block by an exception keeps the partial folder and never
+    makes an `OUT`.
+
+    Raises:
+        UserError: `OUT` exists and not `overwrite`; `OUT.partial` belongs to another job; nothing to resume.
+    """
+
+    JOURNAL = "journal.jsonl"
+
+    def __init__(
+        self,
+        out: Path,
+        specs: list[TensorSpec],
+        max_shard_size: int,
+        fingerprint: dict[str, Any],
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        self.out, self.partial, self.overwrite = out, partial_folder(out), overwrite
+        refuse_existing(out, overwrite)
+        self._place: dict[str, tuple[Path, int, TensorSpec]] = {}
+        self._index: dict[str, str] = {}
+        self._open: dict[Path, IO[bytes]] = {}
+        shards = assign_shards(specs, max_shard_size)
+        headers: list[tuple[Path, bytes, int]] = []
+        for number, shard in enumerate(shards, 1):
+            name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            headers.append((self.partial / name, *self._lay_out(name, shard)))
+        self.total_size = sum(s.size for s in specs)
+        self.sharded = len(shards) > 1
+
+        self.finished: dict[str, dict[str, Any]] = {}
+        journal = self.partial / self.JOURNAL
+        if resume and journal.exists():
+            self.finished = _read_journal(journal, fingerprint)
+        else:
+            if self.partial.exists():
+                shutil.rmtree(self.partial)
+            self.partial.mkdir(parents=True)
+            need, free = self.total_size, shutil.disk_usage(self.partial).free
+            if need > free:
+                self.partial.rmdir()
+                raise UserError(
+                    f"{out.parent} has {free:,} bytes free and {out.name} needs {need:,}: free some, or write elsewhere"
+                )
+            for path, header, end in headers:
+                with path.open("wb") as file:
+                    file.write(header)
+                    file.truncate(end)
+            with journal.open("w") as file:
+                file.write(json.dumps({"job": fingerprint}) + "\n")
+
+    def _lay_out(self, name: str, shard: list[TensorSpec]) -> tuple[bytes, int]:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for spec in shard:
+            header[spec.name] = {
+                "dtype": DTYPE_NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [offset, offset + spec.size],
+            }
+            offset += spec.size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the format aligns data to 8 bytes
+        start = 8 + len(text)
+        for spec in shard:
+            self._place[spec.name] = (self.partial / name, start + header[spec.name]["data_offsets"][0], spec)
+            self._index[spec.name] = name
+        return struct.pack("<Q", len(text)) + text, start + offset
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor, cast to its planned dtype. Raises ConversionError on a wrong shape or a value lost to the cast."""
+        path, offset, spec = self._place[name]
+        if tuple(tensor.shape) != spec.shape:
+            raise ConversionError(f"{name} has shape {tuple(tensor.shape)}, planned {spec.shape}: please report this")
+        cast = tensor.detach().to("cpu", spec.dtype).contiguous()
+        if cast.is_floating_point() and not torch.isfinite(cast).all():
+            raise ConversionError(f"{name} does not fit {spec.dtype}: it would hold NaN or infinity; choose a wider --dtype")
+        self._put(path, offset, [cast.flatten().view(torch.uint8).numpy().data])
+
+    def copy(self, name: str, reader: CheckpointReader) -> None:
+        """Copy a tensor of the source: byte for byte when the dtype stays, cast otherwise."""
+        path, offset, spec = self._place[name]
+        if reader.entry(name).dtype == spec.dtype:
+            self._put(path, offset, reader.chunks(name))
+        else:
+            self.write(name, reader.tensor(name))
+
+    def read(self, name: str) -> Tensor:
+        """Read back a tensor that has been written."""
+        path, offset, spec = self._place[name]
+        with path.open("rb") as file:
+            file.seek(offset)
+            return torch.frombuffer(bytearray(file.read(spec.size)), dtype=spec.dtype).view(spec.shape)
+
+    def _put(self, path: Path, offset: int, pieces: Iterable[bytes | memoryview]) -> None:
+        if path not in self._open:
+            self._open[path] = path.open("r+b", buffering=0)
+        file = self._open[path]
+        file.seek(offset)
+        for piece in pieces:
+            rest = memoryview(piece)
+            while rest:
+                rest = rest[file.write(rest) :]
+
+    def finish(self, unit: str, record: dict[str, Any]) -> None:
+        """Journal a unit of work whose tensors are all written; `record` comes back in `finished` after a resume."""
+        self.finished[unit] = record
+        with (self.partial / self.JOURNAL).open("a") as file:
+            file.write(json.dumps({"unit": unit, "record": record}) + "\n")
+
+    def commit(self, texts: dict[str, str], copies: Iterable[Path]) -> None:
+        """Write the index and `texts` (name → content), copy the files `copies`, and give the folder its name."""
+        self._close()
+        if self.sharded:
+            index = {"metadata": {"total_size": self.total_size}, "weight_map": self._index}
+            (self.partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        for file in copies:
+            shutil.copyfile(file, self.partial / file.name)
+        for name, text in texts.items():
+            (self.partial / name).write_text(text)
+        for leftover in (self.JOURNAL, "waiting-*"):
+            for path in self.partial.glob(leftover):
+                path.unlink()
+        if self.out.exists():
+            refuse_existing(self.out, self.overwrite)
+            retired = self.out.with_name(self.out.name + ".old")
+            shutil.rmtree(retired, ignore_errors=True)
+            os.rename(self.out, retired)
+            os.rename(self.partial, self.out)
+            shutil.rmtree(retired)
+        else:
+            os.rename(self.partial, self.out)
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+
+def partial_folder(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def refuse_existing(out: Path, overwrite: bool) -> None:
+    """Raise UserError when `out` exists and may not be replaced."""
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists: choose another name, or pass --overwrite to replace it")
+    if out.exists() and not (out.is_dir() and ((out / "config.json").exists() or not any(out.iterdir()))):
+        raise UserError(f"{out} is not a checkpoint folder: kvfold will not replace it; choose another name")
+
+
+def _read_journal(journal: Path, fingerprint: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    lines = []
+    for line in journal.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:  # the line during which the process was killed
+            break
+    job = lines[0]["job"] if lines else {}
+    if job != (wanted := json.loads(json.dumps(fingerprint))):
+        differ = sorted(k for k in wanted.keys() | job.keys() if wanted.get(k) != job.get(k))
+        raise UserError(
+            f"{journal.parent} was begun with other settings ({', '.join(differ)}): repeat them exactly, "
+            "or start anew without --resume"
+        )
+    return {line["unit"]: line["record"] for line in lines[1:]}

@@ -1,0 +1,244 @@
+"""Text and tokens: what calibration, healing and evaluation read, cut into windows of equal length."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvfold.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from kvfold.convert.plan import ConversionPlan
+
+TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".json", ".parquet")
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows.
+
+    Attributes:
+        ids: (n, window) int64.
+        bytes_per_token: UTF-8 bytes of the text behind one token, None when no tokenizer could tell.
+        origin: where they come from, as the user wrote it.
+    """
+
+    ids: Tensor
+    bytes_per_token: float | None
+    origin: str
+
+
+def load_windows(origin: str, tokenizer_folder: Path, window: int, max_tokens: int, vocab_size: int | None = None) -> Windows:
+    """Cut a text, a dataset or a token file into windows.
+
+    Args:
+        origin: a .txt/.md/.py/.jsonl/.json/.parquet file, a folder of such, a Hub dataset `name[:config[:split[:column]]]`,
+            or `file.safetensors:name`, an integer tensor (rows, length) whose rows are the windows as they are.
+        tokenizer_folder: checkpoint whose tokenizer encodes the text, special tokens as it adds them to each document.
+        window: tokens per window; text is concatenated over documents and cut without overlap.
+        max_tokens: windows are taken from the beginning until they hold this many tokens.
+        vocab_size: ids must lie below it.
+
+    Raises:
+        UserError: nothing there, unreadable, empty, shorter than one window, or ids outside the vocabulary.
+    """
+    if ".safetensors" in origin:
+        ids = _token_rows(origin, max_tokens)
+        ratio = _bytes_per_token(ids, tokenizer_folder)
+    else:
+        tokenizer = load_tokenizer(tokenizer_folder)
+        ids, ratio = _encode(origin, tokenizer, window, max_tokens)
+    if (vocab_size is not None and int(ids.max()) >= vocab_size) or int(ids.min()) < 0:
+        raise UserError(f"{origin} holds token id {int(ids.max())}, outside the model's vocabulary of {vocab_size}")
+    return Windows(ids, ratio, origin)
+
+
+def calibration_windows(
+    plan: "ConversionPlan", folder: Path, device: torch.device, report: Callable[[str], None]
+) -> Windows | None:
+    """The windows that `--calibrate` names, None when it names none. Raises UserError as `load_windows` does."""
+    settings = plan.settings
+    if settings.calibrate is None:
+        return None
+    kind, _, count = settings.calibrate.partition(":")
+    if kind == "self":
+        tokens = settings.calibration_tokens if not count else int(count) if count.isdigit() else 0
+        if tokens < settings.window:
+            raise UserError(f"--calibrate {settings.calibrate}: write self or self:N, N tokens of at least one --window")
+        return sample_from_source(folder, settings.window, tokens, device, settings.seed, report)
+    report("reading calibration text")
+    windows = load_windows(settings.calibrate, folder, settings.window, settings.calibration_tokens, plan.spec.vocab_size)
+    if windows.ids.shape[1] > plan.spec.reach:
+        raise UserError(
+            f"{settings.calibrate} has rows of {windows.ids.shape[1]} ids; the source attends over {plan.spec.reach}"
+        )
+    return windows
+
+
+def sample_from_source(
+    folder: Path, window: int, tokens: int, device: torch.device, seed: int, report: Callable[[str], None]
+) -> Windows:
+    """Let the source write text, sampled at temperature 1 from its first token on: windows of `window` ids.
+
+    This one step holds the whole source; accelerate spreads it over the devices, memory and disk there are.
+    """
+    import tempfile
+
+    from transformers import AutoModelForCausalLM, set_seed
+
+    with tempfile.TemporaryDirectory() as spill:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", device_map="auto" if device.type == "cuda" else str(device), offload_folder=spill
+        )
+        start = model.generation_config.bos_token_id
+        if start is None:
+            start = model.config.bos_token_id if model.config.bos_token_id is not None else model.config.eos_token_id
+        if isinstance(start, list):
+            start = start[0]
+        if start is None:
+            raise UserError(f"{folder} names no bos or eos token to begin text with: give --calibrate a text instead")
+        set_seed(seed)
+        rows: list[Tensor] = []
+        wanted = tokens // window
+        while len(rows) < wanted:
+            report(f"sampling calibration text, window {len(rows) + 1}/{wanted}")
+            batch = min(16, wanted - len(rows))
+            begin = torch.full((batch, 1), start, device=model.device)
+            # Windows are filled to the end: after an end of text the model goes on with the next one.
+            text = model.generate(
+                begin,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                eos_token_id=None,
+                min_new_tokens=window - 1,
+                max_new_tokens=window - 1,
+                pad_token_id=start,
+            )
+            rows += list(text.cpu())
+    return Windows(torch.stack(rows), None, "self")
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(
+            f"{folder} has no tokenizer that loads ({type(error).__name__}): add its tokenizer files, or give tokens as "
+            "file.safetensors:name"
+        ) from None
+
+
+def _token_rows(origin: str, max_tokens: int) -> Tensor:
+    from safetensors import SafetensorError, safe_open
+
+    path, _, name = origin.rpartition(":")
+    if not path.endswith(".safetensors"):
+        path, name = origin, ""
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist: give a token file as file.safetensors:name")
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+            if name not in names:
+                raise UserError(f"{path} has no tensor {name!r}: choose one of {', '.join(sorted(names))}, as {path}:NAME")
+            rows = file.get_tensor(name)
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a readable safetensors file ({error})") from None
+    if rows.ndim != 2 or rows.is_floating_point() or rows.shape[1] < 2 or not len(rows):
+        raise UserError(
+            f"{path}:{name} has shape {tuple(rows.shape)} and {rows.dtype}: kvfold needs integer rows of 2 or more ids"
+        )
+    return rows[: max(1, max_tokens // rows.shape[1])].long()
+
+
+def _bytes_per_token(ids: Tensor, tokenizer_folder: Path) -> float | None:
+    """Bytes of the text that the predicted tokens (all but each row's first) stand for, over their number."""
+    try:
+        tokenizer = load_tokenizer(tokenizer_folder)
+    except UserError:
+        return None
+    texts = [tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in (ids.tolist(), ids[:, :1].tolist())]
+    whole, first = (sum(len(text.encode()) for text in batch) for batch in texts)
+    return (whole - first) / (ids.shape[0] * (ids.shape[1] - 1))
+
+
+def _encode(origin: str, tokenizer: Any, window: int, max_tokens: int) -> tuple[Tensor, float]:
+    wanted = max(1, max_tokens // window) * window
+    ids: list[int] = []
+    size = 0
+    for text in _documents(origin):
+        if not text.strip():
+            continue
+        # A long document is only encoded as far as it is needed: no tokenizer spends more than this per token.
+        text = text[: (wanted - len(ids)) * 16]
+        ids += tokenizer(text, verbose=False)["input_ids"]
+        size += len(text.encode())
+        if len(ids) >= wanted:
+            break
+    if len(ids) < window:
+        raise UserError(
+            f"{origin} gives {len(ids)} tokens, fewer than one window of {window}: give more text, or a smaller --window"
+        )
+    rows = min(len(ids), wanted) // window
+    return torch.tensor(ids[: rows * window]).view(rows, window), size / len(ids)
+
+
+def _documents(origin: str) -> Iterator[str]:
+    path = Path(origin)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
+        if not files:
+            raise UserError(f"{origin} holds no text: put {', '.join(TEXT_SUFFIXES)} files there")
+        for file in files:
+            yield from _file_documents(file)
+    elif path.is_file():
+        yield from _file_documents(path)
+    elif path.suffix in TEXT_SUFFIXES or origin.startswith((".", "/", "~")):
+        raise UserError(f"{origin} does not exist: check the path")
+    else:
+        yield from _hub_documents(origin)
+
+
+def _file_documents(path: Path) -> Iterator[str]:
+    if path.suffix in (".txt", ".md", ".py"):
+        yield path.read_text(encoding="utf-8", errors="replace")
+        return
+    if path.suffix not in TEXT_SUFFIXES:
+        raise UserError(f"{path}: kvfold reads {', '.join(TEXT_SUFFIXES)}")
+    kind = "parquet" if path.suffix == ".parquet" else "json"
+    yield from _dataset_documents(str(path), path=kind, data_files=str(path), split="train")
+
+
+def _hub_documents(origin: str) -> Iterator[str]:
+    name, config, split, column = [*origin.split(":"), "", "", ""][:4]
+    yield from _dataset_documents(origin, column or None, path=name, name=config or None, split=split or "train")
+
+
+def _dataset_documents(origin: str, column: str | None = None, **load: Any) -> Iterator[str]:
+    """Documents of anything `datasets.load_dataset` reads, streamed; from `column`, `text`, or the first text column."""
+    import datasets
+
+    try:
+        for row in datasets.load_dataset(**load, streaming=True):
+            if column is None:
+                texts = [key for key, value in row.items() if isinstance(value, str)]
+                column = "text" if "text" in texts else next(iter(texts), None)
+            if column is None or not isinstance(row.get(column), str):
+                raise UserError(
+                    f"{origin} has no text column {column or ''}: it has {', '.join(row)}; name one as name:config:split:column"
+                )
+            yield row[column]
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{origin} cannot be read as a text or dataset ({line}): check the path, the name or the network"
+        ) from None

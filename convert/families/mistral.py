@@ -1,0 +1,14 @@
+"""Mistral 7B and its kin: Llama's tensors without biases, and a sliding window in the first release."""
+
+from kvfold.convert.families.base import Family
+
+MISTRAL = Family(
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    layer_prefix="model.layers.{layer}.",
+    projections={role: "model.layers.{layer}.self_attn." + role + "_proj" for role in "qkvo"},
+    qkv_bias=lambda config: False,
+    o_bias=lambda config: False,
+    # The key's absence means 4096 to transformers; an explicit null means no window.
+    sliding_window=lambda config: config.get("sliding_window", 4096),
+)

@@ -1,0 +1,1 @@
+"""How a design is written into a checkpoint: config, tensor names and shapes."""

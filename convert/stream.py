@@ -1,0 +1,135 @@
+"""The source model, one decoder layer at a time, over the calibration tokens.
+
+transformers builds the model on the meta device, which costs no memory; a layer's tensors are read when it is that layer's
+turn. Everything runs in float32, whatever the checkpoint's dtype.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import psutil
+import torch
+from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kvfold.convert.checkpoint import CheckpointReader
+from kvfold.convert.families import Family
+from kvfold.errors import ConversionError, UserError
+from kvfold.surgery.rope import Rope
+
+FORWARD_TOKENS = 8192
+"""Tokens in one forward pass."""
+
+
+class HiddenStates:
+    """Float32 activations (rows, T, d) of all calibration tokens, in memory or in a mapped file when they do not fit."""
+
+    def __init__(self, shape: tuple[int, int, int], file: Path | None) -> None:
+        size = torch.Size(shape).numel()
+        if file is None:
+            self.data = torch.empty(shape)
+        else:
+            file.unlink(missing_ok=True)
+            self.data = torch.from_file(str(file), shared=True, size=size, dtype=torch.float32).view(shape)
+
+    @staticmethod
+    def needs_disk(shape: tuple[int, int, int], copies: int = 2) -> bool:
+        """Whether `copies` of this shape would take more than half of the memory that is free now."""
+        return copies * 4 * torch.Size(shape).numel() > psutil.virtual_memory().available // 2
+
+    def batches(self) -> Iterator[slice]:
+        rows, tokens, _ = self.data.shape
+        step = max(1, FORWARD_TOKENS // tokens)
+        for start in range(0, rows, step):
+            yield slice(start, min(rows, start + step))
+
+
+class FoldedAttention(nn.Module):
+    """A kvfold design in the place of a transformers attention module."""
+
+    def __init__(self, design: nn.Module) -> None:
+        super().__init__()
+        self.design = design
+
+    def forward(self, hidden_states: Tensor, position_embeddings: Rope, **_: Any) -> tuple[Tensor, None]:
+        cos, sin = position_embeddings
+        return self.design(hidden_states, (cos[0], sin[0])), None
+
+
+class Block(nn.Module):
+    """One decoder layer as a map of hidden states (B, T, d) → (B, T, d) at positions 0…T-1, its attention exchangeable."""
+
+    def __init__(self, layer: nn.Module, rope: Rope) -> None:
+        super().__init__()
+        self.layer: Any = layer
+        self.rope = rope
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.layer(hidden, attention_mask=None, position_embeddings=self.rope)
+
+    @property
+    def device(self) -> torch.device:
+        return self.rope[0].device
+
+    def set_attention(self, design: nn.Module) -> None:
+        self.layer.self_attn = FoldedAttention(design)
+
+    def attention_input(self, hidden: Tensor) -> Tensor:
+        """What the attention reads: the layer's input after its norm."""
+        return self.layer.input_layernorm(hidden)
+
+    @torch.no_grad()
+    def advance(self, states: HiddenStates) -> None:
+        """Replace the hidden states before this layer by those behind it."""
+        for rows in states.batches():
+            states.data[rows] = self(states.data[rows].to(self.device)).cpu()
+
+
+class SourceModel:
+    """A checkpoint's layers on demand. Raises UserError when transformers cannot build the model from its config."""
+
+    def __init__(self, reader: CheckpointReader, family: Family, device: torch.device, tokens: int) -> None:
+        self.reader, self.family, self.device = reader, family, device
+        try:
+            config = AutoConfig.from_pretrained(reader.folder)
+            with accelerate.init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"transformers cannot build a model from {reader.folder}/config.json: {error}") from None
+        self.model = model.eval().requires_grad_(False)
+        self.base: Any = model.base_model
+        self.prefix = model.base_model_prefix + "."
+        self.tokens = tokens
+        positions = torch.arange(tokens, device=device)[None]
+        like = torch.empty(1, dtype=torch.float32, device=device)
+        self.rope: Rope = self.base.rotary_emb.to(device)(like, positions)
+
+    def embed(self, ids: Tensor, file: Path | None) -> HiddenStates:
+        """(rows, T) token ids → the hidden states before layer 0."""
+        table = self.reader.tensor(self.prefix + "embed_tokens.weight").float()
+        states = HiddenStates((*ids.shape, table.shape[1]), file)
+        for rows in states.batches():
+            states.data[rows] = nn.functional.embedding(ids[rows], table)
+        return states
+
+    def block(self, layer: int) -> Block:
+        """Layer `layer` with its weights, on the device in float32."""
+        module = self.base.layers[layer]
+        self.base.layers[layer] = nn.Identity()  # a layer is visited once: let its memory go with the block
+        prefix = self.family.layer_prefix.format(layer=layer)
+        for name, _ in list(module.named_parameters()):
+            value = self.reader.tensor(prefix + name).float()
+            if tuple(value.shape) != tuple(module.get_parameter(name).shape):
+                wanted = tuple(module.get_parameter(name).shape)
+                raise UserError(f"{prefix}{name} has shape {tuple(value.shape)}, but config.json means {wanted}")
+            set_module_tensor_to_device(module, name, self.device, value=value)
+        return Block(module.requires_grad_(False), self.rope)
+
+
+def check_finite(hidden: Tensor, where: str) -> None:
+    """Raise ConversionError when hidden states are not finite: the weights or the arithmetic are broken there."""
+    if not torch.isfinite(hidden.sum()):
+        raise ConversionError(f"hidden states behind {where} hold NaN or infinity: check the source's weights there")

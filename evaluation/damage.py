@@ -1,0 +1,85 @@
+"""Damage: how much worse a folded model predicts than its source, token by token on the same held-out windows."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+HEAD_TOKENS = 1024
+"""Tokens whose logits exist at one time: with a vocabulary of 128k, 0.5 GiB in float32 for each model."""
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Per predicted token, (rows, T - 1) each, float32.
+
+    Attributes:
+        nll: −log p(token) in nats.
+        kl: KL(source ‖ model) of the next-token distributions, in nats.
+        agrees: 1 where both models' most likely token is the same.
+    """
+
+    nll: Tensor
+    kl: Tensor
+    agrees: Tensor
+
+    @property
+    def mean_nll(self) -> float:
+        return float(self.nll.double().mean())
+
+    @property
+    def mean_kl(self) -> float:
+        return float(self.kl.double().mean())
+
+    @property
+    def top1_agreement(self) -> float:
+        return float(self.agrees.double().mean())
+
+    def perplexity(self) -> float:
+        return math.exp(self.mean_nll) if self.mean_nll < 700 else math.inf
+
+    def bits_per_byte(self, bytes_per_token: float | None) -> float | None:
+        return None if bytes_per_token is None else self.mean_nll / math.log(2) / bytes_per_token
+
+
+@torch.no_grad()
+def score(
+    source: PreTrainedModel,
+    model: PreTrainedModel,
+    windows: Tensor,
+    batch: int,
+    report: Callable[[float], None] = lambda share: None,
+) -> TokenScores:
+    """Score `model` against `source` on token windows (rows, T); every token but each row's first is predicted.
+
+    With `model` the source itself this gives the source's own scores. Logits are formed `HEAD_TOKENS` at a time.
+    """
+    device = source.device
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for done, ids in enumerate(windows.split(batch)):
+        report(done * batch / len(windows))
+        ids = ids.to(device)
+        hidden = [m.base_model(ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1) for m in (source, model)]
+        targets = ids[:, 1:].flatten()
+        pieces = []
+        for reference, folded, target in zip(*(x.split(HEAD_TOKENS) for x in (*hidden, targets)), strict=True):
+            pieces.append(_compare(_log_probs(source, reference), _log_probs(model, folded), target))
+        parts.append(tuple(torch.cat(column).view(len(ids), -1).cpu() for column in zip(*pieces, strict=True)))  # type: ignore[arg-type]
+    nll, kl, agrees = (torch.cat(column) for column in zip(*parts, strict=True))
+    return TokenScores(nll, kl, agrees)
+
+
+def _log_probs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """(n, d) → (n, V) in float32."""
+    return F.log_softmax(model.get_output_embeddings()(hidden).float(), dim=-1)
+
+
+def _compare(reference: Tensor, folded: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    nll = -folded.gather(1, targets[:, None])[:, 0]
+    kl = (reference.exp() * (reference - folded)).sum(-1).clamp_min(0)
+    agrees = (reference.argmax(-1) == folded.argmax(-1)).float()
+    return nll, kl, agrees

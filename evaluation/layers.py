@@ -1,0 +1,60 @@
+"""What a folded model's layers do and what its cache holds, measured on the running model."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def attention_errors(source: Any, model: Any, ids: Tensor) -> list[float]:
+    """Per layer, `‖ŷ − y‖² / ‖y‖²` of the attention output when both models read the source's own inputs.
+
+    Args:
+        source, model: causal language models of transformers with as many layers.
+        ids: tokens (B, T).
+    """
+    seen: list[tuple[dict[str, Any], Tensor]] = []
+
+    def remember(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple[Tensor, ...]) -> None:
+        seen.append((kwargs, output[0]))
+
+    layers = source.base_model.layers
+    hooks = [layer.self_attn.register_forward_hook(remember, with_kwargs=True) for layer in layers]
+    try:
+        source.base_model(ids.to(source.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    errors = []
+    for layer, (kwargs, wanted) in zip(model.base_model.layers, seen, strict=True):
+        hidden = kwargs["hidden_states"]
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        rope = model.base_model.rotary_emb(hidden, positions)
+        got = layer.self_attn(hidden_states=hidden, position_embeddings=rope, attention_mask=kwargs.get("attention_mask"))[0]
+        errors.append(float((got - wanted).double().square().sum() / wanted.double().square().sum()))
+    return errors
+
+
+@torch.no_grad()
+def measure_cache(model: Any, ids: Tensor, new_tokens: int = 8) -> tuple[float, float]:
+    """Generate after the prompt `ids` (1, T) and count what the cache holds then.
+
+    Returns:
+        Cached numbers per token per layer, and bytes per token over all layers.
+    """
+    prompt = ids.to(model.device)
+    out = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+        pad_token_id=0,
+    )
+    cache = out.past_key_values
+    tensors = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, Tensor) and t.ndim >= 3]
+    tokens = cache.get_seq_length()  # the last new token has not been read, so it is not cached
+    numbers = sum(t.numel() for t in tensors) / tokens / len(cache.layers)
+    return numbers, sum(t.nbytes for t in tensors) / tokens

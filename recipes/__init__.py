@@ -1,0 +1,1 @@
+"""The shipped demo model and what is done with it."""

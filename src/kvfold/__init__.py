@@ -1,0 +1,32 @@
+"""kvfold folds the KV cache of a trained Hugging Face model into a cheaper attention.
+
+Public API: `convert_checkpoint`, `ConvertSettings`, `make_plan`, `evaluate`, and the errors.
+Everything heavy is imported on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from kvfold.errors import ConversionError, UserError
+
+if TYPE_CHECKING:
+    from kvfold.convert.pipeline import convert as convert_checkpoint
+    from kvfold.convert.plan import ConvertSettings, make_plan
+    from kvfold.evaluation.evaluate import evaluate
+
+__version__ = "0.1.0"
+__all__ = ["ConversionError", "ConvertSettings", "UserError", "__version__", "convert_checkpoint", "evaluate", "make_plan"]
+
+_HOMES = {
+    "convert_checkpoint": ("kvfold.convert.pipeline", "convert"),
+    "ConvertSettings": ("kvfold.convert.plan", "ConvertSettings"),
+    "make_plan": ("kvfold.convert.plan", "make_plan"),
+    "evaluate": ("kvfold.evaluation.evaluate", "evaluate"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvfold' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,264 @@
+"""The verbs. Thin: each parses its flags, imports what it needs, calls one function and prints what came of it."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, Optional
+
+import typer
+
+from kvfold.errors import ConversionError, UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Fold the KV cache of a trained Hugging Face model into a cheaper attention.",
+)
+
+Source = Annotated[str, typer.Argument(help="Local folder or Hub id of the source checkpoint.")]
+Out = Annotated[Path, typer.Argument(help="Folder to write.")]
+To = Annotated[str, typer.Option("--to", help="Target attention: gqa or mqa.")]
+KvHeads = Annotated[Optional[int], typer.Option(help="Key/value heads to keep (gqa).")]
+KvBudget = Annotated[
+    Optional[str], typer.Option(help="Share of the source's cache to keep, 25% or 0.25, in place of --kv-heads.")
+]
+Method = Annotated[
+    Optional[str],
+    typer.Option(help="mean, first, random, align or pca. Default: pca with calibration text, align without."),
+]
+Grouping = Annotated[
+    Optional[str], typer.Option(help="Which heads share one: neighbours or similar. Default: similar for align and pca.")
+]
+Dtype = Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16. Default: as the source.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit on the Hub.")]
+Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the result there as JSON; - for standard output.")]
+
+
+@app.command()
+def plan(
+    source: Source,
+    to: To,
+    kv_heads: KvHeads = None,
+    kv_budget: KvBudget = None,
+    method: Method = None,
+    calibrate: Annotated[Optional[str], typer.Option(help="Calibration text, as in convert.")] = None,
+    dtype: Dtype = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences in the cache table.")] = 1,
+    revision: Revision = None,
+    json_path: Json = None,
+) -> None:
+    """What would change: geometry, cache, parameters, refusals. Reads config.json only."""
+    from kvfold.convert.plan import cache_dtype, count_parameters, make_plan, parse_settings
+    from kvfold.convert.source import fetch_config
+
+    settings = parse_settings(_given(locals(), "to kv_heads kv_budget method calibrate dtype revision"))
+    config = fetch_config(source, revision)
+    made = make_plan(config, settings)
+    record = made.record(batch, cache_dtype(config, settings), count_parameters(config))
+    _write_json(json_path, record)
+    if json_path != Path("-"):
+        _print_plan(record)
+    made.refuse()
+
+
+@app.command()
+def convert(
+    source: Source,
+    out: Out,
+    to: Annotated[Optional[str], typer.Option("--to", help="Target attention: gqa or mqa.")] = None,
+    kv_heads: KvHeads = None,
+    kv_budget: KvBudget = None,
+    method: Method = None,
+    grouping: Grouping = None,
+    calibrate: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Text file, folder, Hub dataset name[:config[:split[:column]]], tokens file.safetensors:name, "
+            "or self[:tokens] to let the source write it."
+        ),
+    ] = None,
+    calibration_tokens: Annotated[Optional[int], typer.Option(help="Tokens to take from it. Default: 131072.")] = None,
+    window: Annotated[Optional[int], typer.Option(help="Tokens in a window of calibration text. Default: 512.")] = None,
+    heal_steps: Annotated[Optional[int], typer.Option(help="Healing steps per layer; 0 turns it off. Default: 300.")] = None,
+    heal_window: Annotated[Optional[int], typer.Option(help="Layers healed together. Default: 2.")] = None,
+    heal_batch_tokens: Annotated[Optional[int], typer.Option(help="Tokens in a healing step. Default: 4096.")] = None,
+    heal_lr: Annotated[Optional[float], typer.Option(help="Healing step relative to a parameter's RMS. Default: 0.01.")] = None,
+    dtype: Dtype = None,
+    device: Annotated[Optional[str], typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    max_shard_size: Annotated[Optional[str], typer.Option(help="Size of a weight file, 5GB or 500MiB. Default: 5GB.")] = None,
+    seed: Annotated[Optional[int], typer.Option(help="Default: 0.")] = None,
+    revision: Revision = None,
+    settings_file: Annotated[
+        Optional[Path], typer.Option("--settings", help="YAML or JSON with settings, or a kvfold.json; flags override it.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with OUT.partial where it was interrupted.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+    json_path: Json = None,
+) -> None:
+    """Fold a checkpoint into another one with a smaller KV cache."""
+    flags = _given(
+        locals(),
+        "to kv_heads kv_budget method grouping calibrate calibration_tokens window heal_steps heal_window heal_batch_tokens "
+        "heal_lr dtype device max_shard_size seed revision",
+    )
+    from kvfold.convert.pipeline import convert as run
+    from kvfold.convert.plan import parse_settings
+
+    settings = parse_settings({**_read_settings(settings_file), **flags})
+    with _progress(f"{source} → {out}") as report:
+        done = run(source, out, settings, resume, overwrite, report)
+    _write_json(json_path, done.record)
+    if json_path != Path("-"):
+        print(
+            f"{out}: {done.record['cache_numbers_per_token_per_layer']} numbers per token per layer, "
+            f"{done.record['kv_budget']:.1%} of the source's cache, in {done.record['seconds']:.0f} s"
+        )
+
+
+@app.command()
+def evaluate(
+    out: Annotated[list[str], typer.Argument(help="Folded checkpoints: local folders or Hub ids.")],
+    on: Annotated[str, typer.Option(help="Held-out text or tokens, as --calibrate of convert takes them.")],
+    against: Annotated[Optional[str], typer.Option(help="The source. Default: what kvfold.json names.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to evaluate on, from the beginning.")] = 65536,
+    batch: Annotated[int, typer.Option(help="Windows in a forward pass.")] = 8,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's own.")] = "float32",
+    report_dir: Annotated[
+        Optional[Path], typer.Option("--report", help="Folder for report.json and report.md. Default: the first OUT.")
+    ] = None,
+    json_path: Json = None,
+) -> None:
+    """Measure what folding cost and what it saved."""
+    from kvfold.convert.plan import normal_dtype
+    from kvfold.evaluation import report as reports
+    from kvfold.evaluation.evaluate import EvaluateSettings
+    from kvfold.evaluation.evaluate import evaluate as run
+
+    if dtype != "auto":
+        normal_dtype(dtype)
+    settings = EvaluateSettings(on=on, window=window, max_tokens=max_tokens, batch=batch, device=device, dtype=dtype)
+    with _progress("evaluating") as report:
+        result = run(out, against, settings, report)
+    folder = report_dir or (Path(out[0]) if Path(out[0]).is_dir() else Path("."))
+    paths = reports.write(result, folder)
+    _write_json(json_path, result)
+    if json_path != Path("-"):
+        from rich.console import Console
+
+        Console().print(reports.table(result))
+        print("report:", ", ".join(map(str, paths)))
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Argument(help="Folder for the checkpoints and the report.")] = Path("kvfold-demo"),
+) -> None:
+    """Fold the shipped demo model in several ways and show the damage. A few minutes on two cores."""
+    from rich.console import Console
+
+    from kvfold.evaluation import report as reports
+    from kvfold.recipes.demo.demo import run_demo
+
+    with _progress("demo") as report:
+        result = run_demo(directory, report)
+    Console().print(reports.table(result))
+    print("report:", directory / "report.md")
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    if version:
+        from kvfold import __version__
+
+        print(f"kvfold {__version__}")
+        raise typer.Exit
+
+
+def main() -> NoReturn:
+    """Run a verb. Exit 2 for what the user got wrong, 1 for what failed, with one line on standard error."""
+    try:
+        app(standalone_mode=True)
+        sys.exit(0)
+    except UserError as error:
+        _fail(str(error), 2)
+    except ConversionError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; a conversion goes on with --resume", 130)
+    except OSError as error:
+        _fail(f"{error.filename or 'input/output'}: {error.strerror or error}; check the path, its permissions and the disk", 1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print("kvfold: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def _given(values: dict[str, Any], names: str) -> dict[str, Any]:
+    """The flags among `names` that were given."""
+    return {name: values[name] for name in names.split() if values[name] is not None}
+
+
+def _read_settings(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"--settings {path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"--settings {path} holds no settings: write `name: value` lines")
+    return loaded.get("settings", loaded)
+
+
+def _write_json(path: Path | None, data: dict[str, Any]) -> None:
+    if path is not None:
+        text = json.dumps(data, indent=2) + "\n"
+        sys.stdout.write(text) if path == Path("-") else path.write_text(text)
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[float, str], None]]:
+    """A bar on standard error that takes the share done and a line on what is going on."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=1.0)
+        yield lambda share, line: progress.update(task, completed=share, description=line)
+
+
+def _print_plan(record: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    source, target = record["source"], record["target"]
+    out = Table(title=f"{source['model_type']} → {target['to']} ({target['method']}), cache in {record['cache_dtype']}")
+    for name in ("", "source", "target"):
+        out.add_column(name, justify="right" if name else "left")
+    numbers, size = record["cache_numbers_per_token_per_layer"], record["cache_bytes_per_token"]
+    lines: list[tuple[str, Any, Any]] = [
+        ("query heads", source["heads"], source["heads"]),
+        ("key/value heads", source["kv_heads"], target["kv_heads"]),
+        ("head width", source["head_dim"], source["head_dim"]),
+        ("parameters", f"{source['parameters']:,}", f"{target['parameters']:,}"),
+        ("cached numbers / token / layer", numbers["source"], numbers["target"]),
+        ("cached bytes / token", f"{size['source']:,}", f"{size['target']:,}"),
+    ]
+    for row in record["cache_bytes"]:
+        before, after = (f"{row[side] / 2**30:,.2f} GiB" for side in ("source", "target"))
+        lines.append((f"cache at {row['context']:,} × {row['batch']}", before, after))
+    lines.append(("KV budget", "100%", f"{record['kv_budget']:.1%}"))
+    for name, before, after in lines:
+        out.add_row(name, str(before), str(after))
+    Console().print(out)

@@ -1,0 +1,119 @@
+"""The canonical form of one attention layer, and the designs it is folded into, as modules with one `forward(x, rope)`.
+
+Shapes: `d` hidden size, `H` query heads, `G` key/value heads, `D` head width, `B` batch, `T` tokens.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kvfold.surgery.rope import Rope, rotate
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """One RoPE attention layer. Query head `h` reads key/value head `h // (H // G)`.
+
+    `q` (H, D, d), `k` (G, D, d), `v` (G, D, d), `o` (H, d, D); biases (H, D), (G, D), (G, D), (d,) or None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.k.shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        return self.k.shape[1]
+
+    def to(self, *args: Any) -> "AttentionWeights":
+        """Every tensor through `Tensor.to`."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: tensor.to(*args) for name, tensor in tensors.items() if tensor is not None})
+
+    def augmented(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v with their biases as a last input column, for the input `[x; 1]`: (·, D, d + 1)."""
+
+        def join(weight: Tensor, bias: Tensor | None) -> Tensor:
+            column = weight.new_zeros(weight.shape[:-1]) if bias is None else bias
+            return torch.cat([weight, column[..., None]], dim=-1)
+
+        return join(self.q, self.q_bias), join(self.k, self.k_bias), join(self.v, self.v_bias)
+
+    def with_augmented(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> "AttentionWeights":
+        """These q, k, v (·, D, d + 1), `o`, and biases where this layer has them (they must be zero where it has not)."""
+        return replace(
+            self,
+            q=q[..., :-1],
+            k=k[..., :-1],
+            v=v[..., :-1],
+            o=o,
+            q_bias=None if self.q_bias is None else q[..., -1],
+            k_bias=None if self.k_bias is None else k[..., -1],
+            v_bias=None if self.v_bias is None else v[..., -1],
+        )
+
+
+class GroupedAttention(nn.Module):
+    """MHA, GQA (2305.13245) and MQA (1911.02150): causal attention of H query heads over G key/value heads.
+
+    Parameters carry the names of transformers' Llama attention.
+    """
+
+    def __init__(self, weights: AttentionWeights) -> None:
+        super().__init__()
+        self.head_dim = weights.head_dim
+        self.q_proj = _linear(weights.q.flatten(0, 1), weights.q_bias)  # (H·D, d)
+        self.k_proj = _linear(weights.k.flatten(0, 1), weights.k_bias)  # (G·D, d)
+        self.v_proj = _linear(weights.v.flatten(0, 1), weights.v_bias)  # (G·D, d)
+        self.o_proj = _linear(weights.o.permute(1, 0, 2).flatten(1), weights.o_bias)  # (H, d, D) → (d, H·D)
+
+    def forward(self, x: Tensor, rope: Rope) -> Tensor:
+        """(B, T, d) → (B, T, d)."""
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, D)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v, is_causal=True, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def weights(self) -> AttentionWeights:
+        """The canonical form of the current parameters, detached: the inverse of the constructor."""
+
+        def heads(parameter: Tensor | None) -> Tensor | None:
+            return None if parameter is None else parameter.detach().unflatten(0, (-1, self.head_dim))
+
+        o = self.o_proj.weight.detach().unflatten(1, (-1, self.head_dim)).permute(1, 0, 2)  # (d, H·D) → (H, d, D)
+        return AttentionWeights(
+            q=self.q_proj.weight.detach().unflatten(0, (-1, self.head_dim)),
+            k=self.k_proj.weight.detach().unflatten(0, (-1, self.head_dim)),
+            v=self.v_proj.weight.detach().unflatten(0, (-1, self.head_dim)),
+            o=o,
+            q_bias=heads(self.q_proj.bias),
+            k_bias=heads(self.k_proj.bias),
+            v_bias=heads(self.v_proj.bias),
+            o_bias=None if self.o_proj.bias is None else self.o_proj.bias.detach(),
+        )
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.contiguous())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.flatten().contiguous())
+    return linear
