@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import struct
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-CHUNK = 16 << 20
+CHUNK = 4 << 20
 """Bytes copied at a time."""
 
 
@@ -65,10 +66,14 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise UserError(f"{path} is missing: {remedy}, or remove it from {INDEX}") from None
     except (struct.error, ValueError):
         raise UserError(f"{path} is not a safetensors file or its header is damaged: {remedy}") from None
+    if not isinstance(header, dict):
+        raise UserError(f"{path} is not a safetensors file: {remedy}")
     entries = {}
     for name, info in header.items():
         if name == "__metadata__":
             continue
+        if not isinstance(info, dict) or not {"dtype", "shape", "data_offsets"} <= info.keys():
+            raise UserError(f"{path} has a damaged header at tensor {name}: {remedy}")
         if info["dtype"] not in DTYPES:
             raise UserError(
                 f"{path}: tensor {name} has dtype {info['dtype']}, which kvfold does not read; "
@@ -77,6 +82,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         begin, end = info["data_offsets"]
         if 8 + length + end > total:
             raise UserError(f"{path} is truncated: tensor {name} ends {8 + length + end - total} bytes past it; {remedy}")
+        if end - begin != DTYPES[info["dtype"]].itemsize * torch.Size(info["shape"]).numel():
+            raise UserError(f"{path} has a damaged header at tensor {name}: {remedy}")
         entries[name] = TensorEntry(path, DTYPES[info["dtype"]], tuple(info["shape"]), 8 + length + begin, end - begin)
     return entries
 
@@ -98,7 +105,7 @@ class CheckpointReader:
         self.config = read_config(folder)
         index = folder / INDEX
         if index.exists():
-            weight_map = _read_json(index).get("weight_map", {})
+            weight_map = read_json(index).get("weight_map", {})
             headers = {shard: read_header(folder / shard) for shard in sorted(set(weight_map.values()))}
             for name, shard in weight_map.items():
                 if name not in headers[shard]:
@@ -117,11 +124,10 @@ class CheckpointReader:
     def tensor(self, name: str, check_finite: bool = True) -> Tensor:
         """Read one tensor. Raises UserError when the checkpoint lacks it or it holds NaN or infinity."""
         entry = self.entry(name)
-        data = bytearray(entry.size)
-        with entry.file.open("rb") as file:
+        tensor = torch.empty(entry.size // entry.dtype.itemsize, dtype=entry.dtype)
+        with entry.file.open("rb", buffering=0) as file:
             file.seek(entry.start)
-            file.readinto(data)
-        tensor = torch.frombuffer(data, dtype=entry.dtype) if data else torch.empty(0, dtype=entry.dtype)
+            _read_into(file, tensor.view(torch.uint8).numpy().data)
         if check_finite:
             _refuse_nonfinite(tensor, name, entry.file)
         return tensor.view(entry.shape)
@@ -131,44 +137,57 @@ class CheckpointReader:
             raise UserError(f"{self.folder} has no tensor {name}: the checkpoint is incomplete or of another architecture")
         return self.entries[name]
 
-    def chunks(self, name: str) -> Iterator[bytes | memoryview]:
+    def chunks(self, name: str) -> Iterator[memoryview]:
         """The raw bytes of a tensor in pieces, checked for NaN and infinity on the way."""
         entry = self.entry(name)
-        buffer = bytearray(min(CHUNK, entry.size))
+        buffer = torch.empty(min(CHUNK, entry.size) // entry.dtype.itemsize, dtype=entry.dtype)
+        raw = buffer.view(torch.uint8).numpy().data
         with entry.file.open("rb", buffering=0) as file:
             file.seek(entry.start)
             left = entry.size
             while left:
-                piece = memoryview(buffer)[: min(left, len(buffer))]
-                got = file.readinto(piece)
-                if not got:
-                    raise UserError(f"{entry.file} ended inside tensor {name}: download the checkpoint again")
-                if got % entry.dtype.itemsize == 0:
-                    _refuse_nonfinite(torch.frombuffer(piece[:got], dtype=entry.dtype), name, entry.file)
-                yield piece[:got]
-                left -= got
+                piece = raw[: min(left, len(raw))]
+                _read_into(file, piece)
+                _refuse_nonfinite(buffer[: len(piece) // entry.dtype.itemsize], name, entry.file)
+                yield piece
+                left -= len(piece)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a local checkpoint. Raises UserError when there is none or it is not JSON."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json: give the folder of a Hugging Face checkpoint or a Hub id")
-    return _read_json(folder / "config.json")
+    return read_json(folder / "config.json")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError when the file holds none."""
     try:
-        return json.loads(path.read_text())
+        loaded = json.loads(path.read_text())
+        if not isinstance(loaded, dict):
+            raise ValueError("no object in braces")
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): download it again") from None
+    return loaded
 
 
 def _refuse_nonfinite(tensor: Tensor, name: str, file: Path) -> None:
-    # A sum is finite only if every term is: one pass, no mask. Half precision sums in float32, where it cannot overflow.
-    if tensor.is_floating_point() and tensor.numel():
-        total = tensor.sum(dtype=torch.float64 if tensor.dtype.itemsize > 2 else torch.float32)
-        if not torch.isfinite(total):
-            raise UserError(f"tensor {name} in {file} holds NaN or infinity: the checkpoint is damaged, get a sound copy")
+    if not _is_finite(tensor):
+        raise UserError(f"tensor {name} in {file} holds NaN or infinity: the checkpoint is damaged, get a sound copy")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # NaN and infinity both show in the extremes, which cost one pass at memory speed.
+    return not tensor.is_floating_point() or not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
+def _read_into(file: IO[bytes], buffer: memoryview) -> None:
+    """Fill `buffer`. Raises UserError when the file ends before it is full."""
+    while buffer:
+        got = file.readinto(buffer)  # type: ignore[attr-defined]
+        if not got:
+            raise UserError(f"{file.name} ended too early: download the checkpoint again")
+        buffer = buffer[got:]
 
 
 @dataclass(frozen=True)
@@ -207,7 +226,8 @@ class CheckpointWriter:
     makes an `OUT`.
 
     Raises:
-        UserError: `OUT` exists and not `overwrite`; `OUT.partial` belongs to another job; nothing to resume.
+        UserError: `OUT` or an interrupted `OUT.partial` exists and neither `overwrite` nor `resume` is asked for;
+            `OUT.partial` was begun with other settings; the disk is too full.
     """
 
     JOURNAL = "journal.jsonl"
@@ -236,9 +256,14 @@ class CheckpointWriter:
 
         self.finished: dict[str, dict[str, Any]] = {}
         journal = self.partial / self.JOURNAL
-        if resume and journal.exists():
+        self._begun_here = not (resume and journal.exists())
+        if not self._begun_here:
             self.finished = _read_journal(journal, fingerprint)
         else:
+            if journal.exists() and not overwrite:
+                raise UserError(
+                    f"{self.partial} holds an interrupted conversion: go on with --resume, or start anew with --overwrite"
+                )
             if self.partial.exists():
                 shutil.rmtree(self.partial)
             self.partial.mkdir(parents=True)
@@ -279,7 +304,7 @@ class CheckpointWriter:
         if tuple(tensor.shape) != spec.shape:
             raise ConversionError(f"{name} has shape {tuple(tensor.shape)}, planned {spec.shape}: please report this")
         cast = tensor.detach().to("cpu", spec.dtype).contiguous()
-        if cast.is_floating_point() and not torch.isfinite(cast).all():
+        if not _is_finite(cast):
             raise ConversionError(f"{name} does not fit {spec.dtype}: it would hold NaN or infinity; choose a wider --dtype")
         self._put(path, offset, [cast.flatten().view(torch.uint8).numpy().data])
 
@@ -298,13 +323,13 @@ class CheckpointWriter:
             file.seek(offset)
             return torch.frombuffer(bytearray(file.read(spec.size)), dtype=spec.dtype).view(spec.shape)
 
-    def _put(self, path: Path, offset: int, pieces: Iterable[bytes | memoryview]) -> None:
+    def _put(self, path: Path, offset: int, pieces: Iterable[memoryview]) -> None:
         if path not in self._open:
             self._open[path] = path.open("r+b", buffering=0)
         file = self._open[path]
         file.seek(offset)
         for piece in pieces:
-            rest = memoryview(piece)
+            rest = piece
             while rest:
                 rest = rest[file.write(rest) :]
 
@@ -329,11 +354,15 @@ class CheckpointWriter:
                 path.unlink()
         if self.out.exists():
             refuse_existing(self.out, self.overwrite)
-            retired = self.out.with_name(self.out.name + ".old")
-            shutil.rmtree(retired, ignore_errors=True)
-            os.rename(self.out, retired)
-            os.rename(self.partial, self.out)
-            shutil.rmtree(retired)
+            retired = Path(tempfile.mkdtemp(prefix=f"{self.out.name}.replaced-", dir=self.out.parent))
+            os.rename(self.out, retired / self.out.name)
+            try:
+                os.rename(self.partial, self.out)
+            except OSError:
+                os.rename(retired / self.out.name, self.out)
+                raise
+            finally:
+                shutil.rmtree(retired)
         else:
             os.rename(self.partial, self.out)
 
@@ -342,6 +371,8 @@ class CheckpointWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._close()
+        if isinstance(error, UserError) and self._begun_here:
+            shutil.rmtree(self.partial)  # a request that cannot be carried out leaves nothing
 
     def _close(self) -> None:
         for file in self._open.values():
@@ -350,6 +381,8 @@ class CheckpointWriter:
 
 
 def partial_folder(out: Path) -> Path:
+    if not out.name or out.name == "..":
+        raise UserError(f"{out} names no folder to write: choose another name")
     return out.with_name(out.name + ".partial")
 
 
@@ -373,6 +406,7 @@ def _read_journal(journal: Path, fingerprint: dict[str, Any]) -> dict[str, dict[
         differ = sorted(k for k in wanted.keys() | job.keys() if wanted.get(k) != job.get(k))
         raise UserError(
             f"{journal.parent} was begun with other settings ({', '.join(differ)}): repeat them exactly, "
-            "or start anew without --resume"
+            "or start anew with --overwrite in place of --resume"
         )
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))  # without the torn line, for what comes next
     return {line["unit"]: line["record"] for line in lines[1:]}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kvfold.convert.checkpoint import read_json
 from kvfold.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,12 +50,18 @@ def load_windows(origin: str, tokenizer_folder: Path, window: int, max_tokens: i
     """
     if ".safetensors" in origin:
         ids = _token_rows(origin, max_tokens)
-        ratio = _bytes_per_token(ids, tokenizer_folder)
     else:
-        tokenizer = load_tokenizer(tokenizer_folder)
-        ids, ratio = _encode(origin, tokenizer, window, max_tokens)
-    if (vocab_size is not None and int(ids.max()) >= vocab_size) or int(ids.min()) < 0:
-        raise UserError(f"{origin} holds token id {int(ids.max())}, outside the model's vocabulary of {vocab_size}")
+        ids = _encode(origin, load_tokenizer(tokenizer_folder), window, max_tokens)
+    for id_ in (int(ids.min()), int(ids.max())):
+        if id_ < 0 or (vocab_size is not None and id_ >= vocab_size):
+            raise UserError(
+                f"{origin} holds token id {id_}, outside the model's vocabulary of {vocab_size}: "
+                "encode the text with the source's own tokenizer"
+            )
+    try:
+        ratio = _bytes_per_token(ids, load_tokenizer(tokenizer_folder))
+    except UserError:  # tokens from a file need no tokenizer
+        ratio = None
     return Windows(ids, ratio, origin)
 
 
@@ -90,18 +97,14 @@ def sample_from_source(
     import tempfile
 
     from transformers import AutoModelForCausalLM, set_seed
+    from transformers.utils import logging
 
+    start = _first_token(folder)
+    logging.disable_progress_bar()  # ours says more
     with tempfile.TemporaryDirectory() as spill:
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", device_map="auto" if device.type == "cuda" else str(device), offload_folder=spill
         )
-        start = model.generation_config.bos_token_id
-        if start is None:
-            start = model.config.bos_token_id if model.config.bos_token_id is not None else model.config.eos_token_id
-        if isinstance(start, list):
-            start = start[0]
-        if start is None:
-            raise UserError(f"{folder} names no bos or eos token to begin text with: give --calibrate a text instead")
         set_seed(seed)
         rows: list[Tensor] = []
         wanted = tokens // window
@@ -123,6 +126,18 @@ def sample_from_source(
             )
             rows += list(text.cpu())
     return Windows(torch.stack(rows), None, "self")
+
+
+def _first_token(folder: Path) -> int:
+    """The id that text begins with: bos, or else eos. Raises UserError when the checkpoint names neither."""
+    for file in ("generation_config.json", "config.json"):
+        named = read_json(folder / file) if (folder / file).exists() else {}
+        for key in ("bos_token_id", "eos_token_id"):
+            token = named.get(key)
+            token = token[0] if isinstance(token, list) and token else token
+            if isinstance(token, int):
+                return token
+    raise UserError(f"{folder} names no bos or eos token to begin text with: give --calibrate a text instead")
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
@@ -153,35 +168,26 @@ def _token_rows(origin: str, max_tokens: int) -> Tensor:
             rows = file.get_tensor(name)
     except SafetensorError as error:
         raise UserError(f"{path} is not a readable safetensors file ({error})") from None
-    if rows.ndim != 2 or rows.is_floating_point() or rows.shape[1] < 2 or not len(rows):
+    if rows.ndim != 2 or rows.is_floating_point() or rows.dtype == torch.bool or rows.shape[1] < 2 or not len(rows):
         raise UserError(
             f"{path}:{name} has shape {tuple(rows.shape)} and {rows.dtype}: kvfold needs integer rows of 2 or more ids"
         )
     return rows[: max(1, max_tokens // rows.shape[1])].long()
 
 
-def _bytes_per_token(ids: Tensor, tokenizer_folder: Path) -> float | None:
+def _bytes_per_token(ids: Tensor, tokenizer: Any) -> float:
     """Bytes of the text that the predicted tokens (all but each row's first) stand for, over their number."""
-    try:
-        tokenizer = load_tokenizer(tokenizer_folder)
-    except UserError:
-        return None
     texts = [tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in (ids.tolist(), ids[:, :1].tolist())]
     whole, first = (sum(len(text.encode()) for text in batch) for batch in texts)
     return (whole - first) / (ids.shape[0] * (ids.shape[1] - 1))
 
 
-def _encode(origin: str, tokenizer: Any, window: int, max_tokens: int) -> tuple[Tensor, float]:
+def _encode(origin: str, tokenizer: Any, window: int, max_tokens: int) -> Tensor:
     wanted = max(1, max_tokens // window) * window
     ids: list[int] = []
-    size = 0
     for text in _documents(origin):
-        if not text.strip():
-            continue
-        # A long document is only encoded as far as it is needed: no tokenizer spends more than this per token.
-        text = text[: (wanted - len(ids)) * 16]
-        ids += tokenizer(text, verbose=False)["input_ids"]
-        size += len(text.encode())
+        if text.strip():
+            ids += _encode_enough(tokenizer, text, wanted - len(ids))
         if len(ids) >= wanted:
             break
     if len(ids) < window:
@@ -189,7 +195,18 @@ def _encode(origin: str, tokenizer: Any, window: int, max_tokens: int) -> tuple[
             f"{origin} gives {len(ids)} tokens, fewer than one window of {window}: give more text, or a smaller --window"
         )
     rows = min(len(ids), wanted) // window
-    return torch.tensor(ids[: rows * window]).view(rows, window), size / len(ids)
+    return torch.tensor(ids[: rows * window]).view(rows, window)
+
+
+def _encode_enough(tokenizer: Any, text: str, wanted: int) -> list[int]:
+    """The ids of `text`, of a very long one only as far as `wanted` ids need, and the same as those of the whole."""
+    length = 8 * wanted + 4096
+    while True:
+        ids: list[int] = tokenizer(text[:length], verbose=False)["input_ids"]
+        # the cut may change the last ids, so a cut text must give some more than wanted
+        if length >= len(text) or len(ids) >= wanted + 256:
+            return ids
+        length *= 2
 
 
 def _documents(origin: str) -> Iterator[str]:
@@ -227,8 +244,13 @@ def _dataset_documents(origin: str, column: str | None = None, **load: Any) -> I
     """Documents of anything `datasets.load_dataset` reads, streamed; from `column`, `text`, or the first text column."""
     import datasets
 
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # what goes wrong is told once, below
     try:
-        for row in datasets.load_dataset(**load, streaming=True):
+        try:
+            rows = datasets.load_dataset(**load, streaming=True)
+        except StopIteration:  # what an empty file raises
+            return
+        for row in rows:
             if column is None:
                 texts = [key for key, value in row.items() if isinstance(value, str)]
                 column = "text" if "text" in texts else next(iter(texts), None)

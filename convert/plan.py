@@ -4,11 +4,12 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from kvfold.convert.families import AttentionSpec, Family, family_of
+from kvfold.convert.source import build_on_meta
 from kvfold.errors import UserError
 from kvfold.surgery.grouping import METHODS
 
@@ -26,7 +27,7 @@ class ConvertSettings(BaseModel):
 
     to: str
     kv_heads: int | None = None
-    kv_budget: str | None = None
+    kv_budget: Annotated[str | None, BeforeValidator(lambda v: str(v) if isinstance(v, float) else v)] = None
     method: str | None = None
     grouping: Literal["neighbours", "similar"] | None = None
     calibrate: str | None = None
@@ -35,11 +36,12 @@ class ConvertSettings(BaseModel):
     heal_steps: int = Field(300, ge=0)
     heal_window: int = Field(2, ge=1)
     heal_batch_tokens: int = Field(4096, ge=1)
-    heal_lr: float = Field(1e-2, gt=0)
+    heal_lr: float = Field(2e-2, gt=0)
+    heal_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     dtype: str | None = None
     device: str = "auto"
     max_shard_size: str = "5GB"
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     revision: str | None = None
 
 
@@ -115,16 +117,22 @@ class ConversionPlan:
         }
 
 
-def parse_settings(values: dict[str, Any]) -> ConvertSettings:
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def parse_settings(kind: type[Settings], values: dict[str, Any]) -> Settings:
     """Check settings. Raises UserError naming all that is wrong at once."""
     try:
-        return ConvertSettings(**values)
+        return kind(**{str(name): value for name, value in values.items()})
     except ValidationError as error:
         problems = []
         for problem in error.errors():
             name = ".".join(map(str, problem["loc"]))
             if problem["type"] == "extra_forbidden":
-                problems.append(unknown("setting", name, list(ConvertSettings.model_fields)))
+                problems.append(unknown("setting", name, list(kind.model_fields)))
+            elif problem["type"] == "missing":
+                remedy = f": give --to {' or --to '.join(TARGETS)}" if name == "to" else ""
+                problems.append(f"--{name.replace('_', '-')} is missing{remedy}")
             else:
                 problems.append(f"{name}: {problem['msg'].lower()}, got {problem['input']!r}")
         raise UserError("; ".join(problems)) from None
@@ -163,6 +171,8 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
 
 def _target_heads(spec: AttentionSpec, settings: ConvertSettings, refusals: list[str]) -> int:
     source = spec.kv_heads
+    if settings.to not in TARGETS:
+        return source
     divisors = [g for g in range(1, source + 1) if source % g == 0]
     ways = f"its {source} key heads divide into {', '.join(map(str, divisors))}"
     if settings.to == "mqa":
@@ -231,10 +241,5 @@ def cache_dtype(config: dict[str, Any], settings: ConvertSettings) -> str:
 
 
 def count_parameters(config: dict[str, Any]) -> int:
-    """Parameters of the source, counted by building it on the meta device."""
-    import accelerate
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    rest = {k: v for k, v in config.items() if k != "model_type"}
-    with accelerate.init_empty_weights():
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **rest)).num_parameters()
+    """Parameters of the source, tied ones once. Raises UserError when transformers cannot build it."""
+    return build_on_meta(config).num_parameters()

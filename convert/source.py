@@ -2,10 +2,13 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kvfold.convert.checkpoint import read_config
+from kvfold.convert.checkpoint import CheckpointReader, read_config
 from kvfold.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # Weights in formats that kvfold does not read stay on the Hub.
@@ -36,6 +39,33 @@ def fetch_checkpoint(source: str, revision: str | None = None) -> Path:
 
     with _explained(source, revision):
         return Path(snapshot_download(source, revision=revision, ignore_patterns=_IGNORED))
+
+
+def build_on_meta(config: dict[str, Any]) -> "PreTrainedModel":
+    """The model of a config.json with shapes and no numbers. Raises UserError when transformers cannot build it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    rest = {key: value for key, value in config.items() if key != "model_type"}
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(config["model_type"], **rest), attn_implementation="sdpa", dtype=torch.float32
+            )
+    except Exception as error:  # config checks of many kinds, from transformers and the Hub's client alike
+        line = " ".join(str(error).split())
+        raise UserError(f"transformers cannot build a model from config.json ({line}): check that file") from None
+
+
+def refuse_mismatch(reader: CheckpointReader) -> None:
+    """Raise UserError when the checkpoint lacks a tensor that its config means, or holds one of another shape."""
+    for name, parameter in build_on_meta(reader.config).named_parameters():
+        entry = reader.entry(name)
+        if entry.shape != tuple(parameter.shape):
+            raise UserError(
+                f"{name} in {entry.file} has shape {entry.shape}, but config.json means {tuple(parameter.shape)}: "
+                "weights and config are not of one model, download both again"
+            )
 
 
 def _refuse_impossible(source: str) -> None:

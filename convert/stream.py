@@ -8,16 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import psutil
 import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvfold.convert.checkpoint import CheckpointReader
 from kvfold.convert.families import Family
-from kvfold.errors import ConversionError, UserError
+from kvfold.convert.source import build_on_meta
+from kvfold.errors import ConversionError
 from kvfold.surgery.rope import Rope
 
 FORWARD_TOKENS = 8192
@@ -89,23 +88,20 @@ class Block(nn.Module):
 
 
 class SourceModel:
-    """A checkpoint's layers on demand. Raises UserError when transformers cannot build the model from its config."""
+    """A checkpoint's layers on demand. Raises UserError when transformers cannot build the model from its config.
+
+    `reader` must have passed `refuse_mismatch`.
+    """
 
     def __init__(self, reader: CheckpointReader, family: Family, device: torch.device, tokens: int) -> None:
         self.reader, self.family, self.device = reader, family, device
-        try:
-            config = AutoConfig.from_pretrained(reader.folder)
-            with accelerate.init_empty_weights(include_buffers=False):
-                model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"transformers cannot build a model from {reader.folder}/config.json: {error}") from None
-        self.model = model.eval().requires_grad_(False)
+        model = build_on_meta(reader.config).eval().requires_grad_(False)
         self.base: Any = model.base_model
         self.prefix = model.base_model_prefix + "."
-        self.tokens = tokens
         positions = torch.arange(tokens, device=device)[None]
         like = torch.empty(1, dtype=torch.float32, device=device)
-        self.rope: Rope = self.base.rotary_emb.to(device)(like, positions)
+        rotary = type(self.base.rotary_emb)(model.config).to(device)  # the model's own is on the meta device
+        self.rope: Rope = rotary(like, positions)
 
     def embed(self, ids: Tensor, file: Path | None) -> HiddenStates:
         """(rows, T) token ids → the hidden states before layer 0."""
@@ -121,11 +117,7 @@ class SourceModel:
         self.base.layers[layer] = nn.Identity()  # a layer is visited once: let its memory go with the block
         prefix = self.family.layer_prefix.format(layer=layer)
         for name, _ in list(module.named_parameters()):
-            value = self.reader.tensor(prefix + name).float()
-            if tuple(value.shape) != tuple(module.get_parameter(name).shape):
-                wanted = tuple(module.get_parameter(name).shape)
-                raise UserError(f"{prefix}{name} has shape {tuple(value.shape)}, but config.json means {wanted}")
-            set_module_tensor_to_device(module, name, self.device, value=value)
+            set_module_tensor_to_device(module, name, self.device, value=self.reader.tensor(prefix + name).float())
         return Block(module.requires_grad_(False), self.rope)
 
 

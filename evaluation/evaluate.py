@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -59,14 +60,17 @@ def evaluate(
     """
     folders = [fetch_checkpoint(model) for model in models]
     source_folder = fetch_checkpoint(against or _recorded_source(folders[0]))
-    vocabulary = read_config(source_folder).get("vocab_size")
+    config = read_config(source_folder)
     for folder in folders:
-        if (other := read_config(folder).get("vocab_size")) != vocabulary:
-            raise UserError(
-                f"{folder} has a vocabulary of {other}, {source_folder} one of {vocabulary}: give the source it came from"
-            )
+        other = read_config(folder)
+        for key in ("vocab_size", "num_hidden_layers", "hidden_size"):
+            if other.get(key) != config.get(key):
+                raise UserError(
+                    f"{folder} has {key} {other.get(key)}, {source_folder} has {config.get(key)}: "
+                    "give the source that it was folded from, with --against"
+                )
     device = pick_device(settings.device)
-    windows = load_windows(settings.on, source_folder, settings.window, settings.max_tokens, vocabulary)
+    windows = load_windows(settings.on, source_folder, settings.window, settings.max_tokens, config["vocab_size"])
     steps = len(folders) + 1
 
     def part(number: int, line: str) -> Callable[[float], None]:
@@ -123,7 +127,7 @@ def _load(folder: Path, device: torch.device, dtype: str) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, attn_implementation="sdpa")
     except torch.OutOfMemoryError as error:
         raise ConversionError(f"{folder} does not fit on {device} ({error}): use --dtype bf16 or another --device") from None
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"{folder} does not load in transformers: {str(error).strip().splitlines()[0]}") from None
     return model.to(device).eval()  # type: ignore[arg-type]
 
@@ -143,5 +147,5 @@ def _conversion(folder: Path) -> dict[str, Any] | None:
     try:
         record = json.loads(file.read_text())
         return {key: record[key] for key in ("source", "settings", "target", "kv_budget", "calibration_tokens", "seconds")}
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error}): convert again, or remove it and give --against") from None

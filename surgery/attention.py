@@ -89,7 +89,7 @@ class GroupedAttention(nn.Module):
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, D)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v, is_causal=True, enable_gqa=True)
+        out = causal_attention(rotate(q, rope).to(v), rotate(k, rope).to(v), v)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def weights(self) -> AttentionWeights:
@@ -109,6 +109,19 @@ class GroupedAttention(nn.Module):
             v_bias=heads(self.v_proj.bias),
             o_bias=None if self.o_proj.bias is None else self.o_proj.bias.detach(),
         )
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(B, H, T, D) queries over (B, G, T, D) keys and values → (B, H, T, D), scores over √D."""
+    if not (q.requires_grad and q.device.type == "cpu"):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    # Written out, because the backward pass of PyTorch's fused CPU kernel takes twice as long in bf16.
+    tokens, width = q.shape[2:]
+    grouped = (q * width**-0.5).unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, G, H/G·T, D)
+    scores = (grouped @ k.mT).unflatten(2, (-1, tokens))  # (B, G, H/G, T, T)
+    future = torch.full((tokens, tokens), -torch.inf, dtype=scores.dtype).triu(1)
+    weights = (scores + future).softmax(-1).to(v.dtype)
+    return (weights.flatten(2, 3) @ v).unflatten(2, (-1, tokens)).flatten(1, 2)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

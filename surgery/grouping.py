@@ -5,6 +5,7 @@ A fold has three steps: choose which key heads share one (`neighbours`, `similar
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -59,7 +60,10 @@ def similar(weights: AttentionWeights, target: int, moment: Tensor | None) -> Gr
 
 def permute_heads(weights: AttentionWeights, groups: Groups) -> AttentionWeights:
     """Reorder key heads so that each group is contiguous, and the query heads with them. Exact."""
-    order = torch.tensor([g for members in groups for g in members], device=weights.k.device)
+    heads = [g for members in groups for g in members]
+    if heads == sorted(heads):
+        return weights
+    order = torch.tensor(heads, device=weights.k.device)
     per = weights.heads // weights.kv_heads
     queries = (order[:, None] * per + torch.arange(per, device=order.device)).flatten()
 
@@ -78,30 +82,30 @@ def permute_heads(weights: AttentionWeights, groups: Groups) -> AttentionWeights
     )
 
 
+def _pooled(weights: AttentionWeights, pool: Callable[[Tensor], Tensor]) -> AttentionWeights:
+    """`pool` on keys, values and their biases; queries and output stay the tensors they are."""
+    biases = {n: pool(b) for n in ("k_bias", "v_bias") if (b := getattr(weights, n)) is not None}
+    return replace(weights, k=pool(weights.k), v=pool(weights.v), **biases)
+
+
 def mean(weights: AttentionWeights, target: int, moment: Tensor | None, generator: torch.Generator) -> AttentionWeights:
     """The mean of the group's raw heads, queries and output untouched (2305.13245, its best initialisation)."""
-    q, k, v = weights.augmented()
-    pooled_k, pooled_v = (w.unflatten(0, (target, -1)).mean(1) for w in (k, v))
-    return weights.with_augmented(q, pooled_k, pooled_v, weights.o)
+    return _pooled(weights, lambda heads: heads.unflatten(0, (target, -1)).mean(1))
 
 
 def first(weights: AttentionWeights, target: int, moment: Tensor | None, generator: torch.Generator) -> AttentionWeights:
     """The group's first head serves all (2305.13245, "select single")."""
-    q, k, v = weights.augmented()
-    kept_k, kept_v = (w.unflatten(0, (target, -1))[:, 0] for w in (k, v))
-    return weights.with_augmented(q, kept_k, kept_v, weights.o)
+    return _pooled(weights, lambda heads: heads.unflatten(0, (target, -1))[:, 0])
 
 
 def random(weights: AttentionWeights, target: int, moment: Tensor | None, generator: torch.Generator) -> AttentionWeights:
     """Gaussian heads of the source's root mean square (2305.13245, "random initialisation"): the floor of the table."""
-    q, k, v = weights.augmented()
 
-    def draw(w: Tensor) -> Tensor:
-        heads = w[:target]
-        noise = torch.randn(heads[..., :-1].shape, generator=generator, dtype=w.dtype).to(w.device)
-        return torch.cat([noise * w[..., :-1].square().mean().sqrt(), torch.zeros_like(heads[..., -1:])], dim=-1)
+    def draw(heads: Tensor) -> Tensor:
+        noise = torch.randn((target, *heads.shape[1:]), generator=generator)
+        return noise.to(heads) * heads.float().square().mean().sqrt().to(heads)
 
-    return weights.with_augmented(q, draw(k), draw(v), weights.o)
+    return _pooled(weights, draw)
 
 
 def align(
@@ -114,19 +118,23 @@ def align(
     without one. Means are scaled back to the mean Frobenius norm of the members.
     """
     q, k, v = weights.augmented()
-    metric, _ = power_and_inverse(_moment(k, moment), 0.5)
+    metric = None if moment is None else power_and_inverse(moment, 0.5)[0]
+
+    def measured(rows: Tensor) -> Tensor:
+        return rows if metric is None else rows @ metric.to(rows.dtype)
+
     pairs = to_complex(k).unflatten(0, (target, -1)).transpose(1, 2)  # (G', D/2, m, n)
-    seen = pairs @ metric.to(pairs.dtype)
+    seen = measured(pairs)
     phase = _unit(top_eigenvectors(seen @ seen.mH, 1))  # (G', D/2, m, 1)
     for _ in range(rounds):
         phase = _unit(seen @ (phase.conj() * seen).sum(-2, keepdim=True).mH)
     merged = (phase.conj() * pairs).mean(-2, keepdim=True)
-    merged = merged * _norm_ratio(seen, merged @ metric.to(pairs.dtype))
+    merged = merged * _norm_ratio(seen, measured(merged))
     new_k = from_complex(merged[..., 0, :])
     gain = phase.conj()[..., 0].transpose(1, 2).flatten(0, 1)  # (G, D/2): what a query of head g is multiplied by
 
     values = v.unflatten(0, (target, -1))  # (G', m, D, n)
-    seen_v = values @ metric
+    seen_v = measured(values)
     turn = torch.eye(v.shape[1], dtype=v.dtype, device=v.device).expand(*values.shape[:2], -1, -1)
     centre = seen_v[:, :1]
     for _ in range(rounds):
@@ -134,7 +142,7 @@ def align(
         turn = left @ right
         centre = (turn.mT @ seen_v).mean(1, keepdim=True)
     new_v = (turn.mT @ values).mean(1)
-    new_v = new_v * _norm_ratio(seen_v.transpose(1, 2), (new_v @ metric)[:, :, None])[..., 0]
+    new_v = new_v * _norm_ratio(seen_v.transpose(1, 2), measured(new_v)[:, :, None])[..., 0]
     per = weights.heads // weights.kv_heads
     new_o = weights.o @ turn.flatten(0, 1).repeat_interleave(per, 0)
     return weights.with_augmented(_turn_queries(q, gain), new_k, new_v, new_o)

@@ -81,6 +81,13 @@ class Family:
             layers, vocab = int(config["num_hidden_layers"]), int(config["vocab_size"])
         except KeyError as missing:
             raise UserError(f"config.json lacks {missing}: it is not a complete {self.model_type} config") from None
+        except (TypeError, ValueError):
+            raise UserError(
+                "config.json: hidden_size, num_attention_heads, num_hidden_layers and vocab_size must be numbers; "
+                "download it again"
+            ) from None
+        if min(hidden, heads, layers, vocab) < 1:
+            raise UserError(f"config.json: {heads} heads, {layers} layers, width {hidden}, {vocab} tokens is no valid geometry")
         if "quantization_config" in config:
             raise UserError("the source is quantised (config.json has quantization_config): fold the unquantised checkpoint")
         kv_heads = int(config.get("num_key_value_heads") or heads)

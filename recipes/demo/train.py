@@ -1,6 +1,6 @@
 """Train the demo model from nothing: a byte-level BPE tokenizer and a small multi-head-attention Llama.
 
-    python -m kvfold.recipes.demo.train OUT [--steps 4500] [--resume]
+    python -m kvfold.recipes.demo.train OUT [--steps 3500] [--resume]
 
 Data: the standard library's source without the held-out modules (corpus.py). About an hour on two CPU cores with the
 defaults. A checkpoint of the run is kept in OUT/run.pt, and --resume goes on from it. OUT is a plain Hugging Face
@@ -30,7 +30,7 @@ CONFIG = LlamaConfig(
     num_attention_heads=8,
     num_key_value_heads=8,
     head_dim=32,
-    max_position_embeddings=WINDOW * 2,
+    max_position_embeddings=WINDOW,
     rms_norm_eps=1e-6,
     tie_word_embeddings=True,
     bos_token_id=0,
@@ -46,7 +46,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=WINDOW * 2)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=WINDOW)
 
 
 def pack(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
@@ -76,7 +76,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
@@ -137,6 +137,7 @@ def main() -> None:
         "heldout_modules": HELDOUT,
         "heldout_bits_per_byte": round(bits, 4),
     }
+    (args.out / "run.pt").unlink(missing_ok=True)
     (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     print(f"held-out bits per byte: {bits:.3f}")
 

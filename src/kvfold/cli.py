@@ -53,10 +53,10 @@ def plan(
     json_path: Json = None,
 ) -> None:
     """What would change: geometry, cache, parameters, refusals. Reads config.json only."""
-    from kvfold.convert.plan import cache_dtype, count_parameters, make_plan, parse_settings
+    from kvfold.convert.plan import ConvertSettings, cache_dtype, count_parameters, make_plan, parse_settings
     from kvfold.convert.source import fetch_config
 
-    settings = parse_settings(_given(locals(), "to kv_heads kv_budget method calibrate dtype revision"))
+    settings = parse_settings(ConvertSettings, _given(locals(), "to kv_heads kv_budget method calibrate dtype revision"))
     config = fetch_config(source, revision)
     made = make_plan(config, settings)
     record = made.record(batch, cache_dtype(config, settings), count_parameters(config))
@@ -87,7 +87,10 @@ def convert(
     heal_steps: Annotated[Optional[int], typer.Option(help="Healing steps per layer; 0 turns it off. Default: 300.")] = None,
     heal_window: Annotated[Optional[int], typer.Option(help="Layers healed together. Default: 2.")] = None,
     heal_batch_tokens: Annotated[Optional[int], typer.Option(help="Tokens in a healing step. Default: 4096.")] = None,
-    heal_lr: Annotated[Optional[float], typer.Option(help="Healing step relative to a parameter's RMS. Default: 0.01.")] = None,
+    heal_lr: Annotated[Optional[float], typer.Option(help="Healing step relative to a parameter's RMS. Default: 0.02.")] = None,
+    heal_dtype: Annotated[
+        Optional[str], typer.Option(help="Matrix products of healing: bfloat16 or float32. Default: bfloat16.")
+    ] = None,
     dtype: Dtype = None,
     device: Annotated[Optional[str], typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     max_shard_size: Annotated[Optional[str], typer.Option(help="Size of a weight file, 5GB or 500MiB. Default: 5GB.")] = None,
@@ -104,12 +107,12 @@ def convert(
     flags = _given(
         locals(),
         "to kv_heads kv_budget method grouping calibrate calibration_tokens window heal_steps heal_window heal_batch_tokens "
-        "heal_lr dtype device max_shard_size seed revision",
+        "heal_lr heal_dtype dtype device max_shard_size seed revision",
     )
     from kvfold.convert.pipeline import convert as run
-    from kvfold.convert.plan import parse_settings
+    from kvfold.convert.plan import ConvertSettings, parse_settings
 
-    settings = parse_settings({**_read_settings(settings_file), **flags})
+    settings = parse_settings(ConvertSettings, {**_read_settings(settings_file), **flags})
     with _progress(f"{source} → {out}") as report:
         done = run(source, out, settings, resume, overwrite, report)
     _write_json(json_path, done.record)
@@ -136,23 +139,21 @@ def evaluate(
     json_path: Json = None,
 ) -> None:
     """Measure what folding cost and what it saved."""
-    from kvfold.convert.plan import normal_dtype
+    from kvfold.convert.plan import normal_dtype, parse_settings
     from kvfold.evaluation import report as reports
     from kvfold.evaluation.evaluate import EvaluateSettings
     from kvfold.evaluation.evaluate import evaluate as run
 
     if dtype != "auto":
         normal_dtype(dtype)
-    settings = EvaluateSettings(on=on, window=window, max_tokens=max_tokens, batch=batch, device=device, dtype=dtype)
+    settings = parse_settings(EvaluateSettings, _given(locals(), "on window max_tokens batch device dtype"))
     with _progress("evaluating") as report:
         result = run(out, against, settings, report)
     folder = report_dir or (Path(out[0]) if Path(out[0]).is_dir() else Path("."))
     paths = reports.write(result, folder)
     _write_json(json_path, result)
     if json_path != Path("-"):
-        from rich.console import Console
-
-        Console().print(reports.table(result))
+        _print_report(result)
         print("report:", ", ".join(map(str, paths)))
 
 
@@ -161,14 +162,11 @@ def demo(
     directory: Annotated[Path, typer.Argument(help="Folder for the checkpoints and the report.")] = Path("kvfold-demo"),
 ) -> None:
     """Fold the shipped demo model in several ways and show the damage. A few minutes on two cores."""
-    from rich.console import Console
-
-    from kvfold.evaluation import report as reports
     from kvfold.recipes.demo.demo import run_demo
 
     with _progress("demo") as report:
         result = run_demo(directory, report)
-    Console().print(reports.table(result))
+    _print_report(result)
     print("report:", directory / "report.md")
 
 
@@ -213,11 +211,13 @@ def _read_settings(path: Path | None) -> dict[str, Any]:
 
     try:
         loaded = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"--settings {path} cannot be read: {' '.join(str(error).split())}") from None
+    if isinstance(loaded, dict):
+        loaded = loaded.get("settings", loaded)  # a kvfold.json keeps them one level down
     if not isinstance(loaded, dict):
         raise UserError(f"--settings {path} holds no settings: write `name: value` lines")
-    return loaded.get("settings", loaded)
+    return loaded
 
 
 def _write_json(path: Path | None, data: dict[str, Any]) -> None:
@@ -233,9 +233,20 @@ def _progress(title: str) -> Iterator[Callable[[float, str], None]]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=1.0)
         yield lambda share, line: progress.update(task, completed=share, description=line)
+
+
+def _print_report(result: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from kvfold.evaluation import report as reports
+
+    console = Console()
+    # into a pipe or a file the table must not be squeezed into 80 columns
+    console.print(reports.table(result), width=None if console.is_terminal else 110)
 
 
 def _print_plan(record: dict[str, Any]) -> None:

@@ -1,0 +1,185 @@
+"""Folding on streams of hidden states, with healing.
+
+Two streams run over the same calibration tokens: the original's, through the source's layers, and the folded one,
+through the layers as they were written. Layers are opened (read, folded) on the original stream up to `heal_window` ahead,
+healed together so that the folded stream meets the original behind the window, and then the first of them is written and both
+go one layer on.
+"""
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import InitVar, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvfold.convert.data import Windows
+from kvfold.convert.job import Job, Report
+from kvfold.convert.plan import ConvertSettings
+from kvfold.convert.stream import Block, HiddenStates, SourceModel, check_finite
+from kvfold.errors import ConversionError
+from kvfold.surgery.attention import AttentionWeights, GroupedAttention
+from kvfold.surgery.healing import heal, relative_error
+from kvfold.surgery.lowrank import SecondMoment
+
+MEASURED_TOKENS = 8192
+"""Calibration tokens on which the candidates of a layer are compared."""
+
+
+@dataclass
+class _OpenLayer:
+    """A layer that has been folded but not written: its block, and what there is to say of it."""
+
+    block: Block
+    weights: InitVar[AttentionWeights]
+    choice: str
+    error: float
+
+    def __post_init__(self, weights: AttentionWeights) -> None:
+        self.set_weights(weights)
+
+    def set_weights(self, weights: AttentionWeights) -> None:
+        self.design = GroupedAttention(weights.to(self.block.device, torch.float32))
+        self.block.set_attention(self.design)
+
+
+def fold_on_stream(job: Job, device: torch.device, windows: Windows, report: Report) -> None:
+    """Fold and heal every layer on the calibration tokens. Raises ConversionError when something is not finite."""
+    plan, settings, layers = job.plan, job.plan.settings, job.layers
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    source = SourceModel(job.reader, plan.family, device, windows.ids.shape[1])
+    report(0.0, "embedding")
+    on_disk = HiddenStates.needs_disk((*windows.ids.shape, plan.spec.hidden_size))
+    files = [job.writer.partial / f"{name}.hidden" for name in ("original", "folded")]
+    original, folded = (source.embed(windows.ids, file if on_disk else None) for file in files)
+    ahead = settings.heal_window if settings.heal_steps else 1
+    waiting: deque[_OpenLayer] = deque()
+    for layer in range(layers):
+        started = time.time()
+        share, title = 0.9 * layer / layers, f"layer {layer + 1}/{layers}"
+        while len(waiting) < min(ahead, layers - layer):
+            report(share, f"{title}: folding")
+            waiting.append(_open_layer(job, source, layer + len(waiting), original))
+        current = waiting[0]
+        if not job.finished(layer):
+            record: dict[str, Any] = {"choice": current.choice, "block_error": current.error}
+            if settings.heal_steps:
+
+                def progress(step: int, loss: float, share: float = share, title: str = title) -> None:
+                    done = step / settings.heal_steps
+                    report(share + 0.9 * done / layers, f"{title}: healing, error {loss:.2e}")
+
+                record["window_error"] = _heal(settings, layer, waiting, folded, original, device, progress)
+            job.write(current.design.weights(), layer)
+            record["seconds"] = round(time.time() - started, 2)
+            _save_waiting(job, layer, list(waiting)[1:])
+            job.writer.finish(job.unit(layer), record)
+        # The folded stream runs through what was written, rounding included, so that the next layer repairs that too.
+        current.set_weights(job.read_written(layer))
+        current.block.advance(folded)
+        check_finite(folded.data, f"folded layer {layer}")
+        waiting.popleft()
+    for file in files:
+        file.unlink(missing_ok=True)
+
+
+def _open_layer(job: Job, source: SourceModel, layer: int, original: HiddenStates) -> _OpenLayer:
+    """Read a layer, fold its attention by the candidate of least error, and move the original stream behind it."""
+    block = source.block(layer)
+    if job.finished(layer):
+        block.advance(original)
+        return _OpenLayer(block, job.read_written(layer), "", 0.0)
+    saved = _read_waiting(job, layer)
+    if saved is not None:
+        block.advance(original)
+        return _OpenLayer(block, *saved)
+
+    weights = job.read(layer).to(source.device, torch.float64)
+    moment = SecondMoment(job.plan.spec.hidden_size, source.device)
+    for rows in original.batches():
+        moment.add(block.attention_input(original.data[rows].to(source.device)))
+    measured = slice(0, max(1, MEASURED_TOKENS // original.data.shape[1]))
+    before = original.data[measured].clone().to(source.device)  # the stream moves on in place
+    block.advance(original)
+    after = original.data[measured].to(source.device)
+    check_finite(original.data, f"source layer {layer}")
+
+    best: _OpenLayer | None = None
+    for label, candidate in job.candidates(weights, layer, moment.value()):
+        tried = _OpenLayer(block, candidate, label, 0.0)
+        with torch.no_grad():
+            tried.error = float(relative_error(block(before), after))
+        if math.isfinite(tried.error) and (best is None or tried.error < best.error):
+            best = tried
+    if best is None:
+        raise ConversionError(f"folding layer {layer} gave no finite result: check the source's weights there")
+    block.set_attention(best.design)
+    return best
+
+
+def _heal(
+    settings: ConvertSettings,
+    layer: int,
+    waiting: Iterable[_OpenLayer],
+    folded: HiddenStates,
+    original: HiddenStates,
+    device: torch.device,
+    report: Callable[[int, float], None],
+) -> dict[str, float]:
+    """Train the waiting layers so that the folded stream meets the original behind them; the error before and after."""
+    rows, tokens, _ = folded.data.shape
+    generator = torch.Generator().manual_seed(settings.seed * 100_003 + layer)
+    size = min(rows, max(1, settings.heal_batch_tokens // tokens))
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            for pick in torch.randperm(rows, generator=generator)[: rows // size * size].split(size):
+                yield folded.data[pick].to(device), original.data[pick].to(device)
+
+    blocks = [item.block for item in waiting]
+    parameters = [p for item in waiting for p in item.design.parameters()]
+    try:
+        autocast = torch.bfloat16 if settings.heal_dtype == "bfloat16" else None
+        curve = heal(blocks, parameters, batches(), settings.heal_steps, settings.heal_lr, autocast=autocast, report=report)
+    except FloatingPointError as error:
+        raise ConversionError(f"layer {layer}: {error}; lower --heal-lr, or turn healing off with --heal-steps 0") from None
+    tail = curve[-max(1, len(curve) // 20) :]
+    return {"before": curve[0], "after": sum(tail) / len(tail)}
+
+
+def _waiting_file(job: Job, layer: int) -> Path:
+    return job.writer.partial / f"waiting-behind-{layer}.safetensors"
+
+
+def _save_waiting(job: Job, layer: int, waiting: Iterable[_OpenLayer]) -> None:
+    """Keep the layers behind `layer` as its healing left them, unrounded, for a resume."""
+    tensors: dict[str, Tensor] = {}
+    notes: dict[str, str] = {}
+    for number, item in enumerate(waiting, layer + 1):
+        tensors |= job.stored(item.design.weights(), number)
+        notes[str(number)] = json.dumps([item.choice, item.error])
+    if tensors:
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, _waiting_file(job, layer), notes)
+    _waiting_file(job, layer - 2).unlink(missing_ok=True)  # the last but one: the journal may still name the last
+
+
+def _read_waiting(job: Job, layer: int) -> tuple[AttentionWeights, str, float] | None:
+    """What `_save_waiting` kept of `layer` before an interruption: its weights, choice and error."""
+    file = _waiting_file(job, len(job.writer.finished) - 1)
+    if not file.exists():
+        return None
+    with safe_open(file, "pt") as saved:
+        notes = saved.metadata() or {}
+        if str(layer) not in notes:
+            return None
+        weights = job.lift({name: saved.get_tensor(name) for name in job.names(layer).values()}, layer)
+    choice, error = json.loads(notes[str(layer)])
+    return weights, choice, error

@@ -1,0 +1,81 @@
+"""`kvfold demo`: the whole tool on the shipped model, from conversion to report."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kvfold.convert.pipeline import convert
+from kvfold.convert.plan import ConvertSettings
+from kvfold.errors import UserError
+from kvfold.evaluation import report as reports
+from kvfold.evaluation.evaluate import EvaluateSettings, evaluate
+from kvfold.recipes.demo.corpus import CALIBRATION, HELDOUT, standard_library
+
+MODEL = Path(__file__).parent / "model"
+CALIBRATION_TOKENS, EVALUATION_TOKENS, HEAL_STEPS = 65536, 32768, 100
+FOLDS: dict[str, dict[str, Any]] = {
+    "gqa-4-mean": {"to": "gqa", "kv_heads": 4, "method": "mean"},
+    "gqa-4": {"to": "gqa", "kv_heads": 4, "heal_steps": 0},
+    "gqa-4-healed": {"to": "gqa", "kv_heads": 4},
+    "gqa-2": {"to": "gqa", "kv_heads": 2, "heal_steps": 0},
+    "gqa-2-healed": {"to": "gqa", "kv_heads": 2},
+    "mqa": {"to": "mqa", "heal_steps": 0},
+    "mqa-healed": {"to": "mqa"},
+}
+
+
+def run_demo(directory: Path, report: Callable[[float, str], None] = lambda share, line: None) -> dict[str, Any]:
+    """Fold the demo model in every way of `FOLDS`, evaluate them together, and write the report into `directory`.
+
+    Calibration text are modules of the standard library that the model was trained on, evaluation text are modules it
+    has never seen. Conversions that are there already from an earlier run are kept.
+
+    Returns:
+        The result of `evaluate`.
+
+    Raises:
+        UserError: `directory` is a file.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory} is a file: name a folder for the demo")
+    directory.mkdir(parents=True, exist_ok=True)
+    calibration, heldout = write_texts(directory)
+    share = 0.85 / len(FOLDS)
+    for number, (name, choice) in enumerate(FOLDS.items()):
+        settings = ConvertSettings(**demo_settings(choice, calibration))
+
+        def progress(done: float, line: str, number: int = number, name: str = name) -> None:
+            report(share * (number + done), f"{name}: {line}")
+
+        shutil.rmtree(directory / name, ignore_errors=True)
+        convert(str(MODEL), directory / name, settings, report=progress)
+    result = evaluate(
+        [str(directory / name) for name in FOLDS],
+        str(MODEL),
+        EvaluateSettings(on=str(heldout), max_tokens=EVALUATION_TOKENS),
+        lambda done, line: report(0.85 + 0.15 * done, f"evaluating {line}"),
+    )
+    reports.write(result, directory)
+    return result
+
+
+def demo_settings(choice: dict[str, Any], calibration: Path) -> dict[str, Any]:
+    """A fold of the table, with the demo's smaller numbers where it names none."""
+    defaults = {
+        "calibrate": None if choice.get("method") == "mean" else str(calibration),
+        "calibration_tokens": CALIBRATION_TOKENS,
+        "heal_steps": HEAL_STEPS,
+        "heal_batch_tokens": 2048,
+    }
+    return {**defaults, **choice}
+
+
+def write_texts(directory: Path) -> tuple[Path, Path]:
+    """Write the calibration and the held-out text, one folder of .py files each, and return the folders."""
+    folders = directory / "calibration", directory / "heldout"
+    for folder, modules in zip(folders, (CALIBRATION, HELDOUT), strict=True):
+        folder.mkdir(exist_ok=True)
+        for number, text in enumerate(standard_library(modules)):
+            (folder / f"{number:04d}.py").write_text(text, encoding="utf-8")
+    return folders

@@ -1,0 +1,227 @@
+"""From checkpoint to checkpoint: every family loads in plain transformers and says what the surgery says."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kvfold.convert.checkpoint import CheckpointReader
+from kvfold.convert.families import FAMILIES, family_of
+from kvfold.convert.pipeline import convert
+from kvfold.convert.plan import ConvertSettings
+from kvfold.convert.stream import HiddenStates, SourceModel
+from kvfold.surgery.attention import GroupedAttention
+from tests.helpers import save_model, save_tokens
+
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"num_key_value_heads": 4}),
+    ("llama", {"attention_bias": True}),
+    ("llama", {"tie_word_embeddings": True}),
+    (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    ("mistral", {}),
+    ("qwen2", {}),
+]
+IDS = torch.randint(128, (2, 40), generator=torch.Generator().manual_seed(9))
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@torch.no_grad()
+def logits(folder: Path) -> torch.Tensor:
+    return load(folder)(IDS).logits
+
+
+def fold(source: Path, out: Path, **settings: Any) -> dict[str, Any]:
+    return convert(str(source), out, ConvertSettings(**{"to": "gqa", "heal_steps": 0, **settings})).record
+
+
+def test_every_family_is_listed_here() -> None:
+    assert {name for name, _ in VARIANTS} == set(FAMILIES)
+
+
+@pytest.mark.parametrize(("family", "changes"), VARIANTS)
+def test_lifted_attention_is_the_transformers_class(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "source", family, **changes)
+    reader = CheckpointReader(folder)
+    known = family_of(reader.config)
+    spec = known.spec(reader.config)
+    source = SourceModel(reader, known, torch.device("cpu"), 40)
+    hidden = torch.randn(2, 40, spec.hidden_size, generator=torch.Generator().manual_seed(3))
+    for layer in range(spec.layers):
+        block = source.block(layer)
+        names = known.names(layer, spec)
+        design = GroupedAttention(known.lift({role: reader.tensor(name) for role, name in names.items()}, spec))
+        with torch.no_grad():
+            wanted = block.layer.self_attn(hidden_states=hidden, position_embeddings=source.rope, attention_mask=None)[0]
+            got = design(hidden, (source.rope[0][0], source.rope[1][0]))
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "changes"), VARIANTS)
+def test_the_stream_runs_the_model(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """Hidden states layer by layer are those of the whole model."""
+    folder = save_model(tmp_path / "source", family, **changes)
+    reader = CheckpointReader(folder)
+    known = family_of(reader.config)
+    source = SourceModel(reader, known, torch.device("cpu"), IDS.shape[1])
+    states = source.embed(IDS, tmp_path / "states")
+    with torch.no_grad():
+        wanted = load(folder)(IDS, output_hidden_states=True).hidden_states
+    for layer in range(known.spec(reader.config).layers - 1):
+        torch.testing.assert_close(states.data, wanted[layer], atol=1e-5, rtol=1e-5)
+        source.block(layer).advance(states)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize(("family", "changes"), VARIANTS)
+def test_identity_conversion_is_exact(family: str, changes: dict[str, Any], calibrated: bool, tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", family, **changes)
+    tokens = save_tokens(tmp_path / "tokens.safetensors", 6, 32) if calibrated else None
+    heads = AutoConfig.from_pretrained(source).num_key_value_heads
+    fold(source, tmp_path / "out", kv_heads=heads, calibrate=tokens)
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(source), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("to", [{"to": "gqa", "kv_heads": 2}, {"to": "mqa"}])
+@pytest.mark.parametrize(("family", "changes"), VARIANTS)
+def test_folded_checkpoint_loads_decodes_and_keeps_what_it_must(
+    family: str, changes: dict[str, Any], to: dict[str, Any], tmp_path: Path
+) -> None:
+    source = save_model(tmp_path / "source", family, dtype=torch.bfloat16, **changes)
+    (source / "LICENSE").write_text("theirs")
+    (source / "README.md").write_text("the source's card")
+    tokens = save_tokens(tmp_path / "tokens.safetensors", 6, 32)
+    record = fold(source, tmp_path / "out", calibrate=tokens, heal_steps=3, heal_batch_tokens=64, **to)
+    kept = 1 if to["to"] == "mqa" else 2
+
+    before, after = CheckpointReader(source), CheckpointReader(tmp_path / "out")
+    narrowed = {"k_proj", "v_proj"}
+    for name, entry in after.entries.items():
+        assert entry.dtype == torch.bfloat16
+        if "self_attn" not in name:
+            assert torch.equal(after.tensor(name), before.tensor(name)), name
+        elif name.split(".")[-2] in narrowed:
+            assert entry.shape[0] == kept * 8
+    assert ("lm_head.weight" in after.entries) == (not changes.get("tie_word_embeddings", False))
+    changed = {k for k in after.config.keys() | before.config.keys() if after.config.get(k) != before.config.get(k)}
+    assert changed <= {"num_key_value_heads", "head_dim"}
+    assert (tmp_path / "out" / "LICENSE").read_text() == "theirs"
+    assert not (tmp_path / "out" / "README.md").exists()
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert model.config.num_key_value_heads == kept
+    with torch.no_grad():
+        whole = model(IDS).logits
+        first = model(IDS[:, :20], use_cache=True)
+        steps = [first.logits]
+        for t in range(20, 40):
+            steps.append(model(IDS[:, t : t + 1], past_key_values=first.past_key_values, use_cache=True).logits)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-4, rtol=1e-4)
+    assert first.past_key_values.layers[0].keys.shape[1] == kept
+    assert record["cache_numbers_per_token_per_layer"] == 2 * kept * 8
+    assert len(record["layers"]) == len(first.past_key_values.layers)
+    assert model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0).shape == (2, 44)
+
+
+def test_dtype_and_shards_are_what_was_asked_for(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", "llama")
+    fold(source, tmp_path / "out", kv_heads=2, dtype="bf16", max_shard_size="50KB")
+    reader = CheckpointReader(tmp_path / "out")
+    assert {e.dtype for e in reader.entries.values()} == {torch.bfloat16}
+    assert reader.config["dtype"] == "bfloat16"
+    assert len({e.file for e in reader.entries.values()}) > 3
+    wanted = {name: t.to(torch.bfloat16) for name, t in _untouched(source).items()}
+    assert all(torch.equal(reader.tensor(name), t) for name, t in wanted.items())
+
+
+def _untouched(folder: Path) -> dict[str, torch.Tensor]:
+    reader = CheckpointReader(folder)
+    return {n: reader.tensor(n) for n in reader.entries if "self_attn" not in n}
+
+
+def test_the_same_settings_give_the_same_bytes_and_the_record_repeats_them(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", "llama")
+    tokens = save_tokens(tmp_path / "tokens.safetensors", 8, 32)
+    fold(source, tmp_path / "one", kv_heads=2, calibrate=tokens, heal_steps=5, heal_batch_tokens=64)
+    recorded = json.loads((tmp_path / "one" / "kvfold.json").read_text())["settings"]
+    convert(str(source), tmp_path / "two", ConvertSettings(**recorded))
+    assert _weights(tmp_path / "one") == _weights(tmp_path / "two")
+
+
+def test_hidden_states_on_disk_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_model(tmp_path / "source", "llama")
+    settings = {"kv_heads": 2, "calibrate": save_tokens(tmp_path / "t.safetensors", 8, 32), "heal_steps": 4}
+    fold(source, tmp_path / "memory", **settings)
+    monkeypatch.setattr(HiddenStates, "needs_disk", staticmethod(lambda shape: True))
+    fold(source, tmp_path / "disk", **settings)
+    assert _weights(tmp_path / "memory") == _weights(tmp_path / "disk")
+    assert not list((tmp_path / "disk").glob("*.hidden"))
+
+
+def test_healing_brings_every_window_nearer_to_the_original(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", "llama", num_hidden_layers=3)
+    tokens = save_tokens(tmp_path / "t.safetensors", 32, 40)
+    record = fold(source, tmp_path / "out", to="mqa", calibrate=tokens, heal_steps=80, heal_batch_tokens=320)
+    for layer in record["layers"]:
+        assert layer["window_error"]["after"] < layer["window_error"]["before"]
+
+
+def test_the_source_can_write_its_own_calibration_text(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", "llama", bos_token_id=1)
+    record = fold(source, tmp_path / "out", kv_heads=2, calibrate="self:256", window=32)
+    assert record["calibration_tokens"] == 256
+    assert record["target"]["method"] == "pca"
+
+
+@pytest.mark.parametrize("healed", [0, 40])
+def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path, healed: int) -> None:
+    """SIGKILL once a layer is journalled, then --resume: the same files as a run that nobody interrupted."""
+    source = save_model(tmp_path / "source", "llama", num_hidden_layers=6)
+    tokens = save_tokens(tmp_path / "t.safetensors", 16, 64)
+    settings = {"kv_heads": 2, "calibrate": tokens, "heal_steps": healed, "heal_batch_tokens": 256}
+    fold(source, tmp_path / "whole", max_shard_size="100KB", device="cpu", **settings)
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in settings.items()] + ["--max-shard-size=100KB", "--device=cpu"]
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "kvfold", "convert", str(source), str(out), "--to=gqa", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    journal = tmp_path / "out.partial" / "journal.jsonl"
+    deadline = time.time() + 120
+    while not (journal.exists() and journal.read_text().count("unit") >= 1):
+        assert process.poll() is None and time.time() < deadline, "it ended before it could be killed"
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    finished = journal.read_text().count('"unit"')
+    assert finished >= 1
+    convert(str(source), out, ConvertSettings(to="gqa", device="cpu", max_shard_size="100KB", **settings), resume=True)
+    assert _weights(out) == _weights(tmp_path / "whole")
+    assert not (tmp_path / "out.partial").exists()
+    assert {p.name for p in out.iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+
+
+def _weights(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "kvfold.json"}

@@ -1,0 +1,439 @@
+"""What the plan says of real models, checked against their published configs and against transformers."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvfold.convert.families import AttentionSpec, Rope, family_of
+from kvfold.convert.plan import (
+    ConvertSettings,
+    cache_dtype,
+    count_parameters,
+    make_plan,
+    normal_dtype,
+    parse_budget,
+    parse_settings,
+    parse_size,
+    unknown,
+)
+from kvfold.errors import UserError
+from tests.helpers import FAMILIES, invoke, save_model, tiny_config
+
+# As published on the Hub, the keys that decide geometry and size.
+LLAMA_2_7B: dict[str, Any] = {  # meta-llama/Llama-2-7b-hf; key heads left out, as the first LLaMA configs do
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "vocab_size": 32000,
+}
+LLAMA_31_8B: dict[str, Any] = {  # meta-llama/Llama-3.1-8B
+    "model_type": "llama",
+    "attention_bias": False,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
+}
+TINYLLAMA: dict[str, Any] = {  # TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "max_position_embeddings": 2048,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 22,
+    "num_key_value_heads": 4,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "vocab_size": 32000,
+}
+SMOLLM: dict[str, Any] = {  # HuggingFaceTB/SmolLM-135M
+    "model_type": "llama",
+    "attention_bias": False,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 2048,
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+    "vocab_size": 49152,
+}
+MISTRAL: dict[str, Any] = {  # mistralai/Mistral-7B-v0.1
+    "model_type": "mistral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 32000,
+}
+QWEN: dict[str, Any] = {  # Qwen/Qwen2.5-0.5B
+    "model_type": "qwen2",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 24,
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+LLAMA3_PARAMETERS = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def plain(theta: float) -> Rope:
+    return Rope("default", theta, {})
+
+
+# hidden, layers, heads, key heads, head width, biases on q k v, on o, RoPE, window, positions, vocabulary
+SPECS = [
+    (LLAMA_2_7B, AttentionSpec(4096, 32, 32, 32, 128, False, False, plain(1e4), None, 4096, 32000)),
+    (
+        LLAMA_31_8B,
+        AttentionSpec(4096, 32, 32, 8, 128, False, False, Rope("llama3", 5e5, LLAMA3_PARAMETERS), None, 131072, 128256),
+    ),
+    (TINYLLAMA, AttentionSpec(2048, 22, 32, 4, 64, False, False, plain(1e4), None, 2048, 32000)),
+    (SMOLLM, AttentionSpec(576, 30, 9, 3, 64, False, False, plain(1e4), None, 2048, 49152)),
+    (MISTRAL, AttentionSpec(4096, 32, 32, 8, 128, False, False, plain(1e4), 4096, 32768, 32000)),
+    (QWEN, AttentionSpec(896, 24, 14, 2, 64, True, False, plain(1e6), None, 32768, 151936)),
+]
+NAMES = ["Llama-2-7B", "Llama-3.1-8B", "TinyLlama-1.1B", "SmolLM-135M", "Mistral-7B-v0.1", "Qwen2.5-0.5B"]
+
+
+@pytest.mark.parametrize(("config", "spec"), SPECS, ids=NAMES)
+def test_spec_of_published_configs(config: dict[str, Any], spec: AttentionSpec) -> None:
+    assert family_of(config).model_type == config["model_type"]
+    assert family_of(config).spec(config) == spec
+
+
+@pytest.mark.parametrize(
+    ("config", "numbers", "size", "parameters"),
+    [  # 2·G·D; 2·G·D·layers at 2 bytes; the parameter counts of the model cards, to the last one
+        (LLAMA_2_7B, 8192, 524_288, 6_738_415_616),
+        (LLAMA_31_8B, 2048, 131_072, 8_030_261_248),
+        (TINYLLAMA, 512, 22_528, 1_100_048_384),
+        (SMOLLM, 384, 23_040, 134_515_008),
+        (MISTRAL, 2048, 131_072, 7_241_732_096),
+        (QWEN, 256, 12_288, 494_032_768),
+    ],
+    ids=NAMES,
+)
+def test_cache_and_parameters_of_published_configs(config: dict[str, Any], numbers: int, size: int, parameters: int) -> None:
+    plan = make_plan(config, ConvertSettings(to="mqa", dtype="bf16"))
+    assert plan.refusals == []
+    assert plan.spec.cache_numbers == numbers
+    assert plan.cache_bytes(1, 1, "bfloat16") == (size, size // plan.spec.kv_heads)
+    assert plan.cache_bytes(1, 1, "float32") == (2 * size, 2 * size // plan.spec.kv_heads)
+    assert count_parameters(config) == parameters
+    folded = {**config, "num_key_value_heads": 1, "head_dim": plan.spec.head_dim}
+    assert parameters - plan.parameters_saved == count_parameters(folded)
+
+
+def test_sliding_windows_limit_what_calibration_may_reach() -> None:
+    assert family_of(MISTRAL).spec(MISTRAL).reach == 4096
+    later = {**MISTRAL, "sliding_window": None}  # Mistral-7B-v0.2 and later
+    assert family_of(later).spec(later).reach == 32768
+    without = {k: v for k, v in MISTRAL.items() if k != "sliding_window"}  # 4096 is the default of MistralConfig
+    assert family_of(without).spec(without).sliding_window == 4096
+    windowed = {**QWEN, "use_sliding_window": True, "sliding_window": 8192, "max_window_layers": 0}
+    assert family_of(windowed).spec(windowed).reach == 8192
+    assert family_of(QWEN).spec(QWEN).reach == 32768
+
+
+@pytest.mark.parametrize(
+    ("written", "rope"),
+    [
+        ({"rope_theta": 5e5}, plain(5e5)),
+        ({}, plain(1e4)),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, plain(5e5)),
+        ({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}}, Rope("linear", 1e4, {"factor": 2.0})),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}, Rope("yarn", 1e6, {"factor": 4.0})),
+    ],
+)
+def test_rope_as_transformers_4_and_5_write_it(written: dict[str, Any], rope: Rope) -> None:
+    config = {**{k: v for k, v in SMOLLM.items() if not k.startswith("rope")}, **written}
+    assert family_of(config).spec(config).rope == rope
+
+
+def test_biases_follow_the_config() -> None:
+    config = {**SMOLLM, "attention_bias": True}
+    spec = family_of(config).spec(config)
+    assert (spec.qkv_bias, spec.o_bias) == (True, True)
+    assert set(family_of(config).names(3, spec)) == {"q", "k", "v", "o", "q_bias", "k_bias", "v_bias", "o_bias"}
+    names = family_of(QWEN).names(3, family_of(QWEN).spec(QWEN))
+    assert set(names) == {"q", "k", "v", "o", "q_bias", "k_bias", "v_bias"}
+    assert names["k_bias"] == "model.layers.3.self_attn.k_proj.bias"
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_saved_are_those_of_the_smaller_model(family: str, biased: bool, kv_heads: int) -> None:
+    config = tiny_config(family, **({"attention_bias": True} if biased else {})).to_dict()
+    plan = make_plan(config, ConvertSettings(to="gqa", kv_heads=kv_heads))
+    assert plan.parameters_saved == count_parameters(config) - count_parameters({**config, "num_key_value_heads": kv_heads})
+    # 2 layers, W_K and W_V, (8 - G) heads of width 8, 64 inputs and perhaps a bias
+    bias = family == "qwen2" or (biased and family != "mistral")
+    assert plan.parameters_saved == 2 * 2 * (8 - kv_heads) * 8 * (64 + bias)
+
+
+def test_record_and_cache_table(tmp_path: Path) -> None:
+    """Llama-3.1-8B to 2 key heads at 25%: the numbers that the table and --json show."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_31_8B))
+    code, text = invoke("plan", tmp_path, "--to", "gqa", "--kv-budget", "25%", "--batch", 4, "--json", "-")
+    assert code == 0
+    record = json.loads(text)
+    assert record["cache_dtype"] == "bfloat16"
+    assert record["kv_budget"] == 0.25
+    assert record["cache_numbers_per_token_per_layer"] == {"source": 2048, "target": 512}
+    assert record["cache_bytes_per_token"] == {"source": 131_072, "target": 32_768}
+    gib = 2**30
+    assert record["cache_bytes"] == [
+        {"context": 4096, "batch": 4, "source": 2 * gib, "target": gib // 2},
+        {"context": 32768, "batch": 4, "source": 16 * gib, "target": 4 * gib},
+        {"context": 131072, "batch": 4, "source": 64 * gib, "target": 16 * gib},
+    ]
+    saved = 32 * 2 * 6 * 128 * 4096  # layers, W_K and W_V, heads, width, inputs
+    assert record["source"]["parameters"] == 8_030_261_248
+    assert record["target"]["parameters"] == 8_030_261_248 - saved
+    assert record["target"]["kv_heads"] == 2
+    assert record["target"]["layout"] == "LlamaForCausalLM"
+    assert (record["source"]["kv_heads"], record["source"]["head_dim"]) == (8, 128)
+    assert record["source"]["rope"] == {"type": "llama3", "theta": 5e5, "parameters": LLAMA3_PARAMETERS}
+    assert record["refusals"] == []
+
+
+def test_plan_prints_a_table_and_writes_json(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_31_8B))
+    code, text = invoke("plan", tmp_path, "--to", "mqa", "--json", tmp_path / "plan.json")
+    assert code == 0
+    assert json.loads((tmp_path / "plan.json").read_text())["target"]["kv_heads"] == 1
+    for name, *cells in (
+        ("key/value heads", "8", "1"),
+        ("parameters", "8,030,261,248", "7,795,380,224"),
+        ("cached bytes / token", "131,072", "16,384"),
+        ("cache at 131,072 × 1", "16.00 GiB", "2.00 GiB"),
+        ("KV budget", "100%", "12.5%"),
+    ):
+        line = next(line for line in text.splitlines() if name in line)
+        assert [cell in line for cell in cells] == [True, True]
+
+
+def test_plan_and_the_converted_checkpoint_agree(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", "qwen2")
+    (tmp_path / "source" / "model.safetensors").rename(tmp_path / "weights")
+    code, text = invoke("plan", source, "--to", "gqa", "--kv-heads", 2, "--json", "-")  # reads no weights
+    assert code == 0
+    (tmp_path / "weights").rename(tmp_path / "source" / "model.safetensors")
+    assert invoke("convert", source, tmp_path / "out", "--to", "gqa", "--kv-heads", 2)[0] == 0
+    folded = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert count_parameters(folded) == json.loads(text)["target"]["parameters"]
+    assert make_plan(folded, ConvertSettings(to="gqa", kv_heads=2)).kv_budget == 1.0
+
+
+def test_budgets_in_percent_and_as_a_share_are_the_same() -> None:
+    for config, share, kv_heads in ((LLAMA_2_7B, 25, 8), (LLAMA_31_8B, 50, 4), (LLAMA_31_8B, 12.5, 1), (QWEN, 100, 2)):
+        one, two = (make_plan(config, ConvertSettings(to="gqa", kv_budget=b)) for b in (f"{share}%", f"{share / 100}"))
+        assert one.refusals == two.refusals == []
+        assert one.kv_heads == two.kv_heads == kv_heads
+        assert one.kv_budget == share / 100
+    third = make_plan(SMOLLM, ConvertSettings(to="gqa", kv_budget="33.3%"))
+    assert "nearest is --kv-heads 1, a budget of 0.333" in third.refusals[0]
+
+
+def test_every_whole_percentage_that_divides_is_accepted() -> None:
+    """Rounding of the percentage must not refuse a budget that is exact on paper."""
+    for kv_heads in range(1, 129):
+        config = {**LLAMA_2_7B, "num_attention_heads": kv_heads, "head_dim": 64}
+        for percent in range(1, 101):
+            wanted, rest = divmod(kv_heads * percent, 100)
+            if wanted and rest == 0 and kv_heads % wanted == 0:
+                plan = make_plan(config, ConvertSettings(to="gqa", kv_budget=f"{percent}%"))
+                assert (plan.refusals, plan.kv_heads) == ([], wanted)
+
+
+def test_budget_of_the_settings_file_may_be_a_number() -> None:
+    assert make_plan(LLAMA_31_8B, parse_settings(ConvertSettings, {"to": "gqa", "kv_budget": 0.25})).kv_heads == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "refusal"),
+    [
+        (
+            {"to": "gqa", "kv_heads": 3},
+            r"heads 3 .* divide into 1, 2, 4, 8; the nearest is --kv-heads 2, a budget of 0.25",
+        ),
+        ({"to": "gqa", "kv_heads": 16}, r"the nearest is --kv-heads 8, a budget of 1"),
+        ({"to": "gqa", "kv_budget": "30%"}, r"--kv-budget 30% is not possible.*nearest is --kv-heads 2, a budget of 0.25"),
+        ({"to": "gqa"}, r"needs either --kv-heads or --kv-budget: its 8 key heads divide into 1, 2, 4, 8"),
+        ({"to": "gqa", "kv_heads": 2, "kv_budget": "25%"}, r"needs either --kv-heads or --kv-budget"),
+        ({"to": "gqa", "kv_budget": "0%"}, r"is no share of the source's cache: write 25% or 0.25"),
+        ({"to": "mqa", "kv_heads": 2}, r"mqa has one key head: .* use --to gqa"),
+        ({"to": "mqq"}, r"unknown target 'mqq'. Did you mean mqa\?"),
+        ({"to": "mqa", "method": "medium"}, r"unknown method 'medium'.*Available: mean, first, random, align, pca"),
+        ({"to": "mqa", "dtype": "bf61"}, r"unknown dtype 'bf61'. Did you mean bf16\?"),
+        ({"to": "mqa", "max_shard_size": "5 apples"}, r"5 apples is no size"),
+        ({"to": "mqa", "calibrate": "x.txt", "window": 200_000}, r"--window 200000 exceeds the 131072 .* give --window 131072"),
+    ],
+)
+def test_refusals_collect_and_raise(settings: dict[str, Any], refusal: str) -> None:
+    plan = make_plan(LLAMA_31_8B, ConvertSettings(**settings))
+    assert len(plan.refusals) == 1
+    with pytest.raises(UserError, match=refusal):
+        plan.refuse()
+
+
+def test_refused_plans_are_shown_and_all_refusals_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_31_8B))
+    code, text = invoke("plan", tmp_path, "--to", "gqa", "--kv-heads", 3, "--method", "pac", "--json", tmp_path / "plan.json")
+    assert code == 2
+    assert re.search(r"^kvfold: --kv-heads 3 .*; unknown method 'pac'. Did you mean pca\?", text)
+    assert len(json.loads((tmp_path / "plan.json").read_text())["refusals"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "method", "grouping"),
+    [
+        ({}, "align", "similar"),
+        ({"calibrate": "self"}, "pca", "similar"),
+        ({"method": "mean"}, "mean", "neighbours"),
+        ({"method": "mean", "grouping": "similar"}, "mean", "similar"),
+        ({"calibrate": "self", "method": "align", "grouping": "neighbours"}, "align", "neighbours"),
+    ],
+)
+def test_method_and_grouping_by_default(settings: dict[str, Any], method: str, grouping: str) -> None:
+    plan = make_plan(LLAMA_31_8B, ConvertSettings(to="mqa", **settings))
+    assert (plan.method, plan.grouping, plan.refusals) == (method, grouping, [])
+
+
+def test_the_cache_has_the_checkpoints_dtype_unless_told_otherwise() -> None:
+    settings = ConvertSettings(to="mqa")
+    assert cache_dtype(LLAMA_2_7B, settings) == "float16"
+    assert cache_dtype({**LLAMA_2_7B, "dtype": "bfloat16"}, settings) == "bfloat16"  # transformers 5 writes `dtype`
+    assert cache_dtype({"model_type": "llama"}, settings) == "float32"
+    assert cache_dtype(LLAMA_2_7B, ConvertSettings(to="mqa", dtype="bf16")) == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("5GB", 5 * 10**9),
+        ("500MiB", 500 * 2**20),
+        ("2GiB", 2**31),
+        ("1.5kb", 1500),
+        (" 64 KiB ", 65536),
+        ("1000000", 10**6),
+        ("12B", 12),
+        *((text, None) for text in ("", "GB", "-1GB", "0", "0.0MB", "5TB", "1e9", "5 G", "5GBs", "five", "None")),
+    ],
+)
+def test_parse_size(text: str, size: int | None) -> None:
+    if size is None:
+        with pytest.raises(UserError, match=re.escape(f"{text} is no size: write 5GB, 500MB or 2GiB")):
+            parse_size(text)
+    else:
+        assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (None, None),
+        ("bf16", "bfloat16"),
+        ("BF16", "bfloat16"),
+        ("bfloat16", "bfloat16"),
+        ("fp16", "float16"),
+        ("half", "float16"),
+        ("float16", "float16"),
+        ("fp32", "float32"),
+        ("f32", "float32"),
+        ("float32", "float32"),
+    ],
+)
+def test_normal_dtype(text: str | None, name: str | None) -> None:
+    assert normal_dtype(text) == name
+
+
+@pytest.mark.parametrize("text", ["", "int8", "float64", "fp8", "auto"])
+def test_no_dtype(text: str) -> None:
+    with pytest.raises(UserError, match=f"unknown dtype '{text}'.*Available: float32, bfloat16, float16"):
+        normal_dtype(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("25%", 0.25),
+        ("0.25", 0.25),
+        (" 12.5 % ", 0.125),
+        (".5", 0.5),
+        ("100%", 1.0),
+        ("1", 1.0),
+        *((text, None) for text in ("", "%", ".", "0", "0%", "-25%", "130%", "1.01", "abc", "1/4", "1.2.3", "nan")),
+    ],
+)
+def test_parse_budget(text: str, share: float | None) -> None:
+    if share is None:
+        with pytest.raises(UserError, match=re.escape(f"--kv-budget {text} is no share of the source's cache")):
+            parse_budget(text)
+    else:
+        assert parse_budget(text) == share
+
+
+def test_unknown_names_suggest_the_nearest() -> None:
+    assert unknown("method", "algin", ["mean", "align"]) == "unknown method 'algin'. Did you mean align? Available: mean, align"
+    assert unknown("method", "xyz", ["mean", "align"]) == "unknown method 'xyz'. Available: mean, align"
+
+
+def test_settings_name_every_mistake() -> None:
+    with pytest.raises(UserError) as caught:
+        parse_settings(ConvertSettings, {"to": "gqa", "heal_steps": -1, "windw": 4, "seed": "x"})
+    for words in ("heal_steps: input should be greater than", "'windw'. Did you mean window?", "seed: ", "got 'x'"):
+        assert words in str(caught.value)
+    assert parse_settings(ConvertSettings, {"to": "mqa"}).model_dump() == ConvertSettings(to="mqa").model_dump()
+
+
+def test_unknown_families_name_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"'qwen3' is not a family .*The nearest is qwen2. Known: llama, mistral, qwen2"):
+        family_of({"model_type": "qwen3"})

@@ -1,0 +1,279 @@
+"""The mathematics on tensors alone: every exact step is exact, every lossy one is as good as its objective says."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvfold.surgery import grouping
+from kvfold.surgery.attention import AttentionWeights, GroupedAttention
+from kvfold.surgery.healing import heal, relative_error
+from kvfold.surgery.lowrank import SecondMoment, power_and_inverse
+from kvfold.surgery.rope import Rope, from_complex, rotate, to_complex
+
+HEADS, KV_HEADS, WIDTH, HIDDEN, TOKENS = 8, 4, 8, 48, 24
+
+
+def random_weights(seed: int = 0, kv_heads: int = KV_HEADS, bias: bool = False) -> AttentionWeights:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64) * 0.3
+
+    return AttentionWeights(
+        q=draw(HEADS, WIDTH, HIDDEN),
+        k=draw(kv_heads, WIDTH, HIDDEN),
+        v=draw(kv_heads, WIDTH, HIDDEN),
+        o=draw(HEADS, HIDDEN, WIDTH),
+        q_bias=draw(HEADS, WIDTH) if bias else None,
+        k_bias=draw(kv_heads, WIDTH) if bias else None,
+        v_bias=draw(kv_heads, WIDTH) if bias else None,
+        o_bias=draw(HIDDEN) if bias else None,
+    )
+
+
+def rope_tables(tokens: int = TOKENS, width: int = WIDTH, theta: float = 10000.0) -> Rope:
+    frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angles = torch.arange(tokens, dtype=torch.float64)[:, None] * frequencies
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def inputs(seed: int = 1, rows: int = 4) -> Tensor:
+    """Correlated inputs with a mean, so that covariances matter."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(HIDDEN, HIDDEN, generator=generator, dtype=torch.float64) / HIDDEN**0.5
+    mix = mix * torch.linspace(0.1, 2.0, HIDDEN, dtype=torch.float64)
+    return torch.randn(rows, TOKENS, HIDDEN, generator=generator, dtype=torch.float64) @ mix + 0.2
+
+
+def moment_of(x: Tensor) -> Tensor:
+    moment = SecondMoment(x.shape[-1])
+    moment.add(x)
+    return moment.value()
+
+
+def outputs(weights: AttentionWeights, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return GroupedAttention(weights)(x, rope_tables(x.shape[1]))
+
+
+def reference(weights: AttentionWeights, x: Tensor) -> Tensor:
+    """Attention written out with complex numbers, position by position: what every exact step is compared with."""
+    q, k, v = weights.augmented()
+    x1 = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
+    frequencies = 10000.0 ** (-torch.arange(0, WIDTH, 2, dtype=torch.float64) / WIDTH)
+    turn = torch.polar(torch.ones(TOKENS, WIDTH // 2, dtype=torch.float64), torch.arange(TOKENS)[:, None] * frequencies)
+    out = torch.zeros_like(x)
+    for h in range(weights.heads):
+        g = h // (weights.heads // weights.kv_heads)
+        queries = torch.einsum("btn,fn->btf", x1.to(torch.complex128), to_complex(q[h])) * turn
+        keys = torch.einsum("btn,fn->btf", x1.to(torch.complex128), to_complex(k[g])) * turn
+        scores = torch.einsum("btf,bsf->bts", queries, keys.conj()).real / WIDTH**0.5
+        scores = scores.masked_fill(torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1), -torch.inf)
+        out += scores.softmax(-1) @ (x1 @ v[g].T) @ weights.o[h].T
+    return out if weights.o_bias is None else out + weights.o_bias
+
+
+def gauge(weights: AttentionWeights, seed: int = 5, scaled: bool = False) -> AttentionWeights:
+    """The same layer in another basis: a phase (and a scale) per key head and frequency, a rotation per value head."""
+    generator = torch.Generator().manual_seed(seed)
+    n, per = weights.kv_heads, weights.heads // weights.kv_heads
+    angle = torch.rand(n, WIDTH // 2, generator=generator, dtype=torch.float64) * 6.28
+    size = 0.5 + torch.rand(n, WIDTH // 2, generator=generator, dtype=torch.float64) if scaled else torch.ones(n, WIDTH // 2)
+    phase = torch.polar(size.double(), angle)
+    turn = torch.linalg.qr(torch.randn(n, WIDTH, WIDTH, generator=generator, dtype=torch.float64))[0]
+    if scaled:
+        turn = torch.randn(n, WIDTH, WIDTH, generator=generator, dtype=torch.float64) + 2 * torch.eye(WIDTH)
+    q, k, v = weights.augmented()
+    back = (1 / phase.conj()).repeat_interleave(per, 0)
+    return weights.with_augmented(
+        from_complex(to_complex(q) * back[..., None]),
+        from_complex(to_complex(k) * phase[..., None]),
+        turn @ v,
+        weights.o @ torch.linalg.inv(turn).repeat_interleave(per, 0),
+    )
+
+
+def shared_heads(groups: int, bias: bool, seed: int = 3) -> AttentionWeights:
+    """A layer of KV_HEADS key heads that hides only `groups` different ones, each member in the same basis."""
+    few = random_weights(seed, groups, bias)
+    size = KV_HEADS // groups
+
+    def spread(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.repeat_interleave(size, 0)
+
+    return AttentionWeights(
+        few.q, few.k.repeat_interleave(size, 0), few.v.repeat_interleave(size, 0), few.o,
+        few.q_bias, spread(few.k_bias), spread(few.v_bias), few.o_bias,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_grouped_attention_is_the_formula(bias: bool) -> None:
+    weights, x = random_weights(bias=bias), inputs()
+    torch.testing.assert_close(outputs(weights, x), reference(weights, x), atol=1e-12, rtol=0)
+
+
+def test_grouped_attention_gives_its_weights_back() -> None:
+    weights = random_weights(bias=True)
+    again = GroupedAttention(weights).weights()
+    for name in ("q", "k", "v", "o", "q_bias", "k_bias", "v_bias", "o_bias"):
+        torch.testing.assert_close(getattr(again, name), getattr(weights, name), atol=0, rtol=0)
+
+
+def test_rotation_is_a_complex_product() -> None:
+    x = torch.randn(TOKENS, WIDTH, dtype=torch.float64)
+    cos, sin = rope_tables()
+    turn = torch.complex(cos[:, : WIDTH // 2], sin[:, : WIDTH // 2])
+    turned = to_complex(x[..., None])[..., 0] * turn
+    torch.testing.assert_close(rotate(x, (cos, sin)), from_complex(turned[..., None])[..., 0], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gauges_are_exact(bias: bool, scaled: bool) -> None:
+    weights, x = random_weights(bias=bias), inputs()
+    moved = gauge(weights, scaled=scaled)
+    assert (moved.k - weights.k).abs().max() > 0.1
+    torch.testing.assert_close(outputs(moved, x), outputs(weights, x), atol=1e-10, rtol=0)
+
+
+def test_permuting_heads_is_exact() -> None:
+    weights, x = random_weights(bias=True), inputs()
+    moved = grouping.permute_heads(weights, [[2, 0], [3, 1]])
+    torch.testing.assert_close(moved.k[0], weights.k[2], atol=0, rtol=0)
+    torch.testing.assert_close(outputs(moved, x), outputs(weights, x), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("method", ["mean", "first", "align", "pca"])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_folding_to_as_many_heads_changes_nothing(method: str, bias: bool, calibrated: bool) -> None:
+    weights, x = random_weights(bias=bias), inputs()
+    moment = moment_of(x) if calibrated else None
+    for _, folded in grouping.candidates(method, weights, KV_HEADS, moment, torch.Generator()):
+        torch.testing.assert_close(outputs(folded, x), outputs(weights, x), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("method", ["align", "pca"])
+def test_heads_that_differ_by_a_gauge_fold_exactly(method: str, groups: int, bias: bool) -> None:
+    x = inputs()
+    # align knows phases and rotations; pca, any complex-linear map per frequency and any invertible one of the values
+    weights = gauge(shared_heads(groups, bias), scaled=method == "pca")
+    for _, folded in grouping.candidates(method, weights, groups, moment_of(x), torch.Generator()):
+        assert folded.k.shape == (groups, WIDTH, HIDDEN)
+        torch.testing.assert_close(outputs(folded, x), outputs(weights, x), atol=1e-6, rtol=0)
+    # the mean of raw heads is far off on the same layer
+    mean = grouping.mean(weights, groups, None, torch.Generator())
+    assert relative_error(outputs(mean, x), outputs(weights, x)) > 0.1
+
+
+def test_mean_and_first_are_what_the_paper_says() -> None:
+    weights = random_weights()
+    mean = grouping.mean(weights, 2, None, torch.Generator())
+    torch.testing.assert_close(mean.k[1], (weights.k[2] + weights.k[3]) / 2, atol=1e-15, rtol=0)
+    torch.testing.assert_close(mean.v[0], (weights.v[0] + weights.v[1]) / 2, atol=1e-15, rtol=0)
+    assert mean.q is not None and torch.equal(mean.q, weights.q) and torch.equal(mean.o, weights.o)
+    first = grouping.first(weights, 2, None, torch.Generator())
+    assert torch.equal(first.k, weights.k[[0, 2]]) and torch.equal(first.v, weights.v[[0, 2]])
+
+
+def test_random_heads_have_the_scale_of_the_source_and_follow_the_seed() -> None:
+    weights = random_weights()
+    one, two, other = (grouping.random(weights, 2, None, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(one.k, two.k) and not torch.equal(one.k, other.k)
+    assert one.k.std() / weights.k.std() == pytest.approx(1, abs=0.1)
+
+
+def test_align_restores_the_norm() -> None:
+    weights = random_weights()
+    folded = grouping.align(weights, 1, None, torch.Generator())
+    for merged, members in ((folded.k, weights.k), (folded.v, weights.v)):
+        assert merged.norm() == pytest.approx(float(members.norm(dim=(1, 2)).mean()), rel=1e-9)
+
+
+def test_pca_keys_are_the_best_rank_one() -> None:
+    """With equal query energies the residual is what the SVD of the stacked complex keys leaves, frequency by frequency."""
+    weights, x = random_weights(), inputs()
+    moment = moment_of(x)
+    ((_, folded),) = grouping.pca_candidates(weights, 1, moment, [(0.0, 0.0)])
+    flat = torch.cat([x, torch.ones_like(x[..., :1])], -1).flatten(0, 1).to(torch.complex128)
+    _, k, _ = weights.augmented()
+    _, shared, _ = folded.augmented()
+    keys = torch.einsum("nc,gfc->fgn", flat, to_complex(k))
+    merged = torch.einsum("nc,fc->fn", flat, to_complex(shared[0]))
+    best = torch.linalg.svdvals(keys)[:, 1:].square().sum(-1)
+    onto = torch.einsum("fgn,fn->fg", keys, merged.conj()) / merged.abs().square().sum(-1, keepdim=True)
+    left = (keys - onto[..., None] * merged[:, None]).abs().square().sum((1, 2))
+    torch.testing.assert_close(left, best, rtol=1e-8, atol=1e-8)
+
+
+def test_pca_values_are_the_best_subspace() -> None:
+    """With one head per value head and power 1 the lost output energy is the tail of the stacked outputs' spectrum."""
+    weights, x = random_weights(kv_heads=HEADS), inputs()
+    moment = moment_of(x)
+    ((_, folded),) = grouping.pca_candidates(weights, 1, moment, [(0.0, 1.0)])
+    flat = x.flatten(0, 1)
+    roots, _ = power_and_inverse(weights.o.mT @ weights.o, 0.5)
+    stacked = torch.cat([flat @ (r @ v).T for r, v in zip(roots, weights.v, strict=True)], dim=-1)
+    best = torch.linalg.svdvals(stacked)[WIDTH:].square().sum()
+    lost = sum((flat @ (weights.o[h] @ weights.v[h] - folded.o[h] @ folded.v[0]).T).square().sum() for h in range(HEADS))
+    assert float(lost) == pytest.approx(float(best), rel=1e-6)
+
+
+def test_similar_heads_find_each_other() -> None:
+    """Twin heads, hidden by gauges and shuffled apart, end in one group."""
+    x = inputs()
+    twins = gauge(shared_heads(2, bias=False))
+    apart = grouping.permute_heads(twins, [[0, 2, 1, 3]])
+    groups = grouping.similar(apart, 2, moment_of(x))
+    assert sorted(groups) == [[0, 2], [1, 3]]
+    folded = grouping.pca(grouping.permute_heads(apart, groups), 2, moment_of(x), torch.Generator())
+    torch.testing.assert_close(outputs(folded, x), outputs(apart, x), atol=1e-6, rtol=0)
+
+
+def test_neighbours_refuse_what_does_not_divide() -> None:
+    assert grouping.neighbours(4, 2) == [[0, 1], [2, 3]]
+    with pytest.raises(ValueError, match="4 key heads do not divide into 3"):
+        grouping.neighbours(4, 3)
+
+
+def test_second_moment_is_the_mean_outer_product() -> None:
+    x = inputs()
+    whole, parts = SecondMoment(HIDDEN), SecondMoment(HIDDEN)
+    whole.add(x)
+    for row in x:
+        parts.add(row)
+    flat = x.flatten(0, 1)
+    torch.testing.assert_close(whole.value()[:-1, :-1], flat.T @ flat / len(flat))
+    torch.testing.assert_close(whole.value()[-1, :-1], flat.mean(0))
+    torch.testing.assert_close(parts.value(), whole.value())
+    with pytest.raises(ValueError, match="no calibration tokens"):
+        SecondMoment(3).value()
+
+
+def test_healing_brings_a_broken_layer_back() -> None:
+    """From noise on the weights towards the original: the error falls by far more than ten times."""
+    weights, x = random_weights(), inputs(rows=16)
+    target = outputs(weights, x)
+    noisy = AttentionWeights(
+        *(t + 0.1 * torch.randn(t.shape, dtype=t.dtype) for t in (weights.q, weights.k, weights.v, weights.o))
+    )
+    design, rope = GroupedAttention(noisy), rope_tables()
+    losses = heal([lambda h: design(h, rope)], design.parameters(), ((x, target) for _ in range(200)), steps=200)
+    assert len(losses) == 200 and losses[-1] < losses[0] / 30
+
+
+def test_healing_stops_at_a_loss_that_is_not_finite() -> None:
+    design, rope = GroupedAttention(random_weights()), rope_tables()
+    x = inputs() * torch.nan
+    with pytest.raises(FloatingPointError, match="step 1 of 3"):
+        heal([lambda h: design(h, rope)], design.parameters(), ((x, x) for _ in range(3)), steps=3)
+
+
+def test_relative_error_counts_every_token_alike() -> None:
+    target = torch.tensor([[1.0, 0.0], [1000.0, 0.0]])
+    output = torch.tensor([[1.5, 0.0], [1500.0, 0.0]])
+    assert float(relative_error(output, target)) == pytest.approx(0.25)
