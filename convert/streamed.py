@@ -82,10 +82,11 @@ def fold_on_stream(job: Job, device: torch.device, windows: Windows, report: Rep
             record["seconds"] = round(time.time() - started, 2)
             _save_waiting(job, layer, list(waiting)[1:])
             job.writer.finish(job.unit(layer), record)
-        # The folded stream runs through what was written, rounding included, so that the next layer repairs that too.
-        current.set_weights(job.read_written(layer))
-        current.block.advance(folded)
-        check_finite(folded.data, f"folded layer {layer}")
+        if settings.heal_steps and layer < layers - 1:
+            # The folded stream runs through what was written, rounding included: the next layer repairs that too.
+            current.set_weights(job.read_written(layer))
+            current.block.advance(folded)
+            check_finite(folded.data, f"folded layer {layer}")
         waiting.popleft()
     for file in files:
         file.unlink(missing_ok=True)

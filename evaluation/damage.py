@@ -47,35 +47,37 @@ class TokenScores:
 
 
 @torch.no_grad()
-def score(
-    source: PreTrainedModel,
-    model: PreTrainedModel,
-    windows: Tensor,
-    batch: int,
-    report: Callable[[float], None] = lambda share: None,
-) -> TokenScores:
-    """Score `model` against `source` on token windows (rows, T); every token but each row's first is predicted.
-
-    With `model` the source itself this gives the source's own scores. Logits are formed `HEAD_TOKENS` at a time.
-    """
-    device = source.device
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+def final_states(
+    model: PreTrainedModel, windows: Tensor, batch: int, report: Callable[[float], None] = lambda share: None
+) -> Tensor:
+    """What the output embedding reads: token windows (rows, T) → (rows, T - 1, d) on the CPU, the last position left out."""
+    parts = []
     for done, ids in enumerate(windows.split(batch)):
         report(done * batch / len(windows))
-        ids = ids.to(device)
-        hidden = [m.base_model(ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1) for m in (source, model)]
-        targets = ids[:, 1:].flatten()
-        pieces = []
-        for reference, folded, target in zip(*(x.split(HEAD_TOKENS) for x in (*hidden, targets)), strict=True):
-            pieces.append(_compare(_log_probs(source, reference), _log_probs(model, folded), target))
-        parts.append(tuple(torch.cat(column).view(len(ids), -1).cpu() for column in zip(*pieces, strict=True)))  # type: ignore[arg-type]
-    nll, kl, agrees = (torch.cat(column) for column in zip(*parts, strict=True))
+        parts.append(model.base_model(ids.to(model.device), use_cache=False).last_hidden_state[:, :-1].cpu())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def score(source: PreTrainedModel, reference: Tensor, model: PreTrainedModel, folded: Tensor, windows: Tensor) -> TokenScores:
+    """Score `model` against `source` on token windows (rows, T); every token but each row's first is predicted.
+
+    `reference` and `folded` are the `final_states` of both. With `model` the source itself this gives the source's own
+    scores. Logits are formed `HEAD_TOKENS` at a time.
+    """
+    columns = [states.flatten(0, 1).split(HEAD_TOKENS) for states in (reference, folded)]
+    targets = windows[:, 1:].flatten().split(HEAD_TOKENS)
+    pieces = []
+    for ours, theirs, target in zip(*columns, targets, strict=True):
+        log_probs = _log_probs(source, ours), _log_probs(model, theirs)
+        pieces.append(_compare(*log_probs, target.to(model.device)))
+    nll, kl, agrees = (torch.cat(column).view(len(windows), -1).cpu() for column in zip(*pieces, strict=True))
     return TokenScores(nll, kl, agrees)
 
 
 def _log_probs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """(n, d) → (n, V) in float32."""
-    return F.log_softmax(model.get_output_embeddings()(hidden).float(), dim=-1)
+    return F.log_softmax(model.get_output_embeddings()(hidden.to(model.device)).float(), dim=-1)
 
 
 def _compare(reference: Tensor, folded: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from kvfold.convert.pipeline import RECORD, pick_device
 from kvfold.convert.plan import normal_dtype
 from kvfold.convert.source import fetch_checkpoint
 from kvfold.errors import ConversionError, UserError
-from kvfold.evaluation.damage import TokenScores, score
+from kvfold.evaluation.damage import TokenScores, final_states, score
 from kvfold.evaluation.layers import attention_errors, measure_cache
 
 LAYER_ROWS = 8
@@ -77,7 +77,8 @@ def evaluate(
         return lambda share: report((number + share) / steps, line)
 
     source = _load(source_folder, device, settings.dtype)
-    scores = score(source, source, windows.ids, settings.batch, part(0, "source"))
+    reference = final_states(source, windows.ids, settings.batch, part(0, "source"))
+    scores = score(source, reference, source, reference, windows.ids)
     result: dict[str, Any] = {
         "version": kvfold.__version__,
         "settings": settings.model_dump(),
@@ -88,7 +89,8 @@ def evaluate(
     }
     for number, folder in enumerate(folders, 1):
         model = _load(folder, device, settings.dtype)
-        own = score(source, model, windows.ids, settings.batch, part(number, folder.name))
+        folded = final_states(model, windows.ids, settings.batch, part(number, folder.name))
+        own = score(source, reference, model, folded, windows.ids)
         errors = attention_errors(source, model, windows.ids[:LAYER_ROWS])
         result["models"].append(
             {

@@ -30,21 +30,26 @@ def load(folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
+def scored(source: torch.nn.Module, model: torch.nn.Module, batch: int) -> damage.TokenScores:
+    states = [damage.final_states(m, IDS, batch) for m in (source, model)]
+    return damage.score(source, states[0], model, states[1], IDS)
+
+
 def test_nll_is_the_loss_of_transformers(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     source, model = map(load, pair)
     with torch.no_grad():
         wanted = model(IDS, labels=IDS).loss.item()
-    whole = damage.score(source, model, IDS, batch=2)
+    whole = scored(source, model, 2)
     assert whole.mean_nll == pytest.approx(wanted, abs=1e-6)
     assert whole.nll.shape == (5, 47)
     monkeypatch.setattr(damage, "HEAD_TOKENS", 7)
-    chunked = damage.score(source, model, IDS, batch=5)
+    chunked = scored(source, model, 5)
     torch.testing.assert_close(chunked.nll, whole.nll, atol=1e-5, rtol=0)
 
 
 def test_kl_and_agreement_are_those_of_the_distributions(pair: tuple[Path, Path]) -> None:
     source, model = map(load, pair)
-    scores = damage.score(source, model, IDS, batch=5)
+    scores = scored(source, model, 5)
     with torch.no_grad():
         p, q = (m(IDS).logits[:, :-1].double().log_softmax(-1) for m in (source, model))
     kl = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
@@ -54,7 +59,7 @@ def test_kl_and_agreement_are_those_of_the_distributions(pair: tuple[Path, Path]
 
 def test_a_model_against_itself_is_unharmed(pair: tuple[Path, Path]) -> None:
     source = load(pair[0])
-    scores = damage.score(source, source, IDS, batch=5)
+    scores = scored(source, source, 5)
     assert scores.mean_kl < 1e-7
     assert scores.top1_agreement == 1.0
     assert attention_errors(source, source, IDS) == pytest.approx([0.0] * len(source.model.layers), abs=1e-12)

@@ -1,5 +1,6 @@
 """`kvfold demo`: the whole tool on the shipped model, from conversion to report."""
 
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,9 @@ from kvfold.evaluation.evaluate import EvaluateSettings, evaluate
 from kvfold.recipes.demo.corpus import CALIBRATION, HELDOUT, standard_library
 
 MODEL = Path(__file__).parent / "model"
-CALIBRATION_TOKENS, EVALUATION_TOKENS, HEAL_STEPS = 65536, 32768, 100
+CALIBRATION_TOKENS, EVALUATION_TOKENS, HEAL_STEPS = 32768, 32768, 80
+PIECE = 4096
+"""Characters in a piece of text."""
 FOLDS: dict[str, dict[str, Any]] = {
     "gqa-4-mean": {"to": "gqa", "kv_heads": 4, "method": "mean"},
     "gqa-4": {"to": "gqa", "kv_heads": 4, "heal_steps": 0},
@@ -29,7 +32,7 @@ def run_demo(directory: Path, report: Callable[[float, str], None] = lambda shar
     """Fold the demo model in every way of `FOLDS`, evaluate them together, and write the report into `directory`.
 
     Calibration text are modules of the standard library that the model was trained on, evaluation text are modules it
-    has never seen. Conversions that are there already from an earlier run are kept.
+    has never seen. The model is copied to `directory/source`. What an earlier run left there is replaced.
 
     Returns:
         The result of `evaluate`.
@@ -40,6 +43,7 @@ def run_demo(directory: Path, report: Callable[[float, str], None] = lambda shar
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is a file: name a folder for the demo")
     directory.mkdir(parents=True, exist_ok=True)
+    source = shutil.copytree(MODEL, directory / "source", dirs_exist_ok=True)
     calibration, heldout = write_texts(directory)
     share = 0.85 / len(FOLDS)
     for number, (name, choice) in enumerate(FOLDS.items()):
@@ -49,10 +53,10 @@ def run_demo(directory: Path, report: Callable[[float, str], None] = lambda shar
             report(share * (number + done), f"{name}: {line}")
 
         shutil.rmtree(directory / name, ignore_errors=True)
-        convert(str(MODEL), directory / name, settings, report=progress)
+        convert(str(source), directory / name, settings, report=progress)
     result = evaluate(
         [str(directory / name) for name in FOLDS],
-        str(MODEL),
+        str(source),
         EvaluateSettings(on=str(heldout), max_tokens=EVALUATION_TOKENS),
         lambda done, line: report(0.85 + 0.15 * done, f"evaluating {line}"),
     )
@@ -72,10 +76,15 @@ def demo_settings(choice: dict[str, Any], calibration: Path) -> dict[str, Any]:
 
 
 def write_texts(directory: Path) -> tuple[Path, Path]:
-    """Write the calibration and the held-out text, one folder of .py files each, and return the folders."""
+    """Write the calibration and the held-out text, one folder of .py files each, and return the folders.
+
+    Modules are cut into pieces and shuffled, so that the first tokens already come from all of them.
+    """
     folders = directory / "calibration", directory / "heldout"
     for folder, modules in zip(folders, (CALIBRATION, HELDOUT), strict=True):
         folder.mkdir(exist_ok=True)
-        for number, text in enumerate(standard_library(modules)):
+        pieces = [text[i : i + PIECE] for text in standard_library(modules) for i in range(0, len(text), PIECE)]
+        random.Random(0).shuffle(pieces)
+        for number, text in enumerate(pieces):
             (folder / f"{number:04d}.py").write_text(text, encoding="utf-8")
     return folders

@@ -244,9 +244,8 @@ def _print_report(result: dict[str, Any]) -> None:
 
     from kvfold.evaluation import report as reports
 
-    console = Console()
     # into a pipe or a file the table must not be squeezed into 80 columns
-    console.print(reports.table(result), width=None if console.is_terminal else 110)
+    Console(width=None if sys.stdout.isatty() else 110).print(reports.table(result))
 
 
 def _print_plan(record: dict[str, Any]) -> None:
