@@ -21,6 +21,7 @@ from kvfold.convert.job import Job, Report
 from kvfold.convert.layouts import source as source_layout
 from kvfold.convert.plan import ConvertSettings, make_plan, normal_dtype, parse_size
 from kvfold.convert.source import fetch_checkpoint, fetch_config, refuse_mismatch
+from kvfold.convert.streamed import fold_on_stream
 from kvfold.errors import ConversionError, UserError
 
 POOLING = ("mean", "first", "random")
@@ -76,8 +77,6 @@ def convert(
             if windows is None:
                 fold_alone(job, device, report)
             else:
-                from kvfold.convert.streamed import fold_on_stream  # brings transformers, which data-free folds do without
-
                 fold_on_stream(job, device, windows, report)
             _copy_rest(job, specs, report)
             record = {

@@ -53,13 +53,16 @@ class _OpenLayer:
 def fold_on_stream(job: Job, device: torch.device, windows: Windows, report: Report) -> None:
     """Fold and heal every layer on the calibration tokens. Raises ConversionError when something is not finite."""
     plan, settings, layers = job.plan, job.plan.settings, job.layers
+    if all(job.finished(layer) for layer in range(layers)):
+        return
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     source = SourceModel(job.reader, plan.family, device, windows.ids.shape[1])
     report(0.0, "embedding")
     on_disk = HiddenStates.needs_disk((*windows.ids.shape, plan.spec.hidden_size))
     files = [job.writer.partial / f"{name}.hidden" for name in ("original", "folded")]
-    original, folded = (source.embed(windows.ids, file if on_disk else None) for file in files)
+    streams = [source.embed(windows.ids, file if on_disk else None) for file in files[: 2 if settings.heal_steps else 1]]
+    original, folded = streams[0], streams[-1]  # without healing nothing reads the folded stream
     ahead = settings.heal_window if settings.heal_steps else 1
     waiting: deque[_OpenLayer] = deque()
     for layer in range(layers):
