@@ -308,13 +308,15 @@ class CheckpointWriter:
             raise ConversionError(f"{name} does not fit {spec.dtype}: it would hold NaN or infinity; choose a wider --dtype")
         self._put(path, offset, [cast.flatten().view(torch.uint8).numpy().data])
 
-    def copy(self, name: str, reader: CheckpointReader) -> None:
-        """Copy a tensor of the source: byte for byte when the dtype stays, cast otherwise."""
+    def copy(self, name: str, reader: CheckpointReader, source: str | None = None, factor: float = 1.0) -> None:
+        """Copy the tensor `source` (or `name`) of the source: byte for byte when its dtype and scale stay, cast otherwise."""
         path, offset, spec = self._place[name]
-        if reader.entry(name).dtype == spec.dtype:
-            self._put(path, offset, reader.chunks(name))
+        source = source or name
+        if reader.entry(source).dtype == spec.dtype and factor == 1.0:
+            self._put(path, offset, reader.chunks(source))
         else:
-            self.write(name, reader.tensor(name))
+            tensor = reader.tensor(source)
+            self.write(name, tensor if factor == 1.0 else tensor.float() * factor)
 
     def read(self, name: str) -> Tensor:
         """Read back a tensor that has been written."""

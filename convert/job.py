@@ -1,16 +1,17 @@
 """One conversion's plan, reader and writer, and what is done with them to one layer."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kvfold.convert.checkpoint import CheckpointReader, CheckpointWriter
-from kvfold.convert.layouts import source as source_layout
+from kvfold.convert.layouts import Layout, layout_of
 from kvfold.convert.plan import ConversionPlan
-from kvfold.surgery import grouping
-from kvfold.surgery.attention import AttentionWeights
+from kvfold.surgery import grouping, latent
+from kvfold.surgery.attention import AttentionWeights, FoldedWeights
+from kvfold.surgery.rope import Rope
 
 Report = Callable[[float, str], None]
 """Called with the share of the work that is done and a line on what is going on."""
@@ -28,9 +29,9 @@ class Job:
     def layers(self) -> int:
         return self.plan.spec.layers
 
-    def names(self, layer: int) -> dict[str, str]:
-        """Role → tensor name of the layer's attention."""
-        return self.plan.family.names(layer, self.plan.spec)
+    @property
+    def layout(self) -> Layout:
+        return layout_of(self.plan)
 
     def read(self, layer: int, unread: tuple[str, ...] = ()) -> AttentionWeights:
         """The source's attention, in the checkpoint's dtype.
@@ -41,44 +42,59 @@ class Job:
             UserError: a tensor is missing, of the wrong shape, or holds NaN or infinity.
         """
         tensors = {}
-        for role, name in self.names(layer).items():
+        for role, name in self.plan.family.names(layer, self.plan.spec).items():
             entry = self.reader.entry(name)
             meta = role in unread
             tensors[role] = torch.empty(entry.shape, device="meta") if meta else self.reader.tensor(name)
         return self.plan.family.lift(tensors, self.plan.spec)
 
-    def candidates(
-        self, weights: AttentionWeights, layer: int, moment: Tensor | None
-    ) -> Iterator[tuple[str, AttentionWeights]]:
-        """What the method offers for this layer, each with a label."""
+    def alone(self, weights: AttentionWeights, layer: int) -> tuple[str, AttentionWeights]:
+        """Fold a layer from its weights: a label and the result."""
+        ordered, generator = self._grouped(weights, layer, None)
+        return next(grouping.candidates(self.plan.method, ordered, self.plan.kv_heads, None, generator))
+
+    def best(
+        self,
+        weights: AttentionWeights,
+        layer: int,
+        moment: Tensor,
+        sample: Tensor,
+        rope: Rope,
+        measure: Callable[[FoldedWeights], float],
+    ) -> tuple[float, str, FoldedWeights]:
+        """What the method offers for this layer that `measure` finds least wrong: its error, a label, and the weights.
+
+        `sample` (B, T, d) are inputs of the attention, `rope` their rotary tables.
+        """
         plan = self.plan
-        generator = torch.Generator().manual_seed(plan.settings.seed * 100_003 + layer)
+        if plan.settings.to == "mla":
+            phase = latent.coherence(latent.attention_lags(weights, sample, rope), rope)
+            error, choice, folded = latent.search(weights, plan.kv_rank, plan.rope_dim, moment, phase, measure)
+            return error, str(choice), folded
+        ordered, generator = self._grouped(weights, layer, moment)
+        offered = grouping.candidates(plan.method, ordered, plan.kv_heads, moment, generator)
+        return min(((measure(folded), label, folded) for label, folded in offered), key=lambda entry: entry[0])
+
+    def _grouped(
+        self, weights: AttentionWeights, layer: int, moment: Tensor | None
+    ) -> tuple[AttentionWeights, torch.Generator]:
+        plan = self.plan
         if plan.grouping == "similar":
             groups = grouping.similar(weights, plan.kv_heads, moment)
         else:
             groups = grouping.neighbours(plan.spec.kv_heads, plan.kv_heads)
-        ordered = grouping.permute_heads(weights, groups)
-        yield from grouping.candidates(plan.method, ordered, plan.kv_heads, moment, generator)
+        return grouping.permute_heads(weights, groups), torch.Generator().manual_seed(plan.settings.seed * 100_003 + layer)
 
-    def stored(self, weights: AttentionWeights, layer: int) -> dict[str, Tensor]:
-        """A folded layer as the checkpoint holds it, by tensor name."""
-        return source_layout.tensors(weights, self.names(layer))
-
-    def lift(self, tensors: dict[str, Tensor], layer: int) -> AttentionWeights:
-        """The inverse of `stored`."""
-        spec = replace(self.plan.spec, kv_heads=self.plan.kv_heads)
-        return self.plan.family.lift({role: tensors[name] for role, name in self.names(layer).items()}, spec)
-
-    def write(self, weights: AttentionWeights, layer: int) -> None:
-        for name, tensor in self.stored(weights, layer).items():
+    def write(self, weights: FoldedWeights, layer: int) -> None:
+        for name, tensor in self.layout.tensors(weights, layer, self.plan).items():
             if tensor.is_meta:
                 self.writer.copy(name, self.reader)
             else:
                 self.writer.write(name, tensor)
 
-    def read_written(self, layer: int) -> AttentionWeights:
+    def read_written(self, layer: int) -> FoldedWeights:
         """The folded attention as it was written, rounding included."""
-        return self.lift({name: self.writer.read(name) for name in self.names(layer).values()}, layer)
+        return self.layout.lift({n: self.writer.read(n) for n in self.layout.names(layer, self.plan)}, self.plan)
 
     def finished(self, layer: int) -> bool:
         return self.unit(layer) in self.writer.finished

@@ -18,7 +18,7 @@ import kvfold
 from kvfold.convert.checkpoint import CheckpointReader, CheckpointWriter, TensorSpec, refuse_existing
 from kvfold.convert.data import calibration_windows
 from kvfold.convert.job import Job, Report
-from kvfold.convert.layouts import source as source_layout
+from kvfold.convert.layouts import layout_of
 from kvfold.convert.plan import ConvertSettings, make_plan, normal_dtype, parse_size
 from kvfold.convert.source import fetch_checkpoint, fetch_config, refuse_mismatch
 from kvfold.convert.streamed import fold_on_stream
@@ -56,7 +56,7 @@ def convert(
     if Path(source).exists() and out.resolve() == Path(source).resolve():
         raise UserError(f"{out} is the source itself: choose another name")
     plan = make_plan(fetch_config(source, settings.revision), settings)
-    plan.refuse()
+    plan.refuse(converting=True)
     device = pick_device(settings.device)
     folder = fetch_checkpoint(source, settings.revision)
     reader = CheckpointReader(folder)
@@ -64,7 +64,8 @@ def convert(
     windows = calibration_windows(plan, folder, device, lambda line: report(0.0, line))
 
     dtype = getattr(torch, name) if (name := normal_dtype(settings.dtype)) else None
-    specs = source_layout.tensor_specs(reader, plan.family, plan.spec, plan.kv_heads, dtype)
+    layout = layout_of(plan)
+    specs = layout.tensor_specs(reader, plan, dtype)
     fingerprint = {
         "kvfold": kvfold.__version__,
         "source": str(source),
@@ -84,7 +85,7 @@ def convert(
                 "source": str(source),
                 "revision": settings.revision,
                 "settings": settings.model_dump(),
-                "target": {"to": settings.to, "kv_heads": plan.kv_heads, "method": plan.method, "grouping": plan.grouping},
+                "target": plan.target(),
                 "kv_budget": plan.kv_budget,
                 "cache_numbers_per_token_per_layer": plan.cache_numbers,
                 "calibration_tokens": 0 if windows is None else windows.ids.numel(),
@@ -94,7 +95,7 @@ def convert(
             }
             if device.type == "cuda":
                 record["peak_cuda_memory_bytes"] = torch.cuda.max_memory_allocated(device)
-            config = source_layout.config(reader.config, plan.spec, plan.kv_heads, dtype)
+            config = layout.config(reader.config, plan, dtype)
             files = {"config.json": json.dumps(config, indent=2) + "\n", RECORD: json.dumps(record, indent=2) + "\n"}
             writer.commit(files, _side_files(folder))
         except OSError as error:
@@ -128,20 +129,21 @@ def fold_alone(job: Job, device: torch.device, report: Report) -> None:
         if job.finished(layer):
             continue
         weights = job.read(layer, ("q", "q_bias", "o", "o_bias")) if pooling else job.read(layer).to(device, torch.float64)
-        label, folded = next(job.candidates(weights, layer, None))
+        label, folded = job.alone(weights, layer)
         job.write(folded, layer)
         job.writer.finish(job.unit(layer), {"choice": label})
 
 
 def _copy_rest(job: Job, specs: Iterable[TensorSpec], report: Report) -> None:
-    """Copy what is not attention, byte for byte."""
-    folded = {name for layer in range(job.layers) for name in job.names(layer).values()}
+    """Copy what is not attention: byte for byte where its dtype and its scale stay."""
+    folded = {name for layer in range(job.layers) for name in job.layout.names(layer, job.plan)}
     rest = [s for s in specs if s.name not in folded]
     total, done = sum(s.size for s in rest), 0
     begun = 0.9 if job.plan.settings.calibrate else 0.5
     for spec in rest:
         report(begun + (1 - begun) * done / total, "copying the rest")
-        job.writer.copy(spec.name, job.reader)
+        source, factor = job.layout.origin(spec.name, job.plan)
+        job.writer.copy(spec.name, job.reader, source, factor)
         done += spec.size
 
 

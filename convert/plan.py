@@ -12,8 +12,9 @@ from kvfold.convert.families import AttentionSpec, Family, family_of
 from kvfold.convert.source import build_on_meta
 from kvfold.errors import UserError
 from kvfold.surgery.grouping import METHODS
+from kvfold.surgery.latent import full_rank
 
-TARGETS = ("gqa", "mqa")
+TARGETS = ("gqa", "mqa", "mla")
 CONTEXTS = (4096, 32768, 131072)
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "f32": "float32", "half": "float16"}
@@ -27,6 +28,8 @@ class ConvertSettings(BaseModel):
 
     to: str
     kv_heads: int | None = None
+    kv_rank: int | None = None
+    rope_dim: int | None = None
     kv_budget: Annotated[str | None, BeforeValidator(lambda v: str(v) if isinstance(v, float) else v)] = None
     method: str | None = None
     grouping: Literal["neighbours", "similar"] | None = None
@@ -50,7 +53,8 @@ class ConversionPlan:
     """Source and target geometry, what is gained, and what stands in the way.
 
     Attributes:
-        kv_heads: key/value heads of the target.
+        kv_heads: key/value heads of the target (gqa, mqa).
+        kv_rank, rope_dim: widths of the latent and of the shared rotary key (mla), else 0.
         method, grouping: resolved, with the defaults filled in.
         refusals: each a reason with the remedy; a plan that has any cannot be carried out.
     """
@@ -61,12 +65,19 @@ class ConversionPlan:
     kv_heads: int
     method: str
     grouping: str
+    kv_rank: int = 0
+    rope_dim: int = 0
     refusals: list[str] = field(default_factory=list)
+
+    @property
+    def layout(self) -> str:
+        """The architecture that the checkpoint will name."""
+        return "DeepseekV3ForCausalLM" if self.settings.to == "mla" else self.family.architecture
 
     @property
     def cache_numbers(self) -> int:
         """Cached numbers per token per layer of the target."""
-        return 2 * self.kv_heads * self.spec.head_dim
+        return self.kv_rank + self.rope_dim or 2 * self.kv_heads * self.spec.head_dim
 
     @property
     def kv_budget(self) -> float:
@@ -80,27 +91,37 @@ class ConversionPlan:
 
     @property
     def parameters_saved(self) -> int:
-        """Fewer parameters in all layers: rows of W_K and W_V, and their biases."""
-        rows = self.spec.cache_numbers - self.cache_numbers
-        return self.spec.layers * rows * (self.spec.hidden_size + self.spec.qkv_bias)
+        """Fewer parameters in all layers: rows of W_K and W_V and their biases; more where latents are expanded again."""
+        spec, rows = self.spec, self.spec.cache_numbers - self.cache_numbers
+        saved = rows * (spec.hidden_size + spec.qkv_bias)
+        if self.kv_rank:
+            wider_queries = spec.heads * self.rope_dim * spec.hidden_size
+            expansion = spec.heads * 2 * spec.head_dim * self.kv_rank + self.kv_rank  # and the latent's norm
+            saved -= wider_queries + expansion
+        head = spec.vocab_size * spec.hidden_size if self.kv_rank and spec.tied else 0  # written out for the engines
+        return spec.layers * saved - head
 
-    def refuse(self) -> None:
-        """Raise UserError with every refusal, if there are any."""
-        if self.refusals:
-            raise UserError("; ".join(self.refusals))
+    def refuse(self, converting: bool = False) -> None:
+        """Raise UserError with every refusal, if there are any. Calibration text is only missed when `converting`."""
+        refusals = list(self.refusals)
+        if converting and self.settings.to == "mla" and self.settings.calibrate is None:
+            refusals.append("--to mla needs calibration text: give --calibrate TEXT, or --calibrate self")
+        if refusals:
+            raise UserError("; ".join(refusals))
+
+    def target(self) -> dict[str, Any]:
+        """What the target is, as JSON data."""
+        if self.settings.to == "mla":
+            geometry: dict[str, Any] = {"kv_rank": self.kv_rank, "rope_dim": self.rope_dim}
+        else:
+            geometry = {"kv_heads": self.kv_heads, "grouping": self.grouping}
+        return {"to": self.settings.to, **geometry, "method": self.method, "layout": self.layout}
 
     def record(self, batch: int, dtype: str, parameters: int) -> dict[str, Any]:
         """The plan as JSON data; `parameters` is the source's number."""
         return {
             "source": {**asdict(self.spec), "model_type": self.family.model_type, "parameters": parameters},
-            "target": {
-                "to": self.settings.to,
-                "kv_heads": self.kv_heads,
-                "method": self.method,
-                "grouping": self.grouping,
-                "layout": self.family.architecture,
-                "parameters": parameters - self.parameters_saved,
-            },
+            "target": {**self.target(), "parameters": parameters - self.parameters_saved},
             "cache_numbers_per_token_per_layer": {"source": self.spec.cache_numbers, "target": self.cache_numbers},
             "cache_bytes_per_token": dict(zip(("source", "target"), self.cache_bytes(1, 1, dtype), strict=True)),
             "kv_budget": self.kv_budget,
@@ -149,10 +170,17 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
     refusals: list[str] = []
     if settings.to not in TARGETS:
         refusals.append(unknown("target", settings.to, TARGETS))
-    kv_heads = _target_heads(spec, settings, refusals)
-    method = settings.method or ("pca" if settings.calibrate else "align")
-    if method not in METHODS:
-        refusals.append(unknown("method", method, list(METHODS)))
+    kv_heads, kv_rank, rope_dim = spec.kv_heads, 0, 0
+    if settings.to == "mla":
+        kv_rank, rope_dim = _target_latent(spec, settings, refusals)
+        _refuse_for_deepseek_v3(config, spec, settings, refusals)
+        default, methods = "kvfold", ["kvfold"]
+    else:
+        kv_heads = _target_heads(spec, settings, refusals)
+        default, methods = ("pca" if settings.calibrate else "align"), list(METHODS)
+    method = settings.method or default
+    if method not in methods:
+        refusals.append(unknown("method", method, methods))
     # The paper pools neighbours; the methods that align heads first gain from choosing who meets whom.
     grouping = settings.grouping or ("similar" if method in ("align", "pca") else "neighbours")
     is_text = settings.calibrate is not None and ".safetensors" not in settings.calibrate
@@ -166,13 +194,64 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
             check(value)
         except UserError as error:
             refusals.append(str(error))
-    return ConversionPlan(family, spec, settings, kv_heads, method, grouping, refusals)
+    return ConversionPlan(family, spec, settings, kv_heads, method, grouping, kv_rank, rope_dim, refusals)
+
+
+def _target_latent(spec: AttentionSpec, settings: ConvertSettings, refusals: list[str]) -> tuple[int, int]:
+    width, full = spec.head_dim, full_rank(spec.hidden_size, spec.kv_heads, spec.head_dim)
+    if settings.kv_heads is not None:
+        refusals.append("mla has no key heads of its own: give --kv-rank and --rope-dim, or --kv-budget")
+    if (settings.kv_rank is None) == (settings.kv_budget is None):
+        refusals.append("--to mla needs either --kv-rank (with --rope-dim) or --kv-budget")
+        return 1, 2
+    if settings.kv_rank is not None:
+        rank, rope_dim = settings.kv_rank, settings.rope_dim or min(width, 64)
+    else:
+        try:
+            numbers = int(spec.cache_numbers * parse_budget(str(settings.kv_budget)))
+        except UserError as error:
+            refusals.append(str(error))
+            return 1, 2
+        if numbers < 4:
+            least = 4 / spec.cache_numbers
+            refusals.append(f"--kv-budget {settings.kv_budget} leaves {numbers} numbers: the least is {least:.2%}")
+            return 1, 2
+        # Rotary width first: what keeps its rotation is exact, and a latent as wide again holds the values.
+        rope_dim = settings.rope_dim or min(width, numbers // 4 * 2)
+        rank = min(full, numbers - rope_dim)
+    if rope_dim % 2 or not 2 <= rope_dim <= width:
+        nearest = min(width, max(2, rope_dim // 2 * 2))
+        refusals.append(f"--rope-dim {rope_dim} must be even and at most the source's {width}: the nearest is {nearest}")
+    if not 1 <= rank <= full:
+        nearest = min(full, max(1, rank))
+        refusals.append(f"--kv-rank {rank} must lie between 1 and the full rank {full}: the nearest is {nearest}")
+    return rank, rope_dim
+
+
+def _refuse_for_deepseek_v3(
+    config: dict[str, Any], spec: AttentionSpec, settings: ConvertSettings, refusals: list[str]
+) -> None:
+    """What the stock deepseek_v3 layout cannot say."""
+    if spec.qkv_bias or spec.o_bias:
+        refusals.append("the source has attention biases, which deepseek_v3 engines drop: use --to gqa")
+    if spec.rope.type != "default":
+        refusals.append(f"rope type {spec.rope.type} is none that deepseek_v3 engines keep: use --to gqa")
+    if spec.sliding_window is not None:
+        refusals.append("the source has a sliding window, which deepseek_v3 lacks: use --to gqa")
+    if config.get("hidden_act", "silu") != "silu":
+        refusals.append(f"the MLP's {config['hidden_act']} cannot be said in deepseek_v3, which has silu: use --to gqa")
+    if config.get("mlp_bias"):
+        refusals.append("the source has MLP biases, which deepseek_v3 lacks: use --to gqa")
+    if (settings.dtype or str(config.get("dtype") or config.get("torch_dtype"))) in ("float16", "fp16", "half"):
+        refusals.append("float16 cannot hold the scaled latents of this layout: give --dtype bfloat16 or float32")
 
 
 def _target_heads(spec: AttentionSpec, settings: ConvertSettings, refusals: list[str]) -> int:
     source = spec.kv_heads
     if settings.to not in TARGETS:
         return source
+    if settings.kv_rank is not None or settings.rope_dim is not None:
+        refusals.append(f"--kv-rank and --rope-dim belong to --to mla, not {settings.to}: leave them out")
     divisors = [g for g in range(1, source + 1) if source % g == 0]
     ways = f"its {source} key heads divide into {', '.join(map(str, divisors))}"
     if settings.to == "mqa":

@@ -11,7 +11,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from kvfold.convert.job import Job, Report
 from kvfold.convert.plan import ConvertSettings
 from kvfold.convert.stream import Block, HiddenStates, SourceModel, check_finite
 from kvfold.errors import ConversionError
-from kvfold.surgery.attention import AttentionWeights, GroupedAttention
+from kvfold.surgery.attention import AttentionWeights, FoldedWeights, LatentWeights, design
 from kvfold.surgery.healing import heal, relative_error
 from kvfold.surgery.lowrank import SecondMoment
 
@@ -38,15 +38,15 @@ class _OpenLayer:
     """A layer that has been folded but not written: its block, and what there is to say of it."""
 
     block: Block
-    weights: InitVar[AttentionWeights]
+    weights: InitVar[FoldedWeights]
     choice: str
     error: float
 
-    def __post_init__(self, weights: AttentionWeights) -> None:
+    def __post_init__(self, weights: FoldedWeights) -> None:
         self.set_weights(weights)
 
-    def set_weights(self, weights: AttentionWeights) -> None:
-        self.design = GroupedAttention(weights.to(self.block.device, torch.float32))
+    def set_weights(self, weights: FoldedWeights) -> None:
+        self.design = design(weights.to(self.block.device, torch.float32))
         self.block.set_attention(self.design)
 
 
@@ -112,21 +112,23 @@ def _open_layer(job: Job, source: SourceModel, layer: int, original: HiddenState
         moment.add(block.attention_input(original.data[rows].to(source.device)))
     measured = slice(0, max(1, MEASURED_TOKENS // original.data.shape[1]))
     before = original.data[measured].clone().to(source.device)  # the stream moves on in place
+    with torch.no_grad():
+        inputs = block.attention_input(before)
     block.advance(original)
     after = original.data[measured].to(source.device)
     check_finite(original.data, f"source layer {layer}")
 
-    best: _OpenLayer | None = None
-    for label, candidate in job.candidates(weights, layer, moment.value()):
-        tried = _OpenLayer(block, candidate, label, 0.0)
-        with torch.no_grad():
-            tried.error = float(relative_error(block(before), after))
-        if math.isfinite(tried.error) and (best is None or tried.error < best.error):
-            best = tried
-    if best is None:
+    @torch.no_grad()
+    def measure(folded: FoldedWeights) -> float:
+        block.set_attention(design(folded.to(source.device, torch.float32)))
+        error = float(relative_error(block(before), after))
+        return error if math.isfinite(error) else math.inf
+
+    cos, sin = block.rope
+    error, label, folded = job.best(weights, layer, moment.value(), inputs, (cos[0], sin[0]), measure)
+    if error == math.inf:
         raise ConversionError(f"folding layer {layer} gave no finite result: check the source's weights there")
-    block.set_attention(best.design)
-    return best
+    return _OpenLayer(block, folded, label, error)
 
 
 def _heal(
@@ -168,14 +170,16 @@ def _save_waiting(job: Job, layer: int, waiting: Iterable[_OpenLayer]) -> None:
     tensors: dict[str, Tensor] = {}
     notes: dict[str, str] = {}
     for number, item in enumerate(waiting, layer + 1):
-        tensors |= job.stored(item.design.weights(), number)
+        weights = item.design.weights()
+        held = {f.name: getattr(weights, f.name) for f in fields(weights)}
+        tensors |= {f"{number}.{name}": t.cpu().contiguous() for name, t in held.items() if t is not None}
         notes[str(number)] = json.dumps([item.choice, item.error])
     if tensors:
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, _waiting_file(job, layer), notes)
+        save_file(tensors, _waiting_file(job, layer), notes)
     _waiting_file(job, layer - 2).unlink(missing_ok=True)  # the last but one: the journal may still name the last
 
 
-def _read_waiting(job: Job, layer: int) -> tuple[AttentionWeights, str, float] | None:
+def _read_waiting(job: Job, layer: int) -> tuple[FoldedWeights, str, float] | None:
     """What `_save_waiting` kept of `layer` before an interruption: its weights, choice and error."""
     file = _waiting_file(job, len(job.writer.finished) - 1)
     if not file.exists():
@@ -184,6 +188,8 @@ def _read_waiting(job: Job, layer: int) -> tuple[AttentionWeights, str, float] |
         notes = saved.metadata() or {}
         if str(layer) not in notes:
             return None
-        weights = job.lift({name: saved.get_tensor(name) for name in job.names(layer).values()}, layer)
+        mine = [name for name in saved.keys() if name.startswith(f"{layer}.")]  # noqa: SIM118 — no mapping
+        held = {name.split(".")[1]: saved.get_tensor(name) for name in mine}
     choice, error = json.loads(notes[str(layer)])
-    return weights, choice, error
+    kind = LatentWeights if job.plan.settings.to == "mla" else AttentionWeights
+    return kind(**held), choice, error

@@ -15,10 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvfold.convert.checkpoint import CheckpointReader
 from kvfold.convert.families import FAMILIES, family_of
+from kvfold.convert.layouts import deepseek_v3
 from kvfold.convert.pipeline import convert
-from kvfold.convert.plan import ConvertSettings
-from kvfold.convert.stream import HiddenStates, SourceModel
-from kvfold.surgery.attention import GroupedAttention
+from kvfold.convert.plan import ConvertSettings, make_plan
+from kvfold.convert.stream import FoldedAttention, HiddenStates, SourceModel
+from kvfold.evaluation.layers import measure_cache
+from kvfold.surgery.attention import GroupedAttention, LatentAttention
 from tests.helpers import save_model, save_tokens
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -134,6 +136,67 @@ def test_folded_checkpoint_loads_decodes_and_keeps_what_it_must(
     assert model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0).shape == (2, 44)
 
 
+LATENT_SOURCES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
+    ("llama", {"tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
+    ("mistral", {}),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), LATENT_SOURCES)
+def test_deepseek_v3_says_what_the_latent_attention_says(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """The stock class on the written checkpoint against the source model with the same factors in its attention's place.
+
+    This holds interleaving, θ', the softmax scale, the linear norm, the residual rescale and the written-out head to 1e-4.
+    """
+    source = save_model(tmp_path / "source", family, **changes)
+    tokens = save_tokens(tmp_path / "t.safetensors", 8, 40)
+    fold(source, tmp_path / "out", to="mla", kv_rank=24, rope_dim=4, calibrate=tokens)
+    reader = CheckpointReader(tmp_path / "out")
+    plan = make_plan(CheckpointReader(source).config, ConvertSettings(to="mla", kv_rank=24, rope_dim=4))
+    model = load(source)
+    for layer, module in enumerate(model.model.layers):
+        names = deepseek_v3.names(layer, plan)
+        weights = deepseek_v3.lift({name: reader.tensor(name) for name in names}, plan)
+        module.self_attn = FoldedAttention(LatentAttention(weights))
+    with torch.no_grad():
+        wanted = model(IDS).logits
+    torch.testing.assert_close(logits(tmp_path / "out"), wanted, atol=1e-4, rtol=1e-4)
+    assert (wanted - logits(source)).abs().max() > 1e-2, "the fold is lossy, or this compares nothing"
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True, "rms_norm_eps": 1e-5}])
+def test_a_source_of_one_key_head_comes_out_exact_in_deepseek_v3(changes: dict[str, Any], tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", "llama", num_key_value_heads=1, **changes)
+    tokens = save_tokens(tmp_path / "t.safetensors", 8, 40)
+    fold(source, tmp_path / "out", to="mla", kv_rank=16, rope_dim=8, calibrate=tokens)
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(source), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "changes"), LATENT_SOURCES)
+def test_latent_checkpoint_loads_decodes_and_caches_latents(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", family, dtype=torch.bfloat16, **changes)
+    tokens = save_tokens(tmp_path / "t.safetensors", 8, 40)
+    settings = {"calibrate": tokens, "heal_steps": 3, "heal_batch_tokens": 80, "max_shard_size": "50KB"}
+    record = fold(source, tmp_path / "out", to="mla", kv_rank=20, rope_dim=6, **settings)
+    assert {e.dtype for e in CheckpointReader(tmp_path / "out").entries.values()} == {torch.bfloat16}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert type(model).__name__ == record["target"]["layout"] == "DeepseekV3ForCausalLM"
+    with torch.no_grad():
+        whole = model(IDS).logits
+        first = model(IDS[:, :20], use_cache=True)
+        steps = [first.logits]
+        for t in range(20, 40):
+            steps.append(model(IDS[:, t : t + 1], past_key_values=first.past_key_values, use_cache=True).logits)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-4, rtol=1e-4)
+    assert measure_cache(model, IDS[:1, :10]) == (26, 26 * 4 * model.config.num_hidden_layers)
+    assert record["cache_numbers_per_token_per_layer"] == 26
+    # the plan's arithmetic is the real model's
+    planned = make_plan(CheckpointReader(source).config, ConvertSettings(to="mla", kv_rank=20, rope_dim=6))
+    assert load(source).num_parameters() - planned.parameters_saved == model.num_parameters()
+
+
 def test_dtype_and_shards_are_what_was_asked_for(tmp_path: Path) -> None:
     source = save_model(tmp_path / "source", "llama")
     fold(source, tmp_path / "out", kv_heads=2, dtype="bf16", max_shard_size="50KB")
@@ -184,16 +247,19 @@ def test_the_source_can_write_its_own_calibration_text(tmp_path: Path) -> None:
     assert record["target"]["method"] == "pca"
 
 
-@pytest.mark.parametrize("healed", [0, 40])
-def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path, healed: int) -> None:
+@pytest.mark.parametrize(
+    ("to", "healed"),
+    [({"to": "gqa", "kv_heads": 2}, 0), ({"to": "gqa", "kv_heads": 2}, 40), ({"to": "mla", "kv_rank": 24, "rope_dim": 4}, 40)],
+)
+def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path, to: dict[str, Any], healed: int) -> None:
     """SIGKILL once a layer is journalled, then --resume: the same files as a run that nobody interrupted."""
     source = save_model(tmp_path / "source", "llama", num_hidden_layers=6)
     tokens = save_tokens(tmp_path / "t.safetensors", 16, 64)
-    settings = {"kv_heads": 2, "calibrate": tokens, "heal_steps": healed, "heal_batch_tokens": 256}
+    settings = {**to, "calibrate": tokens, "heal_steps": healed, "heal_batch_tokens": 256}
     fold(source, tmp_path / "whole", max_shard_size="100KB", device="cpu", **settings)
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in settings.items()] + ["--max-shard-size=100KB", "--device=cpu"]
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "kvfold", "convert", str(source), str(out), "--to=gqa", *flags]
+    command = [sys.executable, "-m", "kvfold", "convert", str(source), str(out), *flags]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     journal = tmp_path / "out.partial" / "journal.jsonl"
     deadline = time.time() + 120
@@ -205,7 +271,7 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path, healed: int) ->
     assert not out.exists()
     finished = journal.read_text().count('"unit"')
     assert finished >= 1
-    convert(str(source), out, ConvertSettings(to="gqa", device="cpu", max_shard_size="100KB", **settings), resume=True)
+    convert(str(source), out, ConvertSettings(device="cpu", max_shard_size="100KB", **settings), resume=True)
     assert _weights(out) == _weights(tmp_path / "whole")
     assert not (tmp_path / "out.partial").exists()
     assert {p.name for p in out.iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}

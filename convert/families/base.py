@@ -28,6 +28,8 @@ class AttentionSpec:
     Attributes:
         sliding_window: tokens a layer looks back, None when all.
         qkv_bias, o_bias: which projections carry a bias.
+        norm_eps: eps of every RMSNorm.
+        tied: the output embedding is the input embedding.
     """
 
     hidden_size: int
@@ -41,6 +43,8 @@ class AttentionSpec:
     sliding_window: int | None
     max_positions: int
     vocab_size: int
+    tied: bool
+    norm_eps: float
 
     @property
     def cache_numbers(self) -> int:
@@ -106,6 +110,8 @@ class Family:
             sliding_window=self.sliding_window(config),
             max_positions=int(config.get("max_position_embeddings") or 2048),
             vocab_size=vocab,
+            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            tied=bool(config.get("tie_word_embeddings", False)),
         )
 
     def _rope(self, config: dict[str, Any]) -> Rope:

@@ -1,1 +1,36 @@
 """How a design is written into a checkpoint: config, tensor names and shapes."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kvfold.convert.checkpoint import CheckpointReader, TensorSpec
+from kvfold.convert.layouts import deepseek_v3, source
+from kvfold.convert.plan import ConversionPlan
+
+
+class Layout(Protocol):
+    """What every module of this folder offers."""
+
+    def config(self, source: dict[str, Any], plan: ConversionPlan, dtype: torch.dtype | None) -> dict[str, Any]:
+        """The target's config.json."""
+
+    def tensor_specs(self, reader: CheckpointReader, plan: ConversionPlan, dtype: torch.dtype | None) -> list[TensorSpec]:
+        """Every tensor of the target."""
+
+    def tensors(self, weights: Any, layer: int, plan: ConversionPlan) -> dict[str, Tensor]:
+        """A layer's attention as the target stores it, by name."""
+
+    def lift(self, tensors: dict[str, Tensor], plan: ConversionPlan) -> Any:
+        """The inverse of `tensors`."""
+
+    def names(self, layer: int, plan: ConversionPlan) -> list[str]:
+        """The names of `tensors`."""
+
+    def origin(self, name: str, plan: ConversionPlan) -> tuple[str, float]:
+        """Where a tensor outside of attention comes from: the source's tensor, and the factor on it."""
+
+
+def layout_of(plan: ConversionPlan) -> Layout:
+    return deepseek_v3 if plan.settings.to == "mla" else source

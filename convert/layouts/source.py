@@ -1,48 +1,53 @@
 """GQA and MQA stay in the source's own architecture, with fewer key/value heads. Every engine runs them."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvfold.convert.checkpoint import CheckpointReader, TensorSpec
-from kvfold.convert.families import AttentionSpec, Family
+from kvfold.convert.plan import ConversionPlan
 from kvfold.surgery.attention import AttentionWeights
 
 
-def config(source: dict[str, Any], spec: AttentionSpec, kv_heads: int, dtype: torch.dtype | None) -> dict[str, Any]:
-    """The source's config.json with `kv_heads` key heads, and the head width written out."""
-    changed = {**source, "num_key_value_heads": kv_heads, "head_dim": spec.head_dim}
+def config(source: dict[str, Any], plan: ConversionPlan, dtype: torch.dtype | None) -> dict[str, Any]:
+    """The source's config.json with fewer key heads, and the head width written out."""
+    changed = {**source, "num_key_value_heads": plan.kv_heads, "head_dim": plan.spec.head_dim}
     if dtype is not None:
         changed.pop("torch_dtype", None)
         changed["dtype"] = str(dtype).removeprefix("torch.")
     return changed
 
 
-def tensor_specs(
-    reader: CheckpointReader, family: Family, spec: AttentionSpec, kv_heads: int, dtype: torch.dtype | None
-) -> list[TensorSpec]:
+def tensor_specs(reader: CheckpointReader, plan: ConversionPlan, dtype: torch.dtype | None) -> list[TensorSpec]:
     """Every tensor of the folded checkpoint, in the source's order."""
+    spec = plan.spec
     narrowed = {
-        name: role
+        name
         for layer in range(spec.layers)
-        for role, name in family.names(layer, spec).items()
+        for role, name in plan.family.names(layer, spec).items()
         if role in ("k", "v", "k_bias", "v_bias")
     }
-    tied = bool(reader.config.get("tie_word_embeddings", False))
     specs = []
-    for name, entry in reader.entries.items():
-        if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
-            continue  # a buffer that old checkpoints carry and transformers recomputes; a second copy of the embedding
-        shape = entry.shape
-        if name in narrowed:
-            shape = (kv_heads * spec.head_dim, *shape[1:])
+    for name, entry in kept(reader, plan).items():
+        shape = (plan.kv_heads * spec.head_dim, *entry.shape[1:]) if name in narrowed else entry.shape
         specs.append(TensorSpec(name, dtype if dtype and entry.dtype.is_floating_point else entry.dtype, shape))
     return specs
 
 
-def tensors(weights: AttentionWeights, names: dict[str, str]) -> dict[str, Tensor]:
+def kept(reader: CheckpointReader, plan: ConversionPlan) -> dict[str, Any]:
+    """The source's entries without a buffer that old checkpoints carry, and without a second copy of a tied embedding."""
+    return {
+        name: entry
+        for name, entry in reader.entries.items()
+        if not name.endswith("rotary_emb.inv_freq") and not (plan.spec.tied and name == "lm_head.weight")
+    }
+
+
+def tensors(weights: AttentionWeights, layer: int, plan: ConversionPlan) -> dict[str, Tensor]:
     """Canonical form → tensors by name, as transformers stores them."""
+    names = plan.family.names(layer, plan.spec)
     by_role = {
         "q": weights.q.flatten(0, 1),  # (H, D, d) → (H·D, d)
         "k": weights.k.flatten(0, 1),
@@ -54,3 +59,19 @@ def tensors(weights: AttentionWeights, names: dict[str, str]) -> dict[str, Tenso
         if bias is not None:
             by_role[role] = bias.flatten()
     return {names[role]: tensor for role, tensor in by_role.items()}
+
+
+def lift(tensors: dict[str, Tensor], plan: ConversionPlan) -> AttentionWeights:
+    """The inverse of `tensors`, for any one layer."""
+    roles = {name.split(".", 3)[-1]: role for role, name in plan.family.names(0, plan.spec).items()}
+    by_role = {roles[name.split(".", 3)[-1]]: tensor for name, tensor in tensors.items()}
+    return plan.family.lift(by_role, replace(plan.spec, kv_heads=plan.kv_heads))
+
+
+def names(layer: int, plan: ConversionPlan) -> list[str]:
+    return list(plan.family.names(layer, plan.spec).values())
+
+
+def origin(name: str, plan: ConversionPlan) -> tuple[str, float]:
+    """All else is the source's own."""
+    return name, 1.0

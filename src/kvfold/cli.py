@@ -21,14 +21,18 @@ app = typer.Typer(
 
 Source = Annotated[str, typer.Argument(help="Local folder or Hub id of the source checkpoint.")]
 Out = Annotated[Path, typer.Argument(help="Folder to write.")]
-To = Annotated[str, typer.Option("--to", help="Target attention: gqa or mqa.")]
+To = Annotated[str, typer.Option("--to", help="Target attention: gqa, mqa or mla.")]
 KvHeads = Annotated[Optional[int], typer.Option(help="Key/value heads to keep (gqa).")]
+KvRank = Annotated[Optional[int], typer.Option(help="Width of the latent (mla).")]
+RopeDim = Annotated[
+    Optional[int], typer.Option(help="Width of the shared rotary key (mla). Default: the head width, at most 64.")
+]
 KvBudget = Annotated[
     Optional[str], typer.Option(help="Share of the source's cache to keep, 25% or 0.25, in place of --kv-heads.")
 ]
 Method = Annotated[
     Optional[str],
-    typer.Option(help="mean, first, random, align or pca. Default: pca with calibration text, align without."),
+    typer.Option(help="mean, first, random, align or pca. Default: pca with calibration text, align without; kvfold for mla."),
 ]
 Grouping = Annotated[
     Optional[str], typer.Option(help="Which heads share one: neighbours or similar. Default: similar for align and pca.")
@@ -44,6 +48,8 @@ def plan(
     source: Source,
     to: To,
     kv_heads: KvHeads = None,
+    kv_rank: KvRank = None,
+    rope_dim: RopeDim = None,
     kv_budget: KvBudget = None,
     method: Method = None,
     calibrate: Annotated[Optional[str], typer.Option(help="Calibration text, as in convert.")] = None,
@@ -56,7 +62,9 @@ def plan(
     from kvfold.convert.plan import ConvertSettings, cache_dtype, count_parameters, make_plan, parse_settings
     from kvfold.convert.source import fetch_config
 
-    settings = parse_settings(ConvertSettings, _given(locals(), "to kv_heads kv_budget method calibrate dtype revision"))
+    settings = parse_settings(
+        ConvertSettings, _given(locals(), "to kv_heads kv_rank rope_dim kv_budget method calibrate dtype revision")
+    )
     config = fetch_config(source, revision)
     made = make_plan(config, settings)
     record = made.record(batch, cache_dtype(config, settings), count_parameters(config))
@@ -70,8 +78,10 @@ def plan(
 def convert(
     source: Source,
     out: Out,
-    to: Annotated[Optional[str], typer.Option("--to", help="Target attention: gqa or mqa.")] = None,
+    to: Annotated[Optional[str], typer.Option("--to", help="Target attention: gqa, mqa or mla.")] = None,
     kv_heads: KvHeads = None,
+    kv_rank: KvRank = None,
+    rope_dim: RopeDim = None,
     kv_budget: KvBudget = None,
     method: Method = None,
     grouping: Grouping = None,
@@ -106,8 +116,8 @@ def convert(
     """Fold a checkpoint into another one with a smaller KV cache."""
     flags = _given(
         locals(),
-        "to kv_heads kv_budget method grouping calibrate calibration_tokens window heal_steps heal_window heal_batch_tokens "
-        "heal_lr heal_dtype dtype device max_shard_size seed revision",
+        "to kv_heads kv_rank rope_dim kv_budget method grouping calibrate calibration_tokens window heal_steps heal_window "
+        "heal_batch_tokens heal_lr heal_dtype dtype device max_shard_size seed revision",
     )
     from kvfold.convert.pipeline import convert as run
     from kvfold.convert.plan import ConvertSettings, parse_settings
@@ -259,8 +269,10 @@ def _print_plan(record: dict[str, Any]) -> None:
     numbers, size = record["cache_numbers_per_token_per_layer"], record["cache_bytes_per_token"]
     lines: list[tuple[str, Any, Any]] = [
         ("query heads", source["heads"], source["heads"]),
-        ("key/value heads", source["kv_heads"], target["kv_heads"]),
+        ("key/value heads", source["kv_heads"], target.get("kv_heads", "–")),
+        ("latent + rotary key", "–", f"{target['kv_rank']} + {target['rope_dim']}" if "kv_rank" in target else "–"),
         ("head width", source["head_dim"], source["head_dim"]),
+        ("architecture", source["model_type"], target["layout"]),
         ("parameters", f"{source['parameters']:,}", f"{target['parameters']:,}"),
         ("cached numbers / token / layer", numbers["source"], numbers["target"]),
         ("cached bytes / token", f"{size['source']:,}", f"{size['target']:,}"),

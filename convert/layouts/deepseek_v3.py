@@ -1,0 +1,145 @@
+"""MLA as stock `deepseek_v3` with every layer dense: transformers, vLLM and SGLang run it with their own MLA kernels.
+
+Four exact re-parameterisations make a folded Llama out of DeepSeek-V3's parts:
+
+- Rotary rows are interleaved, pair by pair, and the base becomes `θ' = θ^(R/D)`, whose grid of width R is the first R/2
+  frequencies of the source.
+- The latent's RMSNorm is made linear: the latent is written `LATENT` times as large, so that its mean square vanishes
+  beside the norm's eps of 1e-6, and `kv_b_proj` undoes both. What is left is relative `mean(c²)/(2·eps)`, about 2e-6.
+- Engines share one eps among all norms and fix the latent's at 1e-6. A residual stream scaled by `a = √(1e-6/eps)` turns
+  every norm's eps into 1e-6: the embedding, o_proj and down_proj carry `a`.
+- The output embedding is written out, because vLLM does not tie it.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfold.convert.checkpoint import CheckpointReader, TensorSpec
+from kvfold.convert.layouts.source import kept
+from kvfold.convert.plan import ConversionPlan
+from kvfold.surgery.attention import LatentWeights
+
+EPS = 1e-6
+LATENT = 2.0**-19
+"""With E[mean(c²)] = 1, mean(c²)/eps is 3.6e-6."""
+
+
+def config(source: dict[str, Any], plan: ConversionPlan, dtype: torch.dtype | None) -> dict[str, Any]:
+    """A dense DeepSeek-V3 config: `first_k_dense_replace` goes past the last layer, and no engine uses the MoE fields."""
+    spec = plan.spec
+    carried = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "initializer_range", "use_cache")
+    stated = str(source.get("dtype") or source.get("torch_dtype") or "float32")
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        **{key: source[key] for key in (*carried, *ids) if key in source},
+        "num_key_value_heads": spec.heads,
+        "q_lora_rank": None,
+        "kv_lora_rank": plan.kv_rank,
+        "qk_nope_head_dim": spec.head_dim,
+        "qk_rope_head_dim": plan.rope_dim,
+        "v_head_dim": spec.head_dim,
+        "rope_interleave": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": spec.rope.theta ** (plan.rope_dim / spec.head_dim)},
+        "rms_norm_eps": EPS,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "first_k_dense_replace": spec.layers + 1,
+        "moe_layer_freq": 1,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": source["intermediate_size"],
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "num_nextn_predict_layers": 0,
+        "dtype": stated if dtype is None else str(dtype).removeprefix("torch."),
+    }
+
+
+def tensor_specs(reader: CheckpointReader, plan: ConversionPlan, dtype: torch.dtype | None) -> list[TensorSpec]:
+    """Every tensor: per layer the attention of DeepSeek-V3 in the place of the source's, and the output embedding."""
+    spec, entries = plan.spec, kept(reader, plan)
+    wide = spec.head_dim + plan.rope_dim
+    shapes = {
+        "q_proj": (spec.heads * wide, spec.hidden_size),
+        "kv_a_proj_with_mqa": (plan.kv_rank + plan.rope_dim, spec.hidden_size),
+        "kv_a_layernorm": (plan.kv_rank,),
+        "kv_b_proj": (spec.heads * 2 * spec.head_dim, plan.kv_rank),
+        "o_proj": (spec.hidden_size, spec.heads * spec.head_dim),
+    }
+    attention = {n: layer for layer in range(spec.layers) for n in plan.family.names(layer, spec).values()}
+    specs: dict[str, TensorSpec] = {}
+    for name, entry in entries.items():
+        kind = dtype or entry.dtype
+        if name not in attention:
+            specs[name] = TensorSpec(name, kind, entry.shape)
+            continue
+        for part, full in zip(shapes, names(attention[name], plan), strict=True):
+            specs[full] = TensorSpec(full, kind, shapes[part])
+    if spec.tied:
+        specs["lm_head.weight"] = TensorSpec("lm_head.weight", specs[EMBEDDING].dtype, specs[EMBEDDING].shape)
+    return list(specs.values())
+
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def names(layer: int, plan: ConversionPlan) -> list[str]:
+    parts = ("q_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
+    return [f"model.layers.{layer}.self_attn.{part}.weight" for part in parts]
+
+
+def tensors(weights: LatentWeights, layer: int, plan: ConversionPlan) -> dict[str, Tensor]:
+    """Canonical form → tensors by name, as transformers stores them."""
+    undo = math.sqrt(EPS) / LATENT
+    stored = (
+        torch.cat([weights.q_nope, interleave(weights.q_rope)], 1).flatten(0, 1),  # (H, N + R, d) → (H·(N + R), d)
+        torch.cat([weights.down * LATENT, interleave(weights.k_rope)]),  # (r + R, d)
+        torch.ones(plan.kv_rank, device=weights.down.device),
+        torch.cat([weights.up_k, weights.up_v], 1).flatten(0, 1) * undo,  # (H, N + D, r) → (H·(N + D), r)
+        weights.o.permute(1, 0, 2).flatten(1) * residual_scale(plan),  # (H, d, D) → (d, H·D)
+    )
+    return dict(zip(names(layer, plan), stored, strict=True))
+
+
+def lift(tensors: dict[str, Tensor], plan: ConversionPlan) -> LatentWeights:
+    """The inverse of `tensors`, for any one layer."""
+    width = plan.spec.head_dim
+    q, kv_a, _, kv_b, o = (t.float() for t in tensors.values())
+    q = q.unflatten(0, (-1, width + plan.rope_dim))
+    up = kv_b.unflatten(0, (-1, 2 * width)) * (LATENT / math.sqrt(EPS))
+    return LatentWeights(
+        q_nope=q[:, :width],
+        q_rope=interleave(q[:, width:], back=True),
+        down=kv_a[: plan.kv_rank] / LATENT,
+        k_rope=interleave(kv_a[plan.kv_rank :], back=True),
+        up_k=up[:, :width],
+        up_v=up[:, width:],
+        o=o.unflatten(1, (-1, width)).permute(1, 0, 2) / residual_scale(plan),
+    )
+
+
+def interleave(rows: Tensor, back: bool = False) -> Tensor:
+    """Rotary rows (..., R, d) from half-split to interleaved order: dims i and i + R/2 become 2i and 2i + 1."""
+    pairs = (-1, 2) if back else (2, -1)
+    return rows.unflatten(-2, pairs).transpose(-3, -2).flatten(-3, -2)
+
+
+def residual_scale(plan: ConversionPlan) -> float:
+    """`a`: the factor on the residual stream."""
+    return math.sqrt(EPS / plan.spec.norm_eps)
+
+
+def origin(name: str, plan: ConversionPlan) -> tuple[str, float]:
+    """The embedding and down_proj write the residual stream; a tied output embedding is the embedding without its factor."""
+    if name == "lm_head.weight" and plan.spec.tied:
+        return EMBEDDING, 1.0
+    writes = name == EMBEDDING or name.endswith("mlp.down_proj.weight")
+    return name, residual_scale(plan) if writes else 1.0

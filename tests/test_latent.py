@@ -1,0 +1,157 @@
+"""MLA's mathematics on tensors alone. Helpers and the source layers are those of test_surgery.py."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvfold.surgery.attention import AttentionWeights, LatentAttention, LatentWeights
+from kvfold.surgery.healing import relative_error
+from kvfold.surgery.latent import START, Choice, attention_lags, coherence, fold, joint_latent, rotary_slots, search
+from kvfold.surgery.lowrank import power_and_inverse
+from kvfold.surgery.rope import Rope, from_complex, to_complex
+from tests.test_surgery import HEADS, HIDDEN, KV_HEADS, TOKENS, WIDTH, inputs, moment_of, outputs, random_weights, rope_tables
+
+FULL = 2 * KV_HEADS * WIDTH
+
+
+def run(weights: LatentWeights, x: Tensor, rope: Rope | None = None) -> Tensor:
+    with torch.no_grad():
+        return LatentAttention(weights)(x, rope or rope_tables())
+
+
+def still() -> Rope:
+    """Rotary tables that rotate nothing: every frequency is zero."""
+    return torch.ones(TOKENS, WIDTH, dtype=torch.float64), torch.zeros(TOKENS, WIDTH, dtype=torch.float64)
+
+
+def phase_of(weights: AttentionWeights, x: Tensor) -> Tensor:
+    return coherence(attention_lags(weights, x, rope_tables()), rope_tables())
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.3])
+@pytest.mark.parametrize("slots", [0.0, 1.0])
+def test_one_key_head_folds_exactly(slots: float, balance: float) -> None:
+    """All rotation is in the slots, and the latent has room for the one value head."""
+    weights, x = random_weights(kv_heads=1), inputs()
+    folded = fold(weights, WIDTH, WIDTH, moment_of(x), phase_of(weights, x), Choice(slots, 1.0, balance))
+    torch.testing.assert_close(run(folded, x), outputs(weights, x), atol=1e-6, rtol=0)
+
+
+def test_without_rotation_full_rank_is_exact_for_any_number_of_heads() -> None:
+    weights, x = random_weights(), inputs()
+    unturned = torch.ones(HEADS, WIDTH // 2, dtype=torch.complex128)
+    folded = fold(weights, HIDDEN, 4, moment_of(x), unturned)
+    # the source without rotation, through the same module that test_surgery.py holds to the formula
+    from kvfold.surgery.attention import GroupedAttention
+
+    with torch.no_grad():
+        wanted = GroupedAttention(weights)(x, still())
+    torch.testing.assert_close(run(folded, x, still()), wanted, atol=1e-6, rtol=0)
+
+
+def test_what_the_slots_take_and_leave_adds_up() -> None:
+    weights, x = random_weights(), inputs()
+    key, gain, rest = rotary_slots(weights, 3, moment_of(x)[:-1, :-1], 1.0)
+    assert (key.shape, gain.shape) == ((3, HIDDEN), (KV_HEADS, 3))
+    whole = rest.clone()
+    whole[:, :3] += gain.conj()[..., None] * key
+    torch.testing.assert_close(from_complex(whole), weights.k, atol=1e-12, rtol=0)
+    torch.testing.assert_close(rest[:, 3:], to_complex(weights.k)[:, 3:], atol=0, rtol=0)
+
+
+def test_the_joint_latent_is_the_best_of_its_rank() -> None:
+    """The weighted error that is left is the tail of the spectrum, by an SVD over the tokens."""
+    weights, x = random_weights(), inputs()
+    moment, phase = moment_of(x)[:-1, :-1], phase_of(weights, x)
+    _, _, rest = rotary_slots(weights, 2, moment, 0.0)
+    rank, choice = 10, Choice(0.0, 1.0, 0.3)
+    down, up_k, up_v = joint_latent(weights, rest, rank, moment, phase, choice)
+    flat, per = x.flatten(0, 1), HEADS // KV_HEADS
+    turned = from_complex(phase[..., None] * to_complex(weights.q))
+    reading = (turned @ moment @ turned.mT).unflatten(0, (-1, per)).sum(1) / WIDTH
+    importance = (weights.o.mT @ weights.o).unflatten(0, (-1, per)).sum(1)
+    roots = power_and_inverse(reading, 0.5)[0], power_and_inverse(importance, 0.5)[0]
+    keys, values = (flat @ (r @ w).flatten(0, 1).T for r, w in zip(roots, (from_complex(rest), weights.v), strict=True))
+    whole = flat @ (roots[0] @ weights.k).flatten(0, 1).T
+    balance = math.sqrt(choice.balance) * values.norm() / whole.norm()
+    left = torch.linalg.svdvals(torch.cat([balance * keys, values], 1))[rank:].square().sum()
+    latent = flat @ down.T
+    lost_k = keys - latent @ (roots[0] @ up_k).flatten(0, 1).T
+    lost_v = values - latent @ (roots[1] @ up_v).flatten(0, 1).T
+    assert float((balance * lost_k).square().sum() + lost_v.square().sum()) == pytest.approx(float(left), rel=1e-6)
+    assert float(latent.square().mean()) == pytest.approx(1.0)  # what the layouts count on
+
+
+def test_coherence_is_the_expected_phase() -> None:
+    weights, x = random_weights(), inputs()
+    lags = attention_lags(weights, x, rope_tables())
+    torch.testing.assert_close(lags.sum(1), torch.ones(HEADS, dtype=torch.float64))
+    # by hand for one head: attention from its definition, then the mean of e^{j f (t - s)} over it
+    h, g = 3, 3 // (HEADS // KV_HEADS)
+    frequencies = 10000.0 ** (-torch.arange(0, WIDTH, 2, dtype=torch.float64) / WIDTH)
+    turn = torch.polar(torch.ones(TOKENS, WIDTH // 2, dtype=torch.float64), torch.arange(TOKENS)[:, None] * frequencies)
+    q, k = (torch.einsum("btn,fn->btf", x.to(torch.complex128), to_complex(w)) * turn for w in (weights.q[h], weights.k[g]))
+    scores = torch.einsum("btf,bsf->bts", q, k.conj()).real / WIDTH**0.5
+    attention = scores.masked_fill(torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
+    wanted = torch.einsum("bts,tf,sf->f", attention.to(turn.dtype), turn, turn.conj()) / (len(x) * TOKENS)
+    torch.testing.assert_close(coherence(lags, rope_tables())[h], wanted)
+
+
+def test_turning_by_the_coherence_helps() -> None:
+    """What makes keys position-free is better with the measured phase than with none."""
+    weights, x = random_weights(), inputs()
+    wanted, moment = outputs(weights, x), moment_of(x)
+    measured = fold(weights, HIDDEN, 4, moment, phase_of(weights, x))
+    unturned = fold(weights, HIDDEN, 4, moment, torch.ones(HEADS, WIDTH // 2, dtype=torch.complex128))
+    assert relative_error(run(measured, x), wanted) < 0.9 * relative_error(run(unturned, x), wanted)
+
+
+def test_more_rank_means_less_error() -> None:
+    weights, x = random_weights(), inputs()
+    phase, moment, wanted = phase_of(weights, x), moment_of(x), outputs(weights, x)
+    errors = [float(relative_error(run(fold(weights, r, WIDTH, moment, phase), x), wanted)) for r in (4, 8, 16, 32)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < errors[0] / 1.5
+
+
+def test_search_returns_what_it_measured_as_best() -> None:
+    weights, x = random_weights(), inputs()
+    seen: list[float] = []
+
+    def measure(folded: LatentWeights) -> float:
+        seen.append(float(relative_error(run(folded, x), outputs(weights, x))))
+        return seen[-1]
+
+    error, choice, folded = search(weights, 12, 4, moment_of(x), phase_of(weights, x), measure)
+    assert error == min(seen) <= seen[0]
+    assert len(seen) == 9
+    again = fold(weights, 12, 4, moment_of(x), phase_of(weights, x), choice)
+    torch.testing.assert_close(again.down, folded.down)
+
+
+def test_latent_attention_gives_its_weights_back() -> None:
+    weights, x = random_weights(), inputs()
+    folded = replace(fold(weights, 12, 4, moment_of(x), phase_of(weights, x)), o_bias=torch.randn(HIDDEN, dtype=torch.float64))
+    again = LatentAttention(folded).weights()
+    for name in ("q_nope", "q_rope", "down", "k_rope", "up_k", "up_v", "o", "o_bias"):
+        torch.testing.assert_close(getattr(again, name), getattr(folded, name), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("rank", "rope_dim", "bias", "words"),
+    [
+        (0, 4, False, "rank 0 must lie between 1 and the full rank"),
+        (FULL + 1, 4, False, "full rank"),
+        (8, 3, False, "rope_dim 3 must be even"),
+        (8, WIDTH + 2, False, f"between 2 and {WIDTH}"),
+        (8, 4, True, "biases"),
+    ],
+)
+def test_what_cannot_be_is_refused(rank: int, rope_dim: int, bias: bool, words: str) -> None:
+    weights = random_weights(bias=bias)
+    phase = torch.ones(HEADS, WIDTH // 2, dtype=torch.complex128)
+    with pytest.raises(ValueError, match=words):
+        fold(weights, rank, rope_dim, moment_of(inputs()), phase, START)
