@@ -31,6 +31,7 @@ LLAMA_2_7B: dict[str, Any] = {  # meta-llama/Llama-2-7b-hf; key heads left out, 
     "num_attention_heads": 32,
     "num_hidden_layers": 32,
     "rope_scaling": None,
+    "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
     "torch_dtype": "float16",
     "vocab_size": 32000,
@@ -52,6 +53,7 @@ LLAMA_31_8B: dict[str, Any] = {  # meta-llama/Llama-3.1-8B
         "rope_type": "llama3",
     },
     "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
     "vocab_size": 128256,
@@ -65,6 +67,7 @@ TINYLLAMA: dict[str, Any] = {  # TinyLlama/TinyLlama-1.1B-intermediate-step-1431
     "num_hidden_layers": 22,
     "num_key_value_heads": 4,
     "rope_scaling": None,
+    "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
     "torch_dtype": "float32",
     "vocab_size": 32000,
@@ -80,6 +83,7 @@ SMOLLM: dict[str, Any] = {  # HuggingFaceTB/SmolLM-135M
     "num_key_value_heads": 3,
     "rope_scaling": None,
     "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True,
     "torch_dtype": "float32",
     "vocab_size": 49152,
@@ -94,6 +98,7 @@ MISTRAL: dict[str, Any] = {  # mistralai/Mistral-7B-v0.1
     "num_key_value_heads": 8,
     "rope_theta": 10000.0,
     "sliding_window": 4096,
+    "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
     "vocab_size": 32000,
@@ -109,6 +114,7 @@ QWEN: dict[str, Any] = {  # Qwen/Qwen2.5-0.5B
     "num_key_value_heads": 2,
     "rope_theta": 1000000.0,
     "sliding_window": 32768,
+    "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True,
     "torch_dtype": "bfloat16",
     "use_sliding_window": False,
@@ -128,15 +134,17 @@ def plain(theta: float) -> Rope:
 
 # hidden, layers, heads, key heads, head width, biases on q k v, on o, RoPE, window, positions, vocabulary
 SPECS = [
-    (LLAMA_2_7B, AttentionSpec(4096, 32, 32, 32, 128, False, False, plain(1e4), None, 4096, 32000)),
+    (LLAMA_2_7B, AttentionSpec(4096, 32, 32, 32, 128, False, False, plain(1e4), None, 4096, 32000, False, 1e-5)),
     (
         LLAMA_31_8B,
-        AttentionSpec(4096, 32, 32, 8, 128, False, False, Rope("llama3", 5e5, LLAMA3_PARAMETERS), None, 131072, 128256),
+        AttentionSpec(
+            4096, 32, 32, 8, 128, False, False, Rope("llama3", 5e5, LLAMA3_PARAMETERS), None, 131072, 128256, False, 1e-5
+        ),
     ),
-    (TINYLLAMA, AttentionSpec(2048, 22, 32, 4, 64, False, False, plain(1e4), None, 2048, 32000)),
-    (SMOLLM, AttentionSpec(576, 30, 9, 3, 64, False, False, plain(1e4), None, 2048, 49152)),
-    (MISTRAL, AttentionSpec(4096, 32, 32, 8, 128, False, False, plain(1e4), 4096, 32768, 32000)),
-    (QWEN, AttentionSpec(896, 24, 14, 2, 64, True, False, plain(1e6), None, 32768, 151936)),
+    (TINYLLAMA, AttentionSpec(2048, 22, 32, 4, 64, False, False, plain(1e4), None, 2048, 32000, False, 1e-5)),
+    (SMOLLM, AttentionSpec(576, 30, 9, 3, 64, False, False, plain(1e4), None, 2048, 49152, True, 1e-5)),
+    (MISTRAL, AttentionSpec(4096, 32, 32, 8, 128, False, False, plain(1e4), 4096, 32768, 32000, False, 1e-5)),
+    (QWEN, AttentionSpec(896, 24, 14, 2, 64, True, False, plain(1e6), None, 32768, 151936, True, 1e-6)),
 ]
 NAMES = ["Llama-2-7B", "Llama-3.1-8B", "TinyLlama-1.1B", "SmolLM-135M", "Mistral-7B-v0.1", "Qwen2.5-0.5B"]
 
@@ -437,3 +445,57 @@ def test_settings_name_every_mistake() -> None:
 def test_unknown_families_name_the_nearest() -> None:
     with pytest.raises(UserError, match=r"'qwen3' is not a family .*The nearest is qwen2. Known: llama, mistral, qwen2"):
         family_of({"model_type": "qwen3"})
+
+
+# Latent attention
+
+LATENT_FACTS = {**LLAMA_2_7B, "torch_dtype": "bfloat16"}
+
+
+def test_latent_budget_picks_rank_and_rotary_width() -> None:
+    for budget, wanted in (("50%", (3968, 128)), ("25%", (1920, 128)), ("6.25%", (384, 128)), ("0.05%", (2, 2))):
+        plan = make_plan(LATENT_FACTS, ConvertSettings(to="mla", kv_budget=budget))
+        assert plan.refusals == []
+        assert (plan.kv_rank, plan.rope_dim) == wanted
+        assert plan.cache_numbers == sum(wanted)
+    plan = make_plan(LATENT_FACTS, ConvertSettings(to="mla", kv_rank=512))
+    assert (plan.kv_rank, plan.rope_dim, plan.kv_budget) == (512, 64, 576 / 8192)
+    plan = make_plan(LATENT_FACTS, ConvertSettings(to="mla", kv_budget="12.5%", rope_dim=32))
+    assert (plan.kv_rank, plan.rope_dim) == (992, 32)
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "refusal"),
+    [
+        ({}, {}, "--to mla needs either --kv-rank"),
+        ({}, {"kv_rank": 512, "kv_budget": "25%"}, "either --kv-rank"),
+        ({}, {"kv_rank": 512, "kv_heads": 4}, "mla has no key heads of its own"),
+        ({}, {"kv_rank": 512, "rope_dim": 63}, "--rope-dim 63 must be even and at most the source's 128: the nearest is 62"),
+        ({}, {"kv_rank": 512, "rope_dim": 256}, "the nearest is 128"),
+        ({}, {"kv_rank": 5000}, "between 1 and the full rank 4096: the nearest is 4096"),
+        ({}, {"kv_rank": 0}, "the nearest is 1"),
+        ({}, {"kv_budget": "0.01%"}, "leaves 0 numbers: the least is 0.05%"),
+        ({}, {"kv_budget": "lots"}, "write 25% or 0.25"),
+        ({}, {"kv_rank": 512, "method": "pca"}, "unknown method 'pca'. Available: kvfold"),
+        ({}, {"kv_rank": 512, "dtype": "fp16"}, "float16 cannot hold the scaled latents"),
+        ({"torch_dtype": "float16"}, {"kv_rank": 512}, "float16 cannot hold the scaled latents"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, {"kv_rank": 512}, "rope type llama3"),
+        ({"attention_bias": True}, {"kv_rank": 512}, "attention biases"),
+        ({"mlp_bias": True}, {"kv_rank": 512}, "MLP biases"),
+        ({"hidden_act": "gelu"}, {"kv_rank": 512}, "gelu"),
+        ({"model_type": "mistral", "sliding_window": 4096}, {"kv_rank": 512}, "sliding window"),
+        ({"model_type": "qwen2"}, {"kv_rank": 512}, "attention biases"),
+    ],
+)
+def test_latent_refusals(config: dict[str, Any], settings: dict[str, Any], refusal: str) -> None:
+    plan = make_plan({**LATENT_FACTS, **config}, ConvertSettings(to="mla", **settings))
+    assert any(refusal in reason for reason in plan.refusals), plan.refusals
+
+
+def test_latent_needs_calibration_only_to_convert_and_its_flags_belong_to_it() -> None:
+    plan = make_plan(LATENT_FACTS, ConvertSettings(to="mla", kv_rank=512))
+    plan.refuse()
+    with pytest.raises(UserError, match="needs calibration text: give --calibrate TEXT, or --calibrate self"):
+        plan.refuse(converting=True)
+    plan = make_plan(LATENT_FACTS, ConvertSettings(to="gqa", kv_heads=8, kv_rank=512))
+    assert any("belong to --to mla" in reason for reason in plan.refusals)

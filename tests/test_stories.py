@@ -15,6 +15,9 @@ from kvfold.evaluation.evaluate import EvaluateSettings, evaluate
 
 GQA: dict[str, Any] = {"to": "gqa", "kv_heads": 2}
 MQA: dict[str, Any] = {"to": "mqa"}
+MLA_HALF: dict[str, Any] = {"to": "mla", "kv_rank": 24, "rope_dim": 8}
+MLA_QUARTER: dict[str, Any] = {"to": "mla", "kv_rank": 8, "rope_dim": 8}
+CACHE = {"gqa": 32, "mqa": 16}
 
 
 def damage(shared: Path, out: Path, **settings: Any) -> float:
@@ -24,7 +27,9 @@ def damage(shared: Path, out: Path, **settings: Any) -> float:
     convert(str(source), out, ConvertSettings(**settings))
     result = evaluate([str(out)], str(source), EvaluateSettings(on=f"{source}/tokens.safetensors:evaluation", batch=32))
     assert result["source"]["nll"] == pytest.approx(1.2733, abs=1e-3)
-    assert result["models"][0]["cache_numbers_per_token_per_layer"] == {"gqa": 32, "mqa": 16}[settings["to"]]
+    assert result["models"][0]["cache_numbers_per_token_per_layer"] == CACHE.get(
+        settings["to"], settings.get("kv_rank", 0) + settings.get("rope_dim", 0)
+    )
     return result["models"][0]["damage_nats"]
 
 
@@ -32,7 +37,7 @@ def test_mean_pooling_is_the_faithful_baseline(shared: Path, tmp_path: Path) -> 
     assert damage(shared, tmp_path / "out", **GQA, method="mean") == pytest.approx(3.118, abs=0.01)
 
 
-@pytest.mark.parametrize(("target", "bound"), [(GQA, 0.60), (MQA, 1.33)])
+@pytest.mark.parametrize(("target", "bound"), [(GQA, 0.60), (MQA, 1.33), (MLA_HALF, 0.16), (MLA_QUARTER, 1.25)])
 def test_closed_form(shared: Path, tmp_path: Path, target: dict[str, Any], bound: float) -> None:
     assert damage(shared, tmp_path / "out", **target, heal_steps=0) <= bound
 

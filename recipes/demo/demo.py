@@ -25,6 +25,8 @@ FOLDS: dict[str, dict[str, Any]] = {
     "gqa-2-healed": {"to": "gqa", "kv_heads": 2},
     "mqa": {"to": "mqa", "heal_steps": 0},
     "mqa-healed": {"to": "mqa"},
+    "mla-25": {"to": "mla", "kv_budget": "25%", "heal_steps": 0},
+    "mla-25-healed": {"to": "mla", "kv_budget": "25%"},
 }
 
 
