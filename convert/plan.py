@@ -30,6 +30,7 @@ class ConvertSettings(BaseModel):
     kv_heads: int | None = None
     kv_rank: int | None = None
     rope_dim: int | None = None
+    pad_for: Literal["vllm", "none"] | None = None
     kv_budget: Annotated[str | None, BeforeValidator(lambda v: str(v) if isinstance(v, float) else v)] = None
     method: str | None = None
     grouping: Literal["neighbours", "similar"] | None = None
@@ -49,12 +50,46 @@ class ConvertSettings(BaseModel):
 
 
 @dataclass(frozen=True)
+class LatentShape:
+    """Widths of latent attention as a checkpoint stores them: latent, rotary key, rest of a key, value."""
+
+    rank: int
+    rope: int
+    nope: int
+    value: int
+
+
+VLLM_TOTALS = (320, 512, 576)
+"""Latent + rotary key for which vLLM has decoding kernels."""
+VLLM_HEADS = ((64, 64, 128), (128, 64, 128), (192, 64, 256))
+"""(nope, rope, value) for which it has prefill kernels on CUDA."""
+
+
+def padded_shape(shape: LatentShape, pad_for: str | None) -> tuple[LatentShape, str]:
+    """Zero-pad to a shape that vLLM's kernels take, and say in a line what came of it.
+
+    By default only where the cache does not grow; with `vllm` whatever it costs, with `none` never. A shape that no
+    padding makes legal comes back as it is.
+    """
+    heads = next((h for h in VLLM_HEADS if shape.nope <= h[0] and shape.rope <= h[1] and shape.value <= h[2]), None)
+    total = next((t for t in VLLM_TOTALS if heads and shape.rank + heads[1] <= t), None)
+    if heads is None or total is None:
+        return shape, f"no vLLM kernel takes latent {shape.rank} + {shape.rope} with heads of {shape.nope}"
+    padded = LatentShape(total - heads[1], heads[1], heads[0], heads[2])
+    grown = total - shape.rank - shape.rope
+    if pad_for == "none" or (pad_for is None and grown):
+        return shape, f"not padded for vLLM's kernels; --pad-for vllm would cache {total} numbers per token per layer"
+    return padded, f"padded for vLLM's kernels, {grown} cached numbers of zeros"
+
+
+@dataclass(frozen=True)
 class ConversionPlan:
     """Source and target geometry, what is gained, and what stands in the way.
 
     Attributes:
         kv_heads: key/value heads of the target (gqa, mqa).
         kv_rank, rope_dim: widths of the latent and of the shared rotary key (mla), else 0.
+        stored: these and the head widths as the checkpoint stores them, padding included (mla).
         method, grouping: resolved, with the defaults filled in.
         refusals: each a reason with the remedy; a plan that has any cannot be carried out.
     """
@@ -67,6 +102,8 @@ class ConversionPlan:
     grouping: str
     kv_rank: int = 0
     rope_dim: int = 0
+    stored: LatentShape = LatentShape(0, 0, 0, 0)
+    note: str = ""
     refusals: list[str] = field(default_factory=list)
 
     @property
@@ -77,7 +114,7 @@ class ConversionPlan:
     @property
     def cache_numbers(self) -> int:
         """Cached numbers per token per layer of the target."""
-        return self.kv_rank + self.rope_dim or 2 * self.kv_heads * self.spec.head_dim
+        return self.stored.rank + self.stored.rope or 2 * self.kv_heads * self.spec.head_dim
 
     @property
     def kv_budget(self) -> float:
@@ -95,9 +132,10 @@ class ConversionPlan:
         spec, rows = self.spec, self.spec.cache_numbers - self.cache_numbers
         saved = rows * (spec.hidden_size + spec.qkv_bias)
         if self.kv_rank:
-            wider_queries = spec.heads * self.rope_dim * spec.hidden_size
-            expansion = spec.heads * 2 * spec.head_dim * self.kv_rank + self.kv_rank  # and the latent's norm
-            saved -= wider_queries + expansion
+            stored = self.stored
+            wider = stored.nope + stored.rope + stored.value - 2 * spec.head_dim  # queries and output
+            expansion = spec.heads * (stored.nope + stored.value) * stored.rank + stored.rank  # and the latent's norm
+            saved -= spec.heads * wider * spec.hidden_size + expansion
         head = spec.vocab_size * spec.hidden_size if self.kv_rank and spec.tied else 0  # written out for the engines
         return spec.layers * saved - head
 
@@ -113,6 +151,7 @@ class ConversionPlan:
         """What the target is, as JSON data."""
         if self.settings.to == "mla":
             geometry: dict[str, Any] = {"kv_rank": self.kv_rank, "rope_dim": self.rope_dim}
+            geometry |= {"stored": asdict(self.stored), "note": self.note}
         else:
             geometry = {"kv_heads": self.kv_heads, "grouping": self.grouping}
         return {"to": self.settings.to, **geometry, "method": self.method, "layout": self.layout}
@@ -171,8 +210,12 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
     if settings.to not in TARGETS:
         refusals.append(unknown("target", settings.to, TARGETS))
     kv_heads, kv_rank, rope_dim = spec.kv_heads, 0, 0
+    stored, note = LatentShape(0, 0, 0, 0), ""
     if settings.to == "mla":
         kv_rank, rope_dim = _target_latent(spec, settings, refusals)
+        stored, note = padded_shape(LatentShape(kv_rank, rope_dim, spec.head_dim, spec.head_dim), settings.pad_for)
+        if settings.pad_for == "vllm" and not note.startswith("padded"):
+            refusals.append(f"--pad-for vllm is not possible: {note}; give --rope-dim 64 or less and --kv-rank 512 or less")
         _refuse_for_deepseek_v3(config, spec, settings, refusals)
         default, methods = "kvfold", ["kvfold"]
     else:
@@ -194,7 +237,7 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
             check(value)
         except UserError as error:
             refusals.append(str(error))
-    return ConversionPlan(family, spec, settings, kv_heads, method, grouping, kv_rank, rope_dim, refusals)
+    return ConversionPlan(family, spec, settings, kv_heads, method, grouping, kv_rank, rope_dim, stored, note, refusals)
 
 
 def _target_latent(spec: AttentionSpec, settings: ConvertSettings, refusals: list[str]) -> tuple[int, int]:

@@ -144,17 +144,22 @@ LATENT_SOURCES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.parametrize("pad_for", ["none", "vllm"])
 @pytest.mark.parametrize(("family", "changes"), LATENT_SOURCES)
-def test_deepseek_v3_says_what_the_latent_attention_says(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+def test_deepseek_v3_says_what_the_latent_attention_says(
+    family: str, changes: dict[str, Any], pad_for: str, tmp_path: Path
+) -> None:
     """The stock class on the written checkpoint against the source model with the same factors in its attention's place.
 
-    This holds interleaving, θ', the softmax scale, the linear norm, the residual rescale and the written-out head to 1e-4.
+    It holds padding, interleaving, θ', softmax scale, linear norm, residual rescale and the written-out head to 1e-4.
     """
     source = save_model(tmp_path / "source", family, **changes)
     tokens = save_tokens(tmp_path / "t.safetensors", 8, 40)
-    fold(source, tmp_path / "out", to="mla", kv_rank=24, rope_dim=4, calibrate=tokens)
+    shape = {"to": "mla", "kv_rank": 24, "rope_dim": 4, "pad_for": pad_for}
+    fold(source, tmp_path / "out", **shape, calibrate=tokens)
     reader = CheckpointReader(tmp_path / "out")
-    plan = make_plan(CheckpointReader(source).config, ConvertSettings(to="mla", kv_rank=24, rope_dim=4))
+    plan = make_plan(CheckpointReader(source).config, ConvertSettings(**shape))
+    assert plan.cache_numbers == (320 if pad_for == "vllm" else 28)
     model = load(source)
     for layer, module in enumerate(model.model.layers):
         names = deepseek_v3.names(layer, plan)

@@ -10,6 +10,7 @@ import pytest
 from kvfold.convert.families import AttentionSpec, Rope, family_of
 from kvfold.convert.plan import (
     ConvertSettings,
+    LatentShape,
     cache_dtype,
     count_parameters,
     make_plan,
@@ -499,3 +500,18 @@ def test_latent_needs_calibration_only_to_convert_and_its_flags_belong_to_it() -
         plan.refuse(converting=True)
     plan = make_plan(LATENT_FACTS, ConvertSettings(to="gqa", kv_heads=8, kv_rank=512))
     assert any("belong to --to mla" in reason for reason in plan.refusals)
+
+
+def test_padding_for_vllm() -> None:
+    plan = make_plan(LATENT_FACTS, ConvertSettings(to="mla", kv_rank=512, rope_dim=64))
+    assert plan.stored == LatentShape(512, 64, 128, 128)
+    assert plan.note == "padded for vLLM's kernels, 0 cached numbers of zeros"
+    plan = make_plan(LATENT_FACTS, ConvertSettings(to="mla", kv_rank=480, rope_dim=64))
+    assert plan.stored == LatentShape(480, 64, 128, 128)
+    assert "--pad-for vllm would cache 576 numbers" in plan.note
+    plan = make_plan(LATENT_FACTS, ConvertSettings(to="mla", kv_rank=480, rope_dim=32, pad_for="vllm"))
+    assert (plan.stored, plan.cache_numbers) == (LatentShape(512, 64, 128, 128), 576)
+    plan = make_plan(LATENT_FACTS, ConvertSettings(to="mla", kv_rank=512, rope_dim=128, pad_for="vllm"))
+    assert "--rope-dim 64 or less and --kv-rank 512 or less" in plan.refusals[0]
+    plan = make_plan(TINYLLAMA, ConvertSettings(to="mla", kv_rank=256, rope_dim=64))
+    assert plan.stored == LatentShape(256, 64, 64, 128)  # heads of 64: values padded, the cache as it is

@@ -3,7 +3,7 @@
 Four exact re-parameterisations make a folded Llama out of DeepSeek-V3's parts:
 
 - Rotary rows are interleaved, pair by pair, and the base becomes `θ' = θ^(R/D)`, whose grid of width R is the first R/2
-  frequencies of the source.
+  frequencies of the source. R is the stored width: zeros pad what a kernel wants wider.
 - The latent's RMSNorm is made linear: the latent is written `LATENT` times as large, so that its mean square vanishes
   beside the norm's eps of 1e-6, and `kv_b_proj` undoes both. What is left is relative `mean(c²)/(2·eps)`, about 2e-6.
 - Engines share one eps among all norms and fix the latent's at 1e-6. A residual stream scaled by `a = √(1e-6/eps)` turns
@@ -39,12 +39,12 @@ def config(source: dict[str, Any], plan: ConversionPlan, dtype: torch.dtype | No
         **{key: source[key] for key in (*carried, *ids) if key in source},
         "num_key_value_heads": spec.heads,
         "q_lora_rank": None,
-        "kv_lora_rank": plan.kv_rank,
-        "qk_nope_head_dim": spec.head_dim,
-        "qk_rope_head_dim": plan.rope_dim,
-        "v_head_dim": spec.head_dim,
+        "kv_lora_rank": plan.stored.rank,
+        "qk_nope_head_dim": plan.stored.nope,
+        "qk_rope_head_dim": plan.stored.rope,
+        "v_head_dim": plan.stored.value,
         "rope_interleave": True,
-        "rope_parameters": {"rope_type": "default", "rope_theta": spec.rope.theta ** (plan.rope_dim / spec.head_dim)},
+        "rope_parameters": {"rope_type": "default", "rope_theta": spec.rope.theta ** (plan.stored.rope / spec.head_dim)},
         "rms_norm_eps": EPS,
         "tie_word_embeddings": False,
         "attention_bias": False,
@@ -66,13 +66,13 @@ def config(source: dict[str, Any], plan: ConversionPlan, dtype: torch.dtype | No
 def tensor_specs(reader: CheckpointReader, plan: ConversionPlan, dtype: torch.dtype | None) -> list[TensorSpec]:
     """Every tensor: per layer the attention of DeepSeek-V3 in the place of the source's, and the output embedding."""
     spec, entries = plan.spec, kept(reader, plan)
-    wide = spec.head_dim + plan.rope_dim
+    shape = plan.stored
     shapes = {
-        "q_proj": (spec.heads * wide, spec.hidden_size),
-        "kv_a_proj_with_mqa": (plan.kv_rank + plan.rope_dim, spec.hidden_size),
-        "kv_a_layernorm": (plan.kv_rank,),
-        "kv_b_proj": (spec.heads * 2 * spec.head_dim, plan.kv_rank),
-        "o_proj": (spec.hidden_size, spec.heads * spec.head_dim),
+        "q_proj": (spec.heads * (shape.nope + shape.rope), spec.hidden_size),
+        "kv_a_proj_with_mqa": (shape.rank + shape.rope, spec.hidden_size),
+        "kv_a_layernorm": (shape.rank,),
+        "kv_b_proj": (spec.heads * (shape.nope + shape.value), shape.rank),
+        "o_proj": (spec.hidden_size, spec.heads * shape.value),
     }
     attention = {n: layer for layer in range(spec.layers) for n in plan.family.names(layer, spec).values()}
     specs: dict[str, TensorSpec] = {}
@@ -98,32 +98,48 @@ def names(layer: int, plan: ConversionPlan) -> list[str]:
 
 def tensors(weights: LatentWeights, layer: int, plan: ConversionPlan) -> dict[str, Tensor]:
     """Canonical form → tensors by name, as transformers stores them."""
-    undo = math.sqrt(EPS) / LATENT
+    shape, undo = plan.stored, math.sqrt(EPS) / LATENT
+    q_nope, q_rope = pad(weights.q_nope, shape.nope), pad(interleave(weights.q_rope), shape.rope)
+    up_k, up_v = (
+        pad(pad(up, width), shape.rank, -1) for up, width in ((weights.up_k, shape.nope), (weights.up_v, shape.value))
+    )
     stored = (
-        torch.cat([weights.q_nope, interleave(weights.q_rope)], 1).flatten(0, 1),  # (H, N + R, d) → (H·(N + R), d)
-        torch.cat([weights.down * LATENT, interleave(weights.k_rope)]),  # (r + R, d)
-        torch.ones(plan.kv_rank, device=weights.down.device),
-        torch.cat([weights.up_k, weights.up_v], 1).flatten(0, 1) * undo,  # (H, N + D, r) → (H·(N + D), r)
-        weights.o.permute(1, 0, 2).flatten(1) * residual_scale(plan),  # (H, d, D) → (d, H·D)
+        torch.cat([q_nope, q_rope], 1).flatten(0, 1) * padding_scale(plan),  # (H, N + R, d) → (H·(N + R), d)
+        torch.cat([pad(weights.down * LATENT, shape.rank), pad(interleave(weights.k_rope), shape.rope)]),  # (r + R, d)
+        torch.ones(shape.rank, device=weights.down.device),
+        torch.cat([up_k, up_v], 1).flatten(0, 1) * undo,  # (H, N + D, r) → (H·(N + D), r)
+        pad(weights.o, shape.value, -1).permute(1, 0, 2).flatten(1) * residual_scale(plan),  # (H, d, D) → (d, H·D)
     )
     return dict(zip(names(layer, plan), stored, strict=True))
 
 
 def lift(tensors: dict[str, Tensor], plan: ConversionPlan) -> LatentWeights:
     """The inverse of `tensors`, for any one layer."""
-    width = plan.spec.head_dim
+    width, shape = plan.spec.head_dim, plan.stored
     q, kv_a, _, kv_b, o = (t.float() for t in tensors.values())
-    q = q.unflatten(0, (-1, width + plan.rope_dim))
-    up = kv_b.unflatten(0, (-1, 2 * width)) * (LATENT / math.sqrt(EPS))
+    q = q.unflatten(0, (-1, shape.nope + shape.rope)) / padding_scale(plan)
+    up = kv_b.unflatten(0, (-1, shape.nope + shape.value))[..., : plan.kv_rank] * (LATENT / math.sqrt(EPS))
     return LatentWeights(
         q_nope=q[:, :width],
-        q_rope=interleave(q[:, width:], back=True),
+        q_rope=interleave(q[:, shape.nope : shape.nope + plan.rope_dim], back=True),
         down=kv_a[: plan.kv_rank] / LATENT,
-        k_rope=interleave(kv_a[plan.kv_rank :], back=True),
+        k_rope=interleave(kv_a[shape.rank : shape.rank + plan.rope_dim], back=True),
         up_k=up[:, :width],
-        up_v=up[:, width:],
-        o=o.unflatten(1, (-1, width)).permute(1, 0, 2) / residual_scale(plan),
+        up_v=up[:, shape.nope : shape.nope + width],
+        o=o.unflatten(1, (-1, shape.value))[..., :width].permute(1, 0, 2) / residual_scale(plan),
     )
+
+
+def pad(tensor: Tensor, size: int, dim: int = -2) -> Tensor:
+    """Zeros behind dimension `dim` up to `size`."""
+    shape = list(tensor.shape)
+    shape[dim] = size - shape[dim]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim)
+
+
+def padding_scale(plan: ConversionPlan) -> float:
+    """Engines divide scores by the root of the stored width; queries take the difference."""
+    return math.sqrt((plan.stored.nope + plan.stored.rope) / (plan.spec.head_dim + plan.rope_dim))
 
 
 def interleave(rows: Tensor, back: bool = False) -> Tensor:

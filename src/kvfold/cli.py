@@ -27,6 +27,10 @@ KvRank = Annotated[Optional[int], typer.Option(help="Width of the latent (mla)."
 RopeDim = Annotated[
     Optional[int], typer.Option(help="Width of the shared rotary key (mla). Default: the head width, at most 64.")
 ]
+PadFor = Annotated[
+    Optional[str],
+    typer.Option(help="Zero-pad mla for the kernels of an engine: vllm or none. Default: where the cache does not grow."),
+]
 KvBudget = Annotated[
     Optional[str], typer.Option(help="Share of the source's cache to keep, 25% or 0.25, in place of --kv-heads.")
 ]
@@ -50,6 +54,7 @@ def plan(
     kv_heads: KvHeads = None,
     kv_rank: KvRank = None,
     rope_dim: RopeDim = None,
+    pad_for: PadFor = None,
     kv_budget: KvBudget = None,
     method: Method = None,
     calibrate: Annotated[Optional[str], typer.Option(help="Calibration text, as in convert.")] = None,
@@ -63,7 +68,7 @@ def plan(
     from kvfold.convert.source import fetch_config
 
     settings = parse_settings(
-        ConvertSettings, _given(locals(), "to kv_heads kv_rank rope_dim kv_budget method calibrate dtype revision")
+        ConvertSettings, _given(locals(), "to kv_heads kv_rank rope_dim pad_for kv_budget method calibrate dtype revision")
     )
     config = fetch_config(source, revision)
     made = make_plan(config, settings)
@@ -82,6 +87,7 @@ def convert(
     kv_heads: KvHeads = None,
     kv_rank: KvRank = None,
     rope_dim: RopeDim = None,
+    pad_for: PadFor = None,
     kv_budget: KvBudget = None,
     method: Method = None,
     grouping: Grouping = None,
@@ -116,8 +122,8 @@ def convert(
     """Fold a checkpoint into another one with a smaller KV cache."""
     flags = _given(
         locals(),
-        "to kv_heads kv_rank rope_dim kv_budget method grouping calibrate calibration_tokens window heal_steps heal_window "
-        "heal_batch_tokens heal_lr heal_dtype dtype device max_shard_size seed revision",
+        "to kv_heads kv_rank rope_dim pad_for kv_budget method grouping calibrate calibration_tokens window heal_steps "
+        "heal_window heal_batch_tokens heal_lr heal_dtype dtype device max_shard_size seed revision",
     )
     from kvfold.convert.pipeline import convert as run
     from kvfold.convert.plan import ConvertSettings, parse_settings
@@ -283,4 +289,5 @@ def _print_plan(record: dict[str, Any]) -> None:
     lines.append(("KV budget", "100%", f"{record['kv_budget']:.1%}"))
     for name, before, after in lines:
         out.add_row(name, str(before), str(after))
+    out.caption = target.get("note")
     Console().print(out)
