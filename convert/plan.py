@@ -30,7 +30,7 @@ class ConvertSettings(BaseModel):
     kv_heads: int | None = None
     kv_rank: int | None = None
     rope_dim: int | None = None
-    pad_for: Literal["vllm", "none"] | None = None
+    pad_for: Literal["vllm", "vllm-cpu", "none"] | None = None
     kv_budget: Annotated[str | None, BeforeValidator(lambda v: str(v) if isinstance(v, float) else v)] = None
     method: str | None = None
     grouping: Literal["neighbours", "similar"] | None = None
@@ -59,8 +59,8 @@ class LatentShape:
     value: int
 
 
-VLLM_TOTALS = (320, 512, 576)
-"""Latent + rotary key for which vLLM has decoding kernels."""
+VLLM_TOTALS = {"vllm": (320, 512, 576), "vllm-cpu": (576,)}
+"""Latent + rotary key for which vLLM has decoding kernels, on CUDA and on CPU."""
 VLLM_HEADS = ((64, 64, 128), (128, 64, 128), (192, 64, 256))
 """(nope, rope, value) for which it has prefill kernels on CUDA."""
 
@@ -68,11 +68,12 @@ VLLM_HEADS = ((64, 64, 128), (128, 64, 128), (192, 64, 256))
 def padded_shape(shape: LatentShape, pad_for: str | None) -> tuple[LatentShape, str]:
     """Zero-pad to a shape that vLLM's kernels take, and say in a line what came of it.
 
-    By default only where the cache does not grow; with `vllm` whatever it costs, with `none` never. A shape that no
-    padding makes legal comes back as it is.
+    By default only where the cache does not grow; with `vllm` or `vllm-cpu` whatever it costs, with `none` never. A
+    shape that no padding makes legal comes back as it is.
     """
     heads = next((h for h in VLLM_HEADS if shape.nope <= h[0] and shape.rope <= h[1] and shape.value <= h[2]), None)
-    total = next((t for t in VLLM_TOTALS if heads and shape.rank + heads[1] <= t), None)
+    totals = VLLM_TOTALS["vllm-cpu" if pad_for == "vllm-cpu" else "vllm"]
+    total = next((t for t in totals if heads and shape.rank + heads[1] <= t), None)
     if heads is None or total is None:
         return shape, f"no vLLM kernel takes latent {shape.rank} + {shape.rope} with heads of {shape.nope}"
     padded = LatentShape(total - heads[1], heads[1], heads[0], heads[2])
@@ -214,8 +215,10 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
     if settings.to == "mla":
         kv_rank, rope_dim = _target_latent(spec, settings, refusals)
         stored, note = padded_shape(LatentShape(kv_rank, rope_dim, spec.head_dim, spec.head_dim), settings.pad_for)
-        if settings.pad_for == "vllm" and not note.startswith("padded"):
-            refusals.append(f"--pad-for vllm is not possible: {note}; give --rope-dim 64 or less and --kv-rank 512 or less")
+        if settings.pad_for not in (None, "none") and not note.startswith("padded"):
+            refusals.append(
+                f"--pad-for {settings.pad_for} is not possible: {note}; give --rope-dim 64 or less and --kv-rank 512 or less"
+            )
         _refuse_for_deepseek_v3(config, spec, settings, refusals)
         default, methods = "kvfold", ["kvfold"]
     else:

@@ -511,6 +511,8 @@ def test_padding_for_vllm() -> None:
     assert "--pad-for vllm would cache 576 numbers" in plan.note
     plan = make_plan(LATENT_FACTS, ConvertSettings(to="mla", kv_rank=480, rope_dim=32, pad_for="vllm"))
     assert (plan.stored, plan.cache_numbers) == (LatentShape(512, 64, 128, 128), 576)
+    plan = make_plan(LATENT_FACTS, ConvertSettings(to="mla", kv_rank=64, rope_dim=32, pad_for="vllm-cpu"))
+    assert plan.stored == LatentShape(512, 64, 128, 128)  # the one shape that the CPU kernel takes
     plan = make_plan(LATENT_FACTS, ConvertSettings(to="mla", kv_rank=512, rope_dim=128, pad_for="vllm"))
     assert "--rope-dim 64 or less and --kv-rank 512 or less" in plan.refusals[0]
     plan = make_plan(TINYLLAMA, ConvertSettings(to="mla", kv_rank=256, rope_dim=64))

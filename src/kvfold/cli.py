@@ -29,7 +29,7 @@ RopeDim = Annotated[
 ]
 PadFor = Annotated[
     Optional[str],
-    typer.Option(help="Zero-pad mla for the kernels of an engine: vllm or none. Default: where the cache does not grow."),
+    typer.Option(help="Zero-pad mla for an engine's kernels: vllm, vllm-cpu or none. Default: where the cache does not grow."),
 ]
 KvBudget = Annotated[
     Optional[str], typer.Option(help="Share of the source's cache to keep, 25% or 0.25, in place of --kv-heads.")
