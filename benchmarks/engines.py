@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from kvfold.convert.data import load_windows
 from kvfold.convert.pipeline import convert
@@ -59,6 +60,7 @@ def in_vllm(python: str, folder: Path, prompts: Path) -> list[dict[str, Any]]:
 def main() -> None:
     python, where = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None
     failed = False
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(dir=where) as scratch:
         root = Path(scratch)
         calibration, heldout = write_texts(root)

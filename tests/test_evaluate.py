@@ -83,6 +83,18 @@ def test_cache_is_counted_in_a_real_generation(pair: tuple[Path, Path]) -> None:
     assert measure_cache(model, IDS[:1, :10]) == (2 * 1 * 8, 2 * 1 * 8 * 4 * layers)
 
 
+def test_latent_checkpoints_are_measured_like_any_other(tmp_path: Path) -> None:
+    """One key head folds into MLA exactly, so nothing is lost, and the cache holds the latent."""
+    source = save_model(tmp_path / "source", "llama", num_key_value_heads=1)
+    tokens = save_tokens(tmp_path / "t.safetensors", 6, 40)
+    settings = ConvertSettings(to="mla", kv_rank=12, rope_dim=8, calibrate=tokens, heal_steps=0)
+    convert(str(source), tmp_path / "mla", settings)
+    (found,) = evaluate([str(tmp_path / "mla")], str(source), EvaluateSettings(on=tokens))["models"]
+    assert abs(found["damage_nats"]) < 1e-4
+    assert max(found["attention_errors"]) < 1e-6
+    assert found["cache_numbers_per_token_per_layer"] == 20
+
+
 def test_report_holds_what_was_measured(pair: tuple[Path, Path], tmp_path: Path) -> None:
     source, out = pair
     tokens = save_tokens(tmp_path / "t.safetensors", 6, 40)
