@@ -262,8 +262,10 @@ def _target_latent(spec: AttentionSpec, settings: ConvertSettings, refusals: lis
             least = 4 / spec.cache_numbers
             refusals.append(f"--kv-budget {settings.kv_budget} leaves {numbers} numbers: the least is {least:.2%}")
             return 1, 2
-        # Rotary width first: what keeps its rotation is exact, and a latent as wide again holds the values.
-        rope_dim = settings.rope_dim or min(width, numbers // 4 * 2)
+        # A frequency that turns by less than a radian over the whole context does without its rotation; at most half of the
+        # budget rotates, so that as much is left for the latent.
+        turning = sum(spec.rope.theta ** (-2 * i / width) * spec.reach >= 1 for i in range(width // 2))
+        rope_dim = settings.rope_dim or max(2, min(2 * turning, numbers // 4 * 2))
         rank = min(full, numbers - rope_dim)
     if rope_dim % 2 or not 2 <= rope_dim <= width:
         nearest = min(width, max(2, rope_dim // 2 * 2))

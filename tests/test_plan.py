@@ -454,7 +454,8 @@ LATENT_FACTS = {**LLAMA_2_7B, "torch_dtype": "bfloat16"}
 
 
 def test_latent_budget_picks_rank_and_rotary_width() -> None:
-    for budget, wanted in (("50%", (3968, 128)), ("25%", (1920, 128)), ("6.25%", (384, 128)), ("0.05%", (2, 2))):
+    """10000^(-2i/128) · 4096 ≥ 1 holds for i up to 57: 58 pairs need their rotation."""
+    for budget, wanted in (("50%", (3980, 116)), ("25%", (1932, 116)), ("6.25%", (396, 116)), ("0.05%", (2, 2))):
         plan = make_plan(LATENT_FACTS, ConvertSettings(to="mla", kv_budget=budget))
         assert plan.refusals == []
         assert (plan.kv_rank, plan.rope_dim) == wanted
