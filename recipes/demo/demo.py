@@ -14,7 +14,7 @@ from kvfold.evaluation.evaluate import EvaluateSettings, evaluate
 from kvfold.recipes.demo.corpus import CALIBRATION, HELDOUT, standard_library
 
 MODEL = Path(__file__).parent / "model"
-CALIBRATION_TOKENS, EVALUATION_TOKENS, HEAL_STEPS = 32768, 32768, 80
+CALIBRATION_TOKENS, EVALUATION_TOKENS, HEAL_STEPS = 32768, 32768, 60
 PIECE = 4096
 """Characters in a piece of text."""
 FOLDS: dict[str, dict[str, Any]] = {
