@@ -44,6 +44,17 @@ def logits(folder: Path) -> torch.Tensor:
     return load(folder)(IDS).logits
 
 
+@torch.no_grad()
+def decoded_as_uncached(model: Any) -> Any:
+    """Assert that decoding token by token gives the logits of one pass, and return the cache."""
+    first = model(IDS[:, :20], use_cache=True)
+    cache, steps = first.past_key_values, [first.logits]
+    for t in range(20, 40):
+        steps.append(model(IDS[:, t : t + 1], past_key_values=cache, use_cache=True).logits)
+    torch.testing.assert_close(torch.cat(steps, 1), model(IDS).logits, atol=1e-4, rtol=1e-4)
+    return cache
+
+
 def fold(source: Path, out: Path, **settings: Any) -> dict[str, Any]:
     return convert(str(source), out, ConvertSettings(**{"to": "gqa", "heal_steps": 0, **settings})).record
 
@@ -123,16 +134,10 @@ def test_folded_checkpoint_loads_decodes_and_keeps_what_it_must(
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     assert model.config.num_key_value_heads == kept
-    with torch.no_grad():
-        whole = model(IDS).logits
-        first = model(IDS[:, :20], use_cache=True)
-        steps = [first.logits]
-        for t in range(20, 40):
-            steps.append(model(IDS[:, t : t + 1], past_key_values=first.past_key_values, use_cache=True).logits)
-    torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-4, rtol=1e-4)
-    assert first.past_key_values.layers[0].keys.shape[1] == kept
+    cache = decoded_as_uncached(model)
+    assert cache.layers[0].keys.shape[1] == kept
     assert record["cache_numbers_per_token_per_layer"] == 2 * kept * 8
-    assert len(record["layers"]) == len(first.past_key_values.layers)
+    assert len(record["layers"]) == len(cache.layers)
     assert model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0).shape == (2, 44)
 
 
@@ -188,13 +193,7 @@ def test_latent_checkpoint_loads_decodes_and_caches_latents(family: str, changes
     assert {e.dtype for e in CheckpointReader(tmp_path / "out").entries.values()} == {torch.bfloat16}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     assert type(model).__name__ == record["target"]["layout"] == "DeepseekV3ForCausalLM"
-    with torch.no_grad():
-        whole = model(IDS).logits
-        first = model(IDS[:, :20], use_cache=True)
-        steps = [first.logits]
-        for t in range(20, 40):
-            steps.append(model(IDS[:, t : t + 1], past_key_values=first.past_key_values, use_cache=True).logits)
-    torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-4, rtol=1e-4)
+    decoded_as_uncached(model)
     assert measure_cache(model, IDS[:1, :10]) == (26, 26 * 4 * model.config.num_hidden_layers)
     assert record["cache_numbers_per_token_per_layer"] == 26
     # the plan's arithmetic is the real model's
