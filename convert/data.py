@@ -48,21 +48,21 @@ def load_windows(origin: str, tokenizer_folder: Path, window: int, max_tokens: i
     Raises:
         UserError: nothing there, unreadable, empty, shorter than one window, or ids outside the vocabulary.
     """
-    if ".safetensors" in origin:
-        ids = _token_rows(origin, max_tokens)
-    else:
-        ids = _encode(origin, load_tokenizer(tokenizer_folder), window, max_tokens)
+    from_tokens = ".safetensors" in origin
+    try:
+        tokenizer = load_tokenizer(tokenizer_folder)
+    except UserError:
+        if not from_tokens:
+            raise
+        tokenizer = None  # tokens from a file need none
+    ids = _token_rows(origin, max_tokens) if from_tokens else _encode(origin, tokenizer, window, max_tokens)
     for id_ in (int(ids.min()), int(ids.max())):
         if id_ < 0 or (vocab_size is not None and id_ >= vocab_size):
             raise UserError(
                 f"{origin} holds token id {id_}, outside the model's vocabulary of {vocab_size}: "
                 "encode the text with the source's own tokenizer"
             )
-    try:
-        ratio = _bytes_per_token(ids, load_tokenizer(tokenizer_folder))
-    except UserError:  # tokens from a file need no tokenizer
-        ratio = None
-    return Windows(ids, ratio, origin)
+    return Windows(ids, None if tokenizer is None else _bytes_per_token(ids, tokenizer), origin)
 
 
 def calibration_windows(

@@ -11,7 +11,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import InitVar, dataclass, fields
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -170,9 +170,8 @@ def _save_waiting(job: Job, layer: int, waiting: Iterable[_OpenLayer]) -> None:
     tensors: dict[str, Tensor] = {}
     notes: dict[str, str] = {}
     for number, item in enumerate(waiting, layer + 1):
-        weights = item.design.weights()
-        held = {f.name: getattr(weights, f.name) for f in fields(weights)}
-        tensors |= {f"{number}.{name}": t.cpu().contiguous() for name, t in held.items() if t is not None}
+        held = item.design.weights().tensors()
+        tensors |= {f"{number}.{name}": t.cpu().contiguous() for name, t in held.items()}
         notes[str(number)] = json.dumps([item.choice, item.error])
     if tensors:
         save_file(tensors, _waiting_file(job, layer), notes)

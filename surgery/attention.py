@@ -4,7 +4,7 @@ Shapes: `d` hidden size, `H` query heads, `G` key/value heads, `D` head width, `
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,25 @@ from torch.nn import functional as F
 
 from kvfold.surgery.rope import Rope, rotate
 
+Kind = TypeVar("Kind", bound="Weights")
+
 
 @dataclass(frozen=True)
-class AttentionWeights:
+class Weights:
+    """What the canonical forms share: they are tensors by name, some of which may be None."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that there are."""
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+    def to(self: Kind, *args: Any) -> Kind:
+        """Every tensor through `Tensor.to`."""
+        return replace(self, **{name: tensor.to(*args) for name, tensor in self.tensors().items()})
+
+
+@dataclass(frozen=True)
+class AttentionWeights(Weights):
     """One RoPE attention layer. Query head `h` reads key/value head `h // (H // G)`.
 
     `q` (H, D, d), `k` (G, D, d), `v` (G, D, d), `o` (H, d, D); biases (H, D), (G, D), (G, D), (d,) or None.
@@ -40,11 +56,6 @@ class AttentionWeights:
     @property
     def head_dim(self) -> int:
         return self.k.shape[1]
-
-    def to(self, *args: Any) -> "AttentionWeights":
-        """Every tensor through `Tensor.to`."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: tensor.to(*args) for name, tensor in tensors.items() if tensor is not None})
 
     def augmented(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v with their biases as a last input column, for the input `[x; 1]`: (·, D, d + 1)."""
@@ -112,7 +123,7 @@ class GroupedAttention(nn.Module):
 
 
 @dataclass(frozen=True)
-class LatentWeights:
+class LatentWeights(Weights):
     """Multi-head latent attention (2405.04434), scores over √(N + R). The first R/2 frequencies of the source rotate.
 
     `q_nope` (H, N, d), `q_rope` (H, R, d), `down` (r, d), `k_rope` (R, d), `up_k` (H, N, r), `up_v` (H, D, r), `o` (H, d, D),
@@ -127,11 +138,6 @@ class LatentWeights:
     up_v: Tensor
     o: Tensor
     o_bias: Tensor | None = None
-
-    def to(self, *args: Any) -> "LatentWeights":
-        """Every tensor through `Tensor.to`."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: tensor.to(*args) for name, tensor in tensors.items() if tensor is not None})
 
 
 class LatentAttention(nn.Module):

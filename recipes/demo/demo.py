@@ -54,8 +54,7 @@ def run_demo(directory: Path, report: Callable[[float, str], None] = lambda shar
         def progress(done: float, line: str, number: int = number, name: str = name) -> None:
             report(share * (number + done), f"{name}: {line}")
 
-        shutil.rmtree(directory / name, ignore_errors=True)
-        convert(str(source), directory / name, settings, report=progress)
+        convert(str(source), directory / name, settings, overwrite=True, report=progress)
     result = evaluate(
         [str(directory / name) for name in FOLDS],
         str(source),
