@@ -115,7 +115,7 @@ def interval(values: Tensor, share: float = 0.95) -> list[float] | None:
 
 
 def position_edges(length: int, bins: int = 16) -> list[int]:
-    """Ends of `bins` stretches of positions 1 … length (0 first), as equal as they can be; `length` stretches when it is short."""
+    """Ends of `bins` stretches of the positions 1 … length, 0 first, as equal as they can be; fewer when it is short."""
     bins = min(bins, length)
     return [round(i * length / bins) for i in range(bins + 1)]
 

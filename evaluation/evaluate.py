@@ -76,7 +76,8 @@ def evaluate(
         UserError: a checkpoint, the text or a task is unusable, or vocabularies or tokenizers differ.
     """
     folders = [fetch_checkpoint(model) for model in models]
-    source_folder = fetch_checkpoint(against or _recorded_source(folders[0]))
+    named = against or _recorded_source(folders[0])
+    source_folder = fetch_checkpoint(named)
     config = read_config(source_folder)
     for other in folders:
         _refuse_other_model(other, source_folder, config)
@@ -90,14 +91,15 @@ def evaluate(
     keys = [key_of(settings.model_dump() | {"version": kvfold.__version__}, source_folder, other) for other in folders]
     missing = [number for number, key in enumerate(keys) if key not in kept.results]
     if missing:
-        bench = _Bench(source_folder, device, settings, windows, len(missing), report)
+        bench = _Bench(named, source_folder, device, settings, windows, len(missing), report)
         for number in missing:
             try:
-                measured = bench.measure(folders[number])
+                measured = bench.measure(models[number], folders[number])
             except (UserError, ConversionError) as error:
                 raise type(error)(f"{error}{_kept_so_far(keys, kept)}") from None
             on_main(lambda key=keys[number], found=measured: kept.keep({key: {"source": bench.own, "model": found}}))
             kept.results[keys[number]] = {"source": bench.own, "model": measured}
+            gc.collect()
     report(1.0, "done")
     rows, predicted = windows.ids.shape[0], windows.ids.shape[1] - 1
     return {
@@ -121,7 +123,14 @@ class _Bench:
     """
 
     def __init__(
-        self, folder: Path, device: torch.device, settings: EvaluateSettings, windows: Windows, models: int, report: Report
+        self,
+        name: str,
+        folder: Path,
+        device: torch.device,
+        settings: EvaluateSettings,
+        windows: Windows,
+        models: int,
+        report: Report,
     ) -> None:
         self.device, self.settings, self.windows, self.report = device, settings, windows, report
         self.parts, self.part = models + 1, 0
@@ -130,9 +139,9 @@ class _Bench:
         self.reference: dict[int, Tensor] = {}
         """The source's final states of the batches that this process has, on the CPU: 4·d bytes per token."""
         self.scores = self._score(self.source, folder.name)
-        self.own = {"path": str(folder), **self._common(self.source, folder, self.scores)}
+        self.own = {"path": name, **self._common(self.source, folder, self.scores)}
 
-    def measure(self, folder: Path) -> dict[str, Any]:
+    def measure(self, name: str, folder: Path) -> dict[str, Any]:
         """Everything that the report says of one folded model."""
         self.part += 1
         model = _load(folder, self.device, self.settings.dtype)
@@ -140,7 +149,7 @@ class _Bench:
         damage = scores.nll - self.scores.nll
         conversion = _conversion(folder)
         found = {
-            "path": str(folder),
+            "path": name,
             **self._common(model, folder, scores),
             "damage_nats": scores.mean_nll - self.scores.mean_nll,
             "damage_interval": interval(damage),
@@ -153,8 +162,6 @@ class _Bench:
             "stage": stage_of(conversion),
             "conversion": conversion,
         }
-        del model
-        gc.collect()
         return found
 
     def _score(self, model: PreTrainedModel, name: str) -> TokenScores:
@@ -222,7 +229,8 @@ def _refuse_other_tokenizer(folder: Path, source: Path, windows: Windows) -> Non
     texts = ours.batch_decode(windows.ids[:4].tolist())
     if ours.get_vocab() != theirs.get_vocab() or ours(texts)["input_ids"] != theirs(texts)["input_ids"]:
         raise UserError(
-            f"{folder} and {source} have different tokenizers: copy the source's tokenizer files, or give its own with --against"
+            f"{folder} and {source} have different tokenizers: copy the source's tokenizer files there, or give the source "
+            "that it was folded from, with --against"
         )
 
 

@@ -31,7 +31,7 @@ THEMES = {
 def themed(theme: str) -> Iterator[dict[str, str]]:
     """Letters and lines for a light or a dark page, on a transparent ground."""
     colors = THEMES[theme]
-    edges = {key: colors["text"] for key in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")}
+    edges = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), colors["text"])
     style = {
         **edges,
         "font.size": 11,
@@ -204,7 +204,8 @@ def needles(report: Data, colors: dict[str, str]) -> Figure:
 FIGURES: dict[str, tuple[Callable[[Data, dict[str, str]], Figure], str]] = {
     "damage": (
         damage,
-        "Damage is the NLL above the source's on the same tokens; bars are 95% bootstrap intervals over windows. Lower left is better.",
+        "Damage is the NLL above the source's on the same tokens; bars are 95% bootstrap intervals over windows. "
+        "Lower left is better.",
     ),
     "positions": (
         positions,

@@ -1,13 +1,15 @@
 """The report of an evaluation: report.json, report.md, report.html with its plots, and the table on the terminal."""
 
 import json
+import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvfold.evaluation.schema import Report
+from kvfold.errors import UserError
+from kvfold.evaluation.schema import Report, read_report
 from kvfold.evaluation.unfinished import PARTIAL
 
 if TYPE_CHECKING:
@@ -105,6 +107,28 @@ def write(result: Row, folder: Path) -> list[Path]:
     return paths
 
 
+def for_card(folder: Path, out: Path) -> tuple[Row, Row, str | None]:
+    """The report in `folder`, the row of `out` in it, and the path of the main plot in `out`, where it is copied to.
+
+    Raises:
+        UserError: there is no readable report, or `out` is not in it.
+    """
+    result = read_report(folder)
+    found = [m for m in result["models"] if Path(m["path"]).resolve() == out.resolve()]
+    # a report that has moved along with the models still knows them by name
+    found = found or [m for m in result["models"] if Path(m["path"]).name == out.resolve().name]
+    if len(found) != 1:
+        names = ", ".join(m["path"] for m in result["models"])
+        raise UserError(f"{folder / 'report.json'} has no results of {out}, only of {names}: measure it with kvfold evaluate")
+    plot = folder / PLOTS / "damage.png"
+    if not plot.exists():
+        return result, found[0], None
+    (out / PLOTS).mkdir(exist_ok=True)
+    if folder.resolve() != out.resolve():
+        shutil.copyfile(plot, out / PLOTS / plot.name)
+    return result, found[0], f"{PLOTS}/{plot.name}"
+
+
 def _markdown(header: list[str], body: list[list[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in body)]) + "\n"
@@ -170,9 +194,9 @@ def _needles(result: Row) -> Row:
     depths = ", ".join(f"{d:.0%}" for d in sorted({cell["depth"] for cell in needles["cells"]}))
     return {
         "title": "Needles",
-        "note": f"Of {needles['trials']} passages hidden in the context and begun again at its end with {needles['key_tokens']} "
-        f"tokens, how many of the next {needles['value_tokens']} tokens are the model's most likely ones: at depths of "
-        f"{depths} of the context; in parentheses what it guesses without the passage.",
+        "note": f"Of {needles['trials']} passages hidden in the context and begun again at its end with "
+        f"{needles['key_tokens']} tokens, how many of the next {needles['value_tokens']} tokens are the model's most likely "
+        f"ones: at depths of {depths} of the context; in parentheses what it guesses without the passage.",
         "header": ["model", *(f"{n} tokens" for n in lengths)],
         "rows": [[name, *(cells(m, n) for n in lengths)] for name, m in _named(result)],
     }

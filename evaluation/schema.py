@@ -18,7 +18,7 @@ class _Strict(BaseModel):
 
 
 class NeedleCell(_Strict):
-    """`recall` and `blind` (without the needle in the context) are shares of the value's tokens, `depth` one of the haystack."""
+    """`recall` and `blind` (without the needle in the context) are shares of the value's tokens, `depth` of the haystack."""
 
     length: int
     depth: float

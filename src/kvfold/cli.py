@@ -194,6 +194,53 @@ def evaluate(
 
 
 @app.command()
+def push(
+    out: Annotated[Path, typer.Argument(help="Folded checkpoint.")],
+    repo: Annotated[str, typer.Argument(help="Where it shall lie on the Hub, user/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")] = False,
+    revision: Annotated[Optional[str], typer.Option(help="Branch to write to; made when it is not there.")] = None,
+    licence: Annotated[
+        Optional[str], typer.Option("--license", help="As the Hub writes it. Default: what the source's card states.")
+    ] = None,
+    base_model: Annotated[
+        Optional[str], typer.Option(help="Hub id of the source, when it was folded from a local folder.")
+    ] = None,
+    report_dir: Annotated[Optional[Path], typer.Option("--report", help="Folder of the report. Default: OUT.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the card and list the files; ask no network.")] = False,
+) -> None:
+    """Write the model card with the measured results, and upload the folder."""
+    from kvfold.convert import card, hub
+    from kvfold.evaluation import report as reports
+
+    hub.refuse_name(repo)
+    record = card.read_record(out)
+    report, model, plot = reports.for_card(report_dir or out, out)
+    source = str(record["source"])
+    base_model = base_model or (None if Path(source).exists() else source)
+    facts = card.Facts(
+        out=out,
+        repo_id=repo,
+        base_model=base_model,
+        licence=card.Licence(licence) if licence else hub.licence_of(out, source, base_model),
+        report=report,
+        model=model,
+        table=reports.markdown({**report, "models": [model]}),
+        legend=reports.LEGEND,
+        plot=plot,
+    )
+    ours = (out / card.CARD).read_text(encoding="utf-8") if (out / card.CARD).is_file() else None
+    theirs = None if dry_run else hub.card_on_hub(repo, revision)
+    text = card.make_card(facts, card.newer_of(ours, theirs, out))
+    if dry_run:
+        (out / card.CARD).write_text(text, encoding="utf-8")
+        for name in hub.files_of(out):
+            print(f"{(out / name).stat().st_size:>15,}  {name}")
+        print(f"nothing was uploaded; {out / card.CARD} is written")
+    else:
+        print(hub.push(out, repo, text, private, revision))
+
+
+@app.command()
 def demo(
     directory: Annotated[Path, typer.Argument(help="Folder for the checkpoints and the report.")] = Path("kvfold-demo"),
 ) -> None:
