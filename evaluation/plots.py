@@ -106,7 +106,7 @@ def damage(report: Data, colors: dict[str, str]) -> Figure:
     axes.axvline(source, color=colors["front"], lw=0.8, ls=":")
     axes.text(source, 1.0, "source ", transform=axes.get_xaxis_transform(), ha="right", va="top", fontsize=9)
     _log2(axes, [m["cache_bytes_per_token"] for m in [*report["models"], report["source"]]])
-    _damage_scale(axes, [m["damage_nats"] for m in report["models"]])
+    _log_scale(axes, [m["damage_nats"] for m in report["models"]])
     axes.set_xlabel("KV cache, bytes per token")
     axes.set_ylabel("damage, nats per token")
     axes.set_title("Damage against cache size")
@@ -127,7 +127,7 @@ def positions(report: Data, colors: dict[str, str]) -> Figure:
     shown = best_of_each(report)
     for model in shown:
         axes.plot(middles, model["damage_by_position"], marker=".", label=name_of(model), **_line(model))
-    _damage_scale(axes, [value for model in shown for value in model["damage_by_position"]])
+    _log_scale(axes, [value for model in shown for value in model["damage_by_position"]])
     axes.set_xlabel("tokens of context before the predicted token")
     axes.set_ylabel("damage, nats per token")
     axes.set_title("Damage by position in the context")
@@ -139,10 +139,10 @@ def layers(report: Data, colors: dict[str, str]) -> Figure:
     """Relative error of every layer's attention output."""
     figure = Figure(figsize=(WIDTH, 4.4))
     axes = figure.add_subplot()
-    for model in best_of_each(report):
+    shown = best_of_each(report)
+    for model in shown:
         axes.plot(model["attention_errors"], marker=".", label=name_of(model), **_line(model))
-    axes.set_yscale("log")
-    _plain_ticks(axes)
+    _log_scale(axes, [error for model in shown for error in model["attention_errors"]])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer, counted from 0")
     axes.set_ylabel("squared error / squared norm, ratio")
@@ -242,12 +242,12 @@ def _line(model: Data) -> dict[str, Any]:
     return {"color": color_of(model), "ls": STAGES[model["stage"]][1], "alpha": min(1.0, 0.5 + share), "lw": 1.6}
 
 
-def _damage_scale(axes: Axes, values: list[float]) -> None:
-    """Logarithmic; where some model is not worse than the source, linear about zero."""
+def _log_scale(axes: Axes, values: list[float]) -> None:
+    """Logarithmic upwards; about zero linear, where some model is not worse than the source."""
     if min(values) > 0:
         axes.set_yscale("log")
     else:
-        axes.set_yscale("symlog", linthresh=max(1e-4, max(map(abs, values)) / 100))
+        axes.set_yscale("symlog", linthresh=max(1e-6, max(map(abs, values)) / 100))
     _plain_ticks(axes)
 
 
