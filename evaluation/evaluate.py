@@ -15,8 +15,9 @@ from transformers.utils import logging as transformers_logging
 import kvfold
 from kvfold.convert.checkpoint import read_config
 from kvfold.convert.data import Windows, load_windows
+from kvfold.convert.layouts import modeling_kvfold  # noqa: F401 — registers our layout with transformers
 from kvfold.convert.pipeline import RECORD, pick_device
-from kvfold.convert.plan import normal_dtype
+from kvfold.convert.settings import normal_dtype
 from kvfold.convert.source import fetch_checkpoint
 from kvfold.errors import ConversionError, UserError
 from kvfold.evaluation.damage import TokenScores, final_states, score
