@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from kvfold.convert.data import load_windows
 from kvfold.convert.pipeline import convert
-from kvfold.convert.plan import ConvertSettings
+from kvfold.convert.settings import ConvertSettings
 from kvfold.recipes.demo.demo import MODEL, write_texts
 
 NEW_TOKENS, TOLERANCE = 32, 1e-3
@@ -81,7 +81,7 @@ def main() -> None:
             apart = max(
                 abs(a - b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x["logprobs"], y["logprobs"], strict=True)
             )
-            print(f"| {name} | {record['target']['layout']} | {same} of {total} | {apart:.1e} |", flush=True)
+            print(f"| {name} | {record['target']['architecture']} | {same} of {total} | {apart:.1e} |", flush=True)
             failed |= same != total or apart > TOLERANCE
     sys.exit(failed)
 

@@ -149,7 +149,7 @@ def _updated(made: ModelCard, existing: str) -> str:
 
 def _metadata(facts: Facts, record: dict[str, Any], existing: str | None) -> ModelCardData:
     """Ours over what stands there; a licence, tags and results of others are kept."""
-    old = parse_card(existing).data if existing else ModelCardData()
+    old: Any = parse_card(existing).data if existing else ModelCardData()
     results = [result for result in old.eval_results or [] if result.source_name != SOURCE_NAME]
     kept = {key: value for key, value in old.to_dict().items() if key != "model-index"}
     tags = dict.fromkeys([*(old.tags or []), SOURCE_NAME, "kv-cache", record["target"]["to"]])
@@ -171,7 +171,7 @@ def _results(facts: Facts) -> list[EvalResult]:
     on = facts.report["settings"]["on"]
     model = facts.model
     hub_dataset = text_name(on) == on and "/" in on and ".safetensors" not in on
-    data = {"dataset_type": on.split(":")[0] if hub_dataset else "text", "dataset_name": text_name(on)}
+    data: dict[str, Any] = {"dataset_type": on.split(":")[0] if hub_dataset else "text", "dataset_name": text_name(on)}
     measured = {
         "perplexity": ("Perplexity", model["perplexity"]),
         "nll": ("NLL, nats per token", model["nll"]),
@@ -188,7 +188,7 @@ def _results(facts: Facts) -> list[EvalResult]:
     ]
     for task, found in model["tasks"].items():
         for metric, value in found["metrics"].items():
-            place = {"dataset_type": task, "dataset_name": task}
+            place: dict[str, Any] = {"dataset_type": task, "dataset_name": task}
             results.append(EvalResult(**common, **place, metric_type=metric, metric_name=metric, metric_value=value["value"]))
     return results
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
@@ -64,6 +65,7 @@ def licence_of(out: Path, source: str, base_model: str | None) -> Licence:
     """
     remedy = "give it with --license, as the Hub writes it (apache-2.0, mit, llama3.1, other)"
     card = next((file for folder in (out, Path(source)) if (file := folder / CARD).is_file()), None)
+    data: Any
     if card is not None:
         data = parse_card(card.read_text(encoding="utf-8")).data
     elif base_model is None:

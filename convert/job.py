@@ -9,8 +9,10 @@ from torch import Tensor
 from kvfold.convert.checkpoint import CheckpointReader, CheckpointWriter
 from kvfold.convert.layouts import Layout, layout_of
 from kvfold.convert.plan import ConversionPlan
-from kvfold.surgery import grouping, latent
-from kvfold.surgery.attention import AttentionWeights, FoldedWeights
+from kvfold.surgery import factorized, grouping, latent, rebuilt
+from kvfold.surgery.attention import AttentionWeights
+from kvfold.surgery.designs import FoldedWeights
+from kvfold.surgery.latent import Choice, Queried, Tries
 from kvfold.surgery.rope import Rope
 
 Report = Callable[[float, str], None]
@@ -67,13 +69,49 @@ class Job:
         `sample` (B, T, d) are inputs of the attention, `rope` their rotary tables.
         """
         plan = self.plan
-        if plan.settings.to == "mla":
-            phase = latent.coherence(latent.attention_lags(weights, sample, rope), rope)
-            error, choice, folded = latent.search(weights, plan.kv_rank, plan.rope_dim, moment, phase, measure)
-            return error, str(choice), folded
+        if plan.design != "grouped":
+            return self._latent(weights, layer, moment, sample, rope, measure)
         ordered, generator = self._grouped(weights, layer, moment)
         offered = grouping.candidates(plan.method, ordered, plan.kv_heads, moment, generator)
         return min(((measure(folded), label, folded) for label, folded in offered), key=lambda entry: entry[0])
+
+    def _latent(
+        self,
+        weights: AttentionWeights,
+        layer: int,
+        moment: Tensor,
+        sample: Tensor,
+        rope: Rope,
+        measure: Callable[[FoldedWeights], float],
+    ) -> tuple[float, str, FoldedWeights]:
+        """The same for the designs whose cache is one latent."""
+        plan, (rank, rope_dim) = self.plan, self.plan.layer_widths(layer)
+
+        phase = latent.coherence(latent.attention_lags(weights, sample, rope), rope)
+
+        def thin(folded: Queried) -> Queried:
+            q_rank = plan.settings.q_rank
+            return folded if q_rank is None else latent.low_rank_queries(folded, q_rank, moment)
+
+        def fold(choice: Choice) -> FoldedWeights:
+            if plan.design == "rebuilt-key":
+                return thin(rebuilt.rebuilt(weights, rank, moment, choice))
+            if plan.design == "reused-key":
+                return thin(factorized.mfa_kr(weights, rope_dim, moment, phase, choice))
+            absorbed = plan.settings.to == "mla"
+            return thin(latent.fold(weights, rank, rope_dim, moment, phase, choice, position_free=absorbed))
+
+        start, tries = self._search()
+        error, choice, folded = latent.search(fold, measure, start, tries)
+        return error, str(choice), folded
+
+    def _search(self) -> tuple[Choice, Tries]:
+        """Where the search for a layer's best choice begins, and what it tries."""
+        if self.plan.design == "rebuilt-key":
+            return rebuilt.START, rebuilt.TRIED
+        if self.plan.settings.to != "mla":
+            return factorized.START[self.plan.settings.to], factorized.TRIED[self.plan.settings.to]
+        return latent.START, latent.STOCK if self.plan.layout == "deepseek_v3" else latent.FREE
 
     def _grouped(
         self, weights: AttentionWeights, layer: int, moment: Tensor | None

@@ -19,7 +19,8 @@ from kvfold.convert.checkpoint import CheckpointReader, CheckpointWriter, Tensor
 from kvfold.convert.data import calibration_windows
 from kvfold.convert.job import Job, Report
 from kvfold.convert.layouts import layout_of
-from kvfold.convert.plan import ConvertSettings, make_plan, normal_dtype, parse_size
+from kvfold.convert.plan import make_plan
+from kvfold.convert.settings import ConvertSettings, normal_dtype, parse_size
 from kvfold.convert.source import fetch_checkpoint, fetch_config, refuse_mismatch
 from kvfold.convert.streamed import fold_on_stream
 from kvfold.errors import ConversionError, UserError
@@ -97,7 +98,7 @@ def convert(
                 record["peak_cuda_memory_bytes"] = torch.cuda.max_memory_allocated(device)
             config = layout.config(reader.config, plan, dtype)
             files = {"config.json": json.dumps(config, indent=2) + "\n", RECORD: json.dumps(record, indent=2) + "\n"}
-            writer.commit(files, _side_files(folder))
+            writer.commit({**layout.files(), **files}, _side_files(folder))
         except OSError as error:
             raise ConversionError(
                 f"writing {writer.partial} failed ({error.strerror or error}): free the disk and repeat with --resume"

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from kvfold.convert.data import Windows
 from kvfold.convert.job import Job, Report
-from kvfold.convert.plan import ConvertSettings
+from kvfold.convert.settings import ConvertSettings
 from kvfold.convert.stream import Block, HiddenStates, SourceModel, check_finite
 from kvfold.errors import ConversionError
-from kvfold.surgery.attention import AttentionWeights, FoldedWeights, LatentWeights, design
+from kvfold.surgery.designs import WEIGHTS, FoldedWeights, design
 from kvfold.surgery.healing import heal, relative_error
 from kvfold.surgery.lowrank import SecondMoment
 
@@ -170,9 +170,9 @@ def _save_waiting(job: Job, layer: int, waiting: Iterable[_OpenLayer]) -> None:
     tensors: dict[str, Tensor] = {}
     notes: dict[str, str] = {}
     for number, item in enumerate(waiting, layer + 1):
-        held = item.design.weights().tensors()
-        tensors |= {f"{number}.{name}": t.cpu().contiguous() for name, t in held.items()}
-        notes[str(number)] = json.dumps([item.choice, item.error])
+        held = item.design.weights()
+        tensors |= {f"{number}.{name}": t.cpu().contiguous() for name, t in held.tensors().items()}
+        notes[str(number)] = json.dumps([type(held).__name__, item.choice, item.error])
     if tensors:
         save_file(tensors, _waiting_file(job, layer), notes)
     _waiting_file(job, layer - 2).unlink(missing_ok=True)  # the last but one: the journal may still name the last
@@ -189,6 +189,5 @@ def _read_waiting(job: Job, layer: int) -> tuple[FoldedWeights, str, float] | No
             return None
         mine = [name for name in saved.keys() if name.startswith(f"{layer}.")]  # noqa: SIM118 — no mapping
         held = {name.split(".")[1]: saved.get_tensor(name) for name in mine}
-    choice, error = json.loads(notes[str(layer)])
-    kind = LatentWeights if job.plan.settings.to == "mla" else AttentionWeights
-    return kind(**held), choice, error
+    kind, choice, error = json.loads(notes[str(layer)])
+    return WEIGHTS[kind](**held), choice, error

@@ -16,8 +16,9 @@ from transformers.utils import logging as transformers_logging
 import kvfold
 from kvfold.convert.checkpoint import read_config
 from kvfold.convert.data import Windows, load_tokenizer, load_windows
+from kvfold.convert.layouts import modeling_kvfold  # noqa: F401 — registers our layout with transformers
 from kvfold.convert.pipeline import RECORD
-from kvfold.convert.plan import normal_dtype
+from kvfold.convert.settings import normal_dtype
 from kvfold.convert.source import fetch_checkpoint
 from kvfold.errors import ConversionError, UserError
 from kvfold.evaluation import retrieval, speed, tasks
@@ -97,8 +98,8 @@ def evaluate(
                 measured = bench.measure(models[number], folders[number])
             except (UserError, ConversionError) as error:
                 raise type(error)(f"{error}{_kept_so_far(keys, kept)}") from None
-            on_main(lambda key=keys[number], found=measured: kept.keep({key: {"source": bench.own, "model": found}}))
             kept.results[keys[number]] = {"source": bench.own, "model": measured}
+            on_main(kept.write)
             gc.collect()
     report(1.0, "done")
     rows, predicted = windows.ids.shape[0], windows.ids.shape[1] - 1

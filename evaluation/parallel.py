@@ -10,7 +10,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from kvfold.convert.pipeline import pick_device
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 PATIENCE = timedelta(hours=24)
 """How long processes wait for the main one, which alone measures speed and runs tasks."""
 

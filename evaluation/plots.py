@@ -32,7 +32,7 @@ def themed(theme: str) -> Iterator[dict[str, str]]:
     """Letters and lines for a light or a dark page, on a transparent ground."""
     colors = THEMES[theme]
     edges = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), colors["text"])
-    style = {
+    style: dict[Any, Any] = {
         **edges,
         "font.size": 11,
         "axes.titlesize": 12,

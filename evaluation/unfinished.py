@@ -9,7 +9,7 @@ PARTIAL = "report.partial.json"
 
 
 class Unfinished:
-    """A file of results, each under a key made from all that decides it; nothing is kept without a folder."""
+    """A file of results, each under a key made from all that decides it; nothing is written without a folder."""
 
     def __init__(self, folder: Path | None) -> None:
         self.file = None if folder is None else folder / PARTIAL
@@ -22,9 +22,8 @@ class Unfinished:
             if isinstance(loaded, dict):
                 self.results = loaded
 
-    def keep(self, results: dict[str, dict[str, Any]]) -> None:
-        """Add `results` and write the file anew, by way of another one so that none is ever torn."""
-        self.results |= results
+    def write(self) -> None:
+        """Write the file anew, by way of another one so that none is ever torn."""
         if self.file:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             fresh = self.file.with_suffix(".new")

@@ -1,4 +1,4 @@
-"""The canonical form of one attention layer, and the designs it is folded into, as modules with one `forward(x, rope)`.
+"""The canonical form of one attention layer, and MHA, GQA and MQA as a module with `forward(x, rope)`.
 
 Shapes: `d` hidden size, `H` query heads, `G` key/value heads, `D` head width, `B` batch, `T` tokens.
 """
@@ -25,8 +25,8 @@ class Weights:
         return {name: tensor for name, tensor in held.items() if tensor is not None}
 
     def to(self: Kind, *args: Any) -> Kind:
-        """Every tensor through `Tensor.to`."""
-        return replace(self, **{name: tensor.to(*args) for name, tensor in self.tensors().items()})
+        """Every tensor through `Tensor.to`; integers keep their dtype."""
+        return replace(self, **{name: _moved(tensor, *args) for name, tensor in self.tensors().items()})
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ class GroupedAttention(nn.Module):
     def __init__(self, weights: AttentionWeights) -> None:
         super().__init__()
         self.head_dim = weights.head_dim
-        self.q_proj = _linear(weights.q.flatten(0, 1), weights.q_bias)  # (H·D, d)
-        self.k_proj = _linear(weights.k.flatten(0, 1), weights.k_bias)  # (G·D, d)
-        self.v_proj = _linear(weights.v.flatten(0, 1), weights.v_bias)  # (G·D, d)
-        self.o_proj = _linear(weights.o.permute(1, 0, 2).flatten(1), weights.o_bias)  # (H, d, D) → (d, H·D)
+        self.q_proj = linear(weights.q.flatten(0, 1), weights.q_bias)  # (H·D, d)
+        self.k_proj = linear(weights.k.flatten(0, 1), weights.k_bias)  # (G·D, d)
+        self.v_proj = linear(weights.v.flatten(0, 1), weights.v_bias)  # (G·D, d)
+        self.o_proj = linear(weights.o.permute(1, 0, 2).flatten(1), weights.o_bias)  # (H, d, D) → (d, H·D)
 
     def forward(self, x: Tensor, rope: Rope) -> Tensor:
         """(B, T, d) → (B, T, d)."""
@@ -122,81 +122,6 @@ class GroupedAttention(nn.Module):
         )
 
 
-@dataclass(frozen=True)
-class LatentWeights(Weights):
-    """Multi-head latent attention (2405.04434), scores over √(N + R). The first R/2 frequencies of the source rotate.
-
-    `q_nope` (H, N, d), `q_rope` (H, R, d), `down` (r, d), `k_rope` (R, d), `up_k` (H, N, r), `up_v` (H, D, r), `o` (H, d, D),
-    `o_bias` (d,) or None.
-    """
-
-    q_nope: Tensor
-    q_rope: Tensor
-    down: Tensor
-    k_rope: Tensor
-    up_k: Tensor
-    up_v: Tensor
-    o: Tensor
-    o_bias: Tensor | None = None
-
-
-class LatentAttention(nn.Module):
-    """MLA as DeepSeek-V3 lays it out, without its latent norm: what is cached is `kv_a_proj(x)`, r + R numbers per token."""
-
-    def __init__(self, weights: LatentWeights) -> None:
-        super().__init__()
-        self.nope, self.rope_dim = weights.q_nope.shape[1], weights.q_rope.shape[1]
-        self.rank, self.value_dim = weights.up_v.shape[2], weights.up_v.shape[1]
-        self.q_proj = _linear(torch.cat([weights.q_nope, weights.q_rope], 1).flatten(0, 1), None)  # (H·(N + R), d)
-        self.kv_a_proj = _linear(torch.cat([weights.down, weights.k_rope]), None)  # (r + R, d)
-        self.kv_b_proj = _linear(torch.cat([weights.up_k, weights.up_v], 1).flatten(0, 1), None)  # (H·(N + D), r)
-        self.o_proj = _linear(weights.o.permute(1, 0, 2).flatten(1), weights.o_bias)  # (H, d, D) → (d, H·D)
-
-    def forward(self, x: Tensor, rope: Rope) -> Tensor:
-        """(B, T, d) → (B, T, d)."""
-        cos, sin = (_first_pairs(table, self.rope_dim // 2) for table in rope)
-        q = self.q_proj(x).unflatten(-1, (-1, self.nope + self.rope_dim)).transpose(1, 2)  # (B, H, T, N + R)
-        latent, key = self.kv_a_proj(x).split([self.rank, self.rope_dim], dim=-1)
-        expanded = self.kv_b_proj(latent).unflatten(-1, (-1, self.nope + self.value_dim)).transpose(1, 2)
-        k, v = expanded.split([self.nope, self.value_dim], dim=-1)
-        q_nope, q_rope = q.split([self.nope, self.rope_dim], dim=-1)
-        turned = rotate(key[:, None], (cos, sin)).to(v).expand(-1, k.shape[1], -1, -1)
-        q = torch.cat([q_nope, rotate(q_rope, (cos, sin)).to(v)], dim=-1)
-        out = causal_attention(q, torch.cat([k, turned], dim=-1), v)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
-
-    def weights(self) -> LatentWeights:
-        """The canonical form of the current parameters, detached: the inverse of the constructor."""
-        q = self.q_proj.weight.detach().unflatten(0, (-1, self.nope + self.rope_dim))
-        down, k_rope = self.kv_a_proj.weight.detach().split([self.rank, self.rope_dim])
-        up = self.kv_b_proj.weight.detach().unflatten(0, (-1, self.nope + self.value_dim))
-        return LatentWeights(
-            q_nope=q[:, : self.nope],
-            q_rope=q[:, self.nope :],
-            down=down,
-            k_rope=k_rope,
-            up_k=up[:, : self.nope],
-            up_v=up[:, self.nope :],
-            o=self.o_proj.weight.detach().unflatten(1, (-1, self.value_dim)).permute(1, 0, 2),  # (d, H·D) → (H, d, D)
-            o_bias=None if self.o_proj.bias is None else self.o_proj.bias.detach(),
-        )
-
-
-FoldedWeights = AttentionWeights | LatentWeights
-Design = GroupedAttention | LatentAttention
-
-
-def design(weights: FoldedWeights) -> Design:
-    """The module that runs these weights."""
-    return LatentAttention(weights) if isinstance(weights, LatentWeights) else GroupedAttention(weights)
-
-
-def _first_pairs(table: Tensor, pairs: int) -> Tensor:
-    """(T, D) rotary table, half-split → the same of the first `pairs` frequencies, (T, 2·pairs)."""
-    half = table.shape[-1] // 2
-    return torch.cat([table[..., :pairs], table[..., half : half + pairs]], dim=-1)
-
-
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """(B, H, T, D) queries over (B, G, T, D) keys and values → (B, H, T, D), scores over √D."""
     if not (q.requires_grad and q.device.type == "cpu"):
@@ -210,7 +135,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (weights.flatten(2, 3) @ v).unflatten(2, (-1, tokens)).flatten(1, 2)
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def _moved(tensor: Tensor, *args: Any) -> Tensor:
+    moved = tensor.to(*args)
+    return moved if tensor.is_floating_point() else moved.to(tensor.dtype)
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.contiguous())
     if bias is not None:

@@ -3,24 +3,26 @@
 Keys split into a rotary part, shared by all heads, and a rest that becomes position-free and is read from the latent together
 with the values: `k_h = [W_UK,h c ; k_rope]`, `v_h = W_UV,h c`.
 
-1. `rotary_slots`: per frequency, the best shared key (complex PCA across key heads), as in `grouping.pca`.
+1. `rotary_slots`: per frequency, the best shared keys (complex PCA across key heads), as in `grouping.pca`.
 2. `coherence`: the rest of a key loses its rotation. A frequency whose phase stays put over the distances that a head attends
    to survives that; one whose phase spins does not. Its expected phase, a complex number per head and frequency, multiplies the
    query.
 3. `joint_latent`: one low-rank map for the rests and the values of all heads.
 
-Which weight of the queries, which weight of the values and which balance between keys and values is best is measured: `search`.
+Which weight of the queries, which weight of the values, which balance between keys and values and which slots are best is
+measured: `search`. Inputs are augmented, `z = [x; 1]` of `n = d + 1` numbers, so that biases are one column of the weights.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from kvfold.surgery.attention import AttentionWeights, LatentWeights
-from kvfold.surgery.lowrank import power_and_inverse, top_eigenvectors
+from kvfold.surgery.attention import AttentionWeights
+from kvfold.surgery.designs import LatentWeights, RebuiltKeyWeights, ReusedKeyWeights
+from kvfold.surgery.lowrank import leading_directions, power_and_inverse
 from kvfold.surgery.rope import Rope, from_complex, rotate, to_complex
 
 
@@ -33,23 +35,43 @@ class Choice:
         values: power of `W_Oᵀ W_O` in the values' metric.
         balance: weight of the position-free keys against the values, 1 where both whole ones weigh the same; 0 leaves them
             out, which is MQA or MFA.
+        picked: which components of which frequencies get a slot: `first` counts frequencies from the fastest, one component
+            each, before any gets a second; `energy` takes the largest; `turning` those that lose most without rotation.
+        centred: the latent holds deviations from the mean. What is left out of keys is constant over the keys, which softmax
+            ignores; what is left out of values is a constant of the output, which wants an output bias.
+        still: share of MFA-KR's key that does not turn.
     """
 
     slots: float
     values: float
     balance: float
+    picked: str = "first"
+    centred: bool = False
+    still: float = 0.0
 
     def __str__(self) -> str:
-        return f"slot power {self.slots:g}, value power {self.values:g}, balance {self.balance:g}"
+        extra = (
+            f", {self.picked} slots"
+            + (", centred" if self.centred else "")
+            + (f", {self.still:.0%} still" if self.still else "")
+        )
+        return f"slot power {self.slots:g}, value power {self.values:g}, balance {self.balance:g}{extra}"
 
 
 START = Choice(slots=0.0, values=0.0, balance=0.3)
-TRIED: dict[str, tuple[float, ...]] = {
+Tries = dict[str, tuple[Any, ...]]
+STOCK: Tries = {
     "balance": (0.0, 0.1, 1.0, 3.0, 10.0),
     "slots": (0.5, 1.0),
     "values": (1.0,),
 }
-"""What `search` tries, one after the other, besides `START`."""
+"""What `search` tries, one after the other, where the rotary key must be the first frequencies and nothing has a bias."""
+FREE: Tries = {"picked": ("turning", "energy"), "centred": (True,), **STOCK}
+"""The same where it may be any."""
+
+
+Folded = TypeVar("Folded")
+Queried = TypeVar("Queried", LatentWeights, ReusedKeyWeights, RebuiltKeyWeights)
 
 
 @torch.no_grad()
@@ -75,55 +97,65 @@ def coherence(lags: Tensor, rope: Rope) -> Tensor:
     """
     cos, sin = (table.chunk(2, dim=-1)[0].to(lags) for table in rope)
     turn = torch.complex(cos, sin)  # (T, D/2)
+    turn = turn * turn.abs()  # a rope type that scales its tables scales the query's and the key's
     return lags.to(turn.dtype) @ turn
 
 
 def search(
+    fold: Callable[[Choice], Folded],
+    measure: Callable[[Folded], float],
+    start: Choice = START,
+    tries: Tries = STOCK,
+) -> tuple[float, Choice, Folded]:
+    """The best of `fold` by `measure`, one setting after the other: least error, choice, weights."""
+
+    def tried(choice: Choice) -> tuple[float, Choice, Folded]:
+        folded = fold(choice)
+        return measure(folded), choice, folded
+
+    best = tried(start)
+    for name, values in tries.items():
+        for value in values:
+            if value != getattr(best[1], name):
+                best = min(best, tried(replace(best[1], **{name: value})), key=lambda entry: entry[0])
+    return best
+
+
+def fold(
     weights: AttentionWeights,
     rank: int,
     rope_dim: int,
     moment: Tensor,
     phase: Tensor,
-    measure: Callable[[LatentWeights], float],
-) -> tuple[float, Choice, LatentWeights]:
-    """The best of `fold` by `measure`, one setting after the other: least error, choice, weights."""
-
-    def tried(choice: Choice) -> tuple[float, Choice, LatentWeights]:
-        folded = fold(weights, rank, rope_dim, moment, phase, choice)
-        return measure(folded), choice, folded
-
-    best = tried(START)
-    for name, values in TRIED.items():
-        for value in values:
-            best = min(best, tried(replace(best[1], **{name: value})), key=lambda entry: entry[0])
-    return best
-
-
-def fold(
-    weights: AttentionWeights, rank: int, rope_dim: int, moment: Tensor, phase: Tensor, choice: Choice = START
+    choice: Choice = START,
+    position_free: bool = True,
 ) -> LatentWeights:
     """One layer as latent attention.
 
     Args:
-        weights: the source, without biases on q, k and v, float64.
+        weights: the source, float64.
         rank: width `r` of the latent.
-        rope_dim: width `R` of the rotary key; it holds the first R/2 frequencies of the source, one component each.
+        rope_dim: width `R` of the rotary key, up to the G·D numbers at which it holds all keys.
         moment: E[z zᵀ] of the augmented input (d + 1, d + 1).
         phase: what `coherence` measured, (H, D/2) complex.
+        choice: see `Choice`; `first` slots of at most D numbers, not centred, are what stock `deepseek_v3` can say.
+        position_free: whether heads have a part of the key without rotation; MFA has none.
 
     Raises:
-        ValueError: biases, an odd or too large `rope_dim`, or a `rank` above the full rank of keys and values.
+        ValueError: an odd or too large `rope_dim`, or a `rank` above the full rank of keys and values.
     """
-    if any(b is not None for b in (weights.q_bias, weights.k_bias, weights.v_bias)):
-        raise ValueError("biases on q, k or v have no place in this latent attention")
-    if rope_dim % 2 or not 2 <= rope_dim <= weights.head_dim:
-        raise ValueError(f"rope_dim {rope_dim} must be even and between 2 and {weights.head_dim}")
+    widest = weights.kv_heads * weights.head_dim
+    if rope_dim % 2 or not 2 <= rope_dim <= widest:
+        raise ValueError(f"rope_dim {rope_dim} must be even and between 2 and {widest}")
     if not 1 <= rank <= full_rank(weights.k.shape[-1], weights.kv_heads, weights.head_dim):
         raise ValueError(f"rank {rank} must lie between 1 and the full rank of keys and values")
-    moment, phase = moment[:-1, :-1], phase.to(torch.complex128)
-    key, gain, rest = rotary_slots(weights, rope_dim // 2, moment, choice.slots)
-    down, up_k, up_v = joint_latent(weights, rest, rank, moment, phase, choice)
-    return _assemble(weights, key, gain, down, up_k, up_v, phase)
+    phase = phase.to(torch.complex128)
+    slots = rotary_slots(weights, rope_dim // 2, moment, phase, choice)
+    if not position_free:
+        choice = replace(choice, balance=0.0)
+    down, up_k, up_v = joint_latent(weights, slots.rest, weights.augmented()[2], rank, moment, phase, choice)
+    folded = assemble(weights, slots, down, up_k, up_v, phase, position_free)
+    return with_value_mean(folded, weights, moment) if choice.centred else folded
 
 
 def full_rank(hidden: int, kv_heads: int, head_dim: int) -> int:
@@ -131,79 +163,143 @@ def full_rank(hidden: int, kv_heads: int, head_dim: int) -> int:
     return min(hidden, 2 * kv_heads * head_dim)
 
 
-def rotary_slots(weights: AttentionWeights, slots: int, moment: Tensor, power: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The best shared key of the first `slots` frequencies, and what it leaves of every key.
+@dataclass(frozen=True)
+class RotarySlots:
+    """Shared rotary keys: `key` (S, n) complex, turning with the source's frequencies `pairs` (S,); `gain` (G, S) complex, by
+    which the queries of a key head are multiplied; and `rest` (G, D/2, n) complex, what they leave of every key."""
 
-    Minimises `Σ_g e_g^power E|k_g - u_g z|²` per frequency, `e_g` the mean query energy of key head g there.
+    key: Tensor
+    pairs: Tensor
+    gain: Tensor
+    rest: Tensor
 
-    Returns:
-        The shared keys (slots, d) complex, the factor of each key head's queries (G, slots) complex, and the rest of all
-        keys (G, D/2, d) complex.
+
+def rotary_slots(weights: AttentionWeights, slots: int, moment: Tensor, phase: Tensor, choice: Choice) -> RotarySlots:
+    """The best `slots` shared keys, each of one frequency.
+
+    Per frequency, components are those of the complex PCA across key heads that minimises `Σ_g e_g^power E|k_g - u_g z|²`,
+    `e_g` the mean query energy of key head g there. `choice.picked` says which components of which frequencies are kept.
     """
     per = weights.heads // weights.kv_heads
-    pairs = to_complex(weights.k)  # (G, D/2, d)
-    gram = torch.einsum("afm,bfm->fab", to_complex(weights.k @ moment), pairs.conj())[:slots]  # (slots, G, G)
-    energy = ((weights.q @ moment) * weights.q).sum(-1).unflatten(1, (2, -1)).sum(1)  # (H, D/2)
-    energy = energy.unflatten(0, (-1, per)).mean(1).T[:slots]  # (slots, G)
-    weight = energy.clamp_min(float(energy.amax()) * 1e-9 + torch.finfo(energy.dtype).tiny) ** (power / 2)
-    shared = top_eigenvectors(weight[..., None] * gram * weight[..., None, :], 1)[..., 0]
-    read = shared.conj() * weight  # z = Σ_g read_g k_g, and k_g ≈ (u_g / w_g) z
-    size = (read[..., None, :] @ gram @ read[..., None].conj())[..., 0, 0].real
+    q, k, _ = weights.augmented()
+    pairs = to_complex(k)  # (G, D/2, n)
+    gram = torch.einsum("afm,bfm->fab", to_complex(k @ moment), pairs.conj())  # (D/2, G, G)
+    energy = ((q @ moment) * q).sum(-1).unflatten(1, (2, -1)).sum(1)  # (H, D/2)
+    energy = energy.unflatten(0, (-1, per)).mean(1).T  # (D/2, G)
+    weight = energy.clamp_min(float(energy.amax()) * 1e-9 + torch.finfo(energy.dtype).tiny) ** (choice.slots / 2)
+    sizes, vectors = torch.linalg.eigh(weight[..., None] * gram * weight[..., None, :])
+    sizes, vectors = sizes.flip(-1), vectors.flip(-1)  # largest first: (D/2, G), (D/2, G, G)
+    if choice.picked == "first":
+        order = torch.arange(sizes.numel(), device=sizes.device).view(sizes.T.shape).T.flatten()  # component by component
+        chosen = order.argsort()[:slots]
+    else:
+        lost = 1 - phase.abs().square().mean(0) if choice.picked == "turning" else torch.ones_like(sizes[:, 0])
+        chosen = (sizes * lost[:, None]).flatten().topk(slots).indices.sort().values
+    frequency, component = chosen // sizes.shape[1], chosen % sizes.shape[1]
+    shared, weight = vectors[frequency, :, component], weight[frequency]  # (S, G)
+    read = shared.conj() * weight  # z = Σ_g read_g k_g, E|z|² = size, and k_g ≈ Σ_S (u_g / w_g) z
     before = gram.diagonal(dim1=-2, dim2=-1).real.mean(-1)
-    scale = (before / size.clamp_min(torch.finfo(size.dtype).tiny)).sqrt()[:, None]  # a gauge: keep keys' size
-    key = scale * torch.einsum("fg,gfm->fm", read, pairs[:, :slots])
-    back = (shared / weight / scale).T  # (G, slots): k_g ≈ back_g key
-    rest = pairs.clone()
-    rest[:, :slots] -= back[..., None] * key
-    return key, back.conj(), rest
+    size = sizes.maximum(sizes.amax() * 1e-12 + torch.finfo(sizes.dtype).tiny)[frequency, component]
+    scale = (before[frequency] / size).sqrt().clamp_min(1e-12)[:, None]  # a gauge: keep keys' size
+    key = scale * torch.einsum("sg,gsm->sm", read, pairs[:, frequency])
+    back = (shared / weight / scale).T  # (G, S)
+    rest = pairs.index_add(1, frequency, -back[..., None] * key)
+    return RotarySlots(key, frequency, back.conj(), rest)
 
 
 def joint_latent(
-    weights: AttentionWeights, rest: Tensor, rank: int, moment: Tensor, phase: Tensor, choice: Choice
+    weights: AttentionWeights, rest: Tensor, values: Tensor, rank: int, moment: Tensor, phase: Tensor, choice: Choice
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One latent for the rests of all keys and all values: the leading eigenvectors of their weighted second moment.
+    """One latent for the rests of all keys and all values: the leading directions of their weighted second moment.
 
     Keys are weighted by the second moment of the queries that read them, turned by their coherence, so that the error is
-    that of the scores; values by `(W_Oᵀ W_O)^power`, so that the error is that of the output.
+    that of the scores; values (G, D, n) by `(W_Oᵀ W_O)^power`, so that the error is that of the output.
 
     Returns:
-        down (r, d), up_k (G, D, r), up_v (G, D, r).
+        down (r, n), up_k (G, D, r), up_v (G, D, r).
     """
     per, width = weights.heads // weights.kv_heads, weights.head_dim
-    queries = from_complex(phase[..., None] * to_complex(weights.q))  # (H, D, d)
+    q, k, v = weights.augmented()
+    queries = from_complex(phase[..., None] * to_complex(q))  # (H, D, n)
     reading = (queries @ moment @ queries.mT).unflatten(0, (-1, per)).sum(1) / width  # (G, D, D)
     importance = (weights.o.mT @ weights.o).unflatten(0, (-1, per)).sum(1)
     root_k, inverse_k = power_and_inverse(reading, 0.5)
     root_v, inverse_v = power_and_inverse(importance, choice.values / 2)
-    keys, values, whole = root_k @ from_complex(rest), root_v @ weights.v, root_k @ weights.k
+    metric = covariance(moment) if choice.centred else moment
     # Against the energy of the whole keys, so that a rest of nothing is given nothing.
-    energies = [((x @ moment) * x).sum().clamp_min(torch.finfo(x.dtype).tiny) for x in (whole, values)]
+    energies = [((x @ metric) * x).sum().clamp_min(torch.finfo(x.dtype).tiny) for x in (root_k @ k, root_v @ v)]
     balance = (choice.balance * energies[1] / energies[0]).sqrt()
-    stacked = torch.cat([balance * keys, values]).flatten(0, 1)  # (2·G·D, d)
-    basis = top_eigenvectors(stacked @ moment @ stacked.mT, rank)  # (2·G·D, r)
-    down = basis.mT @ stacked
+    stacked = torch.cat([balance * root_k @ from_complex(rest), root_v @ values]).flatten(0, 1)  # (2·G·D, n)
+    basis = leading_directions(stacked, metric, rank)  # (2·G·D, r)
     up_k, up_v = basis.unflatten(0, (2, -1, width))  # (G, D, r) each
+    down = basis.mT @ stacked
+    if choice.centred:
+        down[:, -1] -= down @ moment[:, -1]
     energy = ((down @ moment) * down).sum() / rank
     level = energy.clamp_min(torch.finfo(energy.dtype).tiny).rsqrt()  # a gauge: E|c|² = r, which the layouts count on
     up_k = inverse_k @ up_k / (balance if choice.balance else 1.0)
     return down * level, up_k / level, inverse_v @ up_v / level
 
 
-def _assemble(
-    weights: AttentionWeights, key: Tensor, gain: Tensor, down: Tensor, up_k: Tensor, up_v: Tensor, phase: Tensor
+def covariance(moment: Tensor) -> Tensor:
+    """E[z zᵀ] without the mean: its last row and column are zero."""
+    mean = moment[:, -1]
+    return moment - mean[:, None] * mean
+
+
+def assemble(
+    weights: AttentionWeights,
+    slots: RotarySlots,
+    down: Tensor,
+    up_k: Tensor,
+    up_v: Tensor,
+    phase: Tensor,
+    position_free: bool = True,
 ) -> LatentWeights:
-    per, width, slots = weights.heads // weights.kv_heads, weights.head_dim, len(key)
-    queries = to_complex(weights.q)
-    rotary = queries[:, :slots] * gain.repeat_interleave(per, 0)[..., None]
-    free = from_complex(queries * phase[..., None])
-    scale = math.sqrt((width + 2 * slots) / width)  # scores are divided by the new width's root
+    """The parts as one layer: queries absorb the slots' gains and the phases, and the change of the softmax's scale."""
+    per, width, rope_dim = weights.heads // weights.kv_heads, weights.head_dim, 2 * len(slots.key)
+    queries = to_complex(weights.augmented()[0])
+    rotary = from_complex(queries[:, slots.pairs] * slots.gain.repeat_interleave(per, 0)[..., None])
+    free = from_complex(queries * phase[..., None])[:, : width if position_free else 0]
+    scale = ((free.shape[1] + rope_dim) / width) ** 0.5  # scores are divided by the new width's root
+    heads = torch.cat([free, rotary], 1) * scale  # (H, N + R, n)
+    cached = torch.cat([down, from_complex(slots.key)])  # (r + R, n)
     return LatentWeights(
-        q_nope=free * scale,
-        q_rope=from_complex(rotary) * scale,
-        down=down,
-        k_rope=from_complex(key),
-        up_k=up_k.repeat_interleave(per, 0),
+        q_nope=heads[:, : free.shape[1], :-1],
+        q_rope=heads[:, free.shape[1] :, :-1],
+        down=down[:, :-1],
+        k_rope=cached[len(down) :, :-1],
+        up_k=up_k.repeat_interleave(per, 0)[:, : free.shape[1]],
         up_v=up_v.repeat_interleave(per, 0),
         o=weights.o,
+        pairs=slots.pairs,
+        q_bias=None if weights.q_bias is None else heads[..., -1],
+        kv_bias=cached[:, -1] if cached[:, -1].any() else None,
         o_bias=weights.o_bias,
     )
+
+
+def with_value_mean(folded: LatentWeights, weights: AttentionWeights, moment: Tensor) -> LatentWeights:
+    """Give the output what a centred latent leaves out, the constant `Σ_h W_O,h E[v_h]`: attention weights sum to one."""
+    mean = (weights.augmented()[2] @ moment[:, -1]).repeat_interleave(weights.heads // weights.kv_heads, 0)  # (H, D)
+    constant = torch.einsum("hdi,hi->d", weights.o, mean)
+    return replace(folded, o_bias=constant if folded.o_bias is None else folded.o_bias + constant)
+
+
+def low_rank_queries(folded: Queried, rank: int, moment: Tensor) -> Queried:
+    """Queries of rank `m` (2405.04434, 2412.19255): the best map through `m` numbers of the input under its second moment.
+
+    What the map loses of the queries' mean goes into their bias where they have one. Exact at full rank.
+    """
+    fields = ("q_nope", "q_rope") if isinstance(folded, LatentWeights) else ("q",)
+    heads = torch.cat([getattr(folded, name) for name in fields], 1)  # (H, E, d)
+    stacked = heads.flatten(0, 1)
+    metric = moment[:-1, :-1] if folded.q_bias is None else covariance(moment)[:-1, :-1]
+    basis = leading_directions(stacked, metric, rank)  # (H·E, m)
+    down = basis.mT @ stacked
+    level = ((down @ moment[:-1, :-1]) * down).sum().clamp_min(1e-30).div(rank).rsqrt()  # a gauge: E|c|² = m
+    parts = (basis / level).unflatten(0, heads.shape[:2]).split([getattr(folded, name).shape[1] for name in fields], 1)
+    bias = folded.q_bias
+    if bias is not None:
+        bias = bias + ((stacked - basis @ down) @ moment[:-1, -1]).view_as(bias)
+    return replace(folded, **dict(zip(fields, parts, strict=True)), q_down=down * level, q_bias=bias)

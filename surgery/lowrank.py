@@ -42,3 +42,27 @@ def power_and_inverse(matrix: Tensor, power: float, floor: float = 1e-9) -> tupl
 def top_eigenvectors(matrix: Tensor, rank: int) -> Tensor:
     """The `rank` leading eigenvectors of Hermitian matrices (..., n, n) → (..., n, rank)."""
     return torch.linalg.eigh(matrix).eigenvectors[..., -rank:].flip(-1)
+
+
+def leading_directions(rows: Tensor, moment: Tensor, rank: int) -> Tensor:
+    """The `rank` orthonormal directions that hold most of `E|rows z|²`: rows (m, n), moment (n, n) → (m, rank).
+
+    They are the leading left singular vectors of `rows · moment^½`, taken from whichever Gram matrix is smaller.
+    """
+    if len(rows) <= len(moment):
+        return top_eigenvectors(rows @ moment @ rows.mT, rank)
+    shift = moment.diagonal().mean() * 1e-13 + torch.finfo(moment.dtype).tiny
+    root = torch.linalg.cholesky(moment + shift * torch.eye(len(moment), dtype=moment.dtype, device=moment.device))
+    seen = rows @ root  # (m, n)
+    return torch.linalg.qr(seen @ top_eigenvectors(seen.mT @ seen, rank)).Q
+
+
+def regression(target: Tensor, source: Tensor, moment: Tensor, ridge: float = 1e-9) -> Tensor:
+    """The map (..., a, b) of least `E|target z - map source z|²`, ridge relative to the source's mean energy.
+
+    target (..., a, n), source (b, n), moment (n, n).
+    """
+    gram = source @ moment @ source.mT
+    shift = gram.diagonal().mean() * ridge + torch.finfo(gram.dtype).tiny
+    gram = gram + shift * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(gram, source @ moment @ target.mT).mT

@@ -28,3 +28,11 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     cos, sin = rope
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def pick(rope: Rope, pairs: Tensor) -> Rope:
+    """The tables of some frequencies, (T, D) → (T, 2·len(pairs)): `pairs` (R/2,) counts the source's, D/2 means no rotation."""
+    cos, sin = (table[..., : table.shape[-1] // 2] for table in rope)
+    still = torch.ones_like(cos[..., :1])
+    cos, sin = (torch.cat([t, s], -1)[..., pairs] for t, s in ((cos, still), (sin, torch.zeros_like(still))))
+    return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)

@@ -17,10 +17,12 @@ from kvfold.convert.checkpoint import CheckpointReader
 from kvfold.convert.families import FAMILIES, family_of
 from kvfold.convert.layouts import deepseek_v3
 from kvfold.convert.pipeline import convert
-from kvfold.convert.plan import ConvertSettings, make_plan
+from kvfold.convert.plan import make_plan
+from kvfold.convert.settings import ConvertSettings
 from kvfold.convert.stream import FoldedAttention, HiddenStates, SourceModel
 from kvfold.evaluation.layers import measure_cache
-from kvfold.surgery.attention import GroupedAttention, LatentAttention
+from kvfold.surgery.attention import GroupedAttention
+from kvfold.surgery.designs import LatentAttention
 from tests.helpers import save_model, save_tokens
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -192,7 +194,7 @@ def test_latent_checkpoint_loads_decodes_and_caches_latents(family: str, changes
     record = fold(source, tmp_path / "out", to="mla", kv_rank=20, rope_dim=6, **settings)
     assert {e.dtype for e in CheckpointReader(tmp_path / "out").entries.values()} == {torch.bfloat16}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-    assert type(model).__name__ == record["target"]["layout"] == "DeepseekV3ForCausalLM"
+    assert type(model).__name__ == record["target"]["architecture"] == "DeepseekV3ForCausalLM"
     decoded_as_uncached(model)
     assert measure_cache(model, IDS[:1, :10]) == (26, 26 * 4 * model.config.num_hidden_layers)
     assert record["cache_numbers_per_token_per_layer"] == 26

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kvfold.convert.pipeline import convert
-from kvfold.convert.plan import ConvertSettings
+from kvfold.convert.settings import ConvertSettings
 from kvfold.evaluation.evaluate import EvaluateSettings, evaluate
 from kvfold.recipes.demo.demo import MODEL, write_texts
 from tests.helpers import save_model, save_tokens

@@ -7,9 +7,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvfold.surgery.attention import AttentionWeights, LatentAttention, LatentWeights
+from kvfold.surgery.attention import AttentionWeights, GroupedAttention
+from kvfold.surgery.designs import LatentAttention, LatentWeights
 from kvfold.surgery.healing import relative_error
-from kvfold.surgery.latent import START, Choice, attention_lags, coherence, fold, joint_latent, rotary_slots, search
+from kvfold.surgery.latent import (
+    START,
+    Choice,
+    attention_lags,
+    coherence,
+    fold,
+    joint_latent,
+    low_rank_queries,
+    rotary_slots,
+    search,
+)
 from kvfold.surgery.lowrank import power_and_inverse
 from kvfold.surgery.rope import Rope, from_complex, to_complex
 from tests.test_surgery import HEADS, HIDDEN, KV_HEADS, TOKENS, WIDTH, inputs, moment_of, outputs, random_weights, rope_tables
@@ -40,13 +51,37 @@ def test_one_key_head_folds_exactly(slots: float, balance: float) -> None:
     torch.testing.assert_close(run(folded, x), outputs(weights, x), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("picked", ["first", "energy", "turning"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_full_width_is_exact(picked: str, bias: bool) -> None:
+    """Every component of every frequency has a slot, and the latent holds all values: biases and all."""
+    weights, x = random_weights(bias=bias), inputs()
+    choice = Choice(0.5, 1.0, 0.3, picked, centred=True)
+    folded = fold(weights, HIDDEN, KV_HEADS * WIDTH, moment_of(x), phase_of(weights, x), choice)
+    torch.testing.assert_close(run(folded, x), outputs(weights, x), atol=1e-6, rtol=0)
+
+
+def test_low_rank_queries_are_exact_at_full_rank_and_best_below() -> None:
+    weights, x = random_weights(bias=True), inputs()
+    choice = Choice(0.0, 0.0, 0.3, centred=True)
+    folded = fold(weights, 12, 8, moment_of(x), phase_of(weights, x), choice)
+    exact = low_rank_queries(folded, HIDDEN, moment_of(x))
+    torch.testing.assert_close(run(exact, x), run(folded, x), atol=1e-6, rtol=0)
+    half = low_rank_queries(folded, HIDDEN // 2, moment_of(x))
+
+    def queries(of: LatentWeights) -> Tensor:
+        return LatentAttention(of).queries(x).detach().transpose(1, 2).flatten(2).flatten(0, 1)
+
+    lost = (queries(half) - queries(folded)).square().sum()
+    centred = queries(folded) - queries(folded).mean(0)
+    assert float(lost) == pytest.approx(float(torch.linalg.svdvals(centred)[HIDDEN // 2 :].square().sum()), rel=1e-4)
+
+
 def test_without_rotation_full_rank_is_exact_for_any_number_of_heads() -> None:
     weights, x = random_weights(), inputs()
     unturned = torch.ones(HEADS, WIDTH // 2, dtype=torch.complex128)
     folded = fold(weights, HIDDEN, 4, moment_of(x), unturned)
     # the source without rotation, through the same module that test_surgery.py holds to the formula
-    from kvfold.surgery.attention import GroupedAttention
-
     with torch.no_grad():
         wanted = GroupedAttention(weights)(x, still())
     torch.testing.assert_close(run(folded, x, still()), wanted, atol=1e-6, rtol=0)
@@ -54,21 +89,23 @@ def test_without_rotation_full_rank_is_exact_for_any_number_of_heads() -> None:
 
 def test_what_the_slots_take_and_leave_adds_up() -> None:
     weights, x = random_weights(), inputs()
-    key, gain, rest = rotary_slots(weights, 3, moment_of(x)[:-1, :-1], 1.0)
-    assert (key.shape, gain.shape) == ((3, HIDDEN), (KV_HEADS, 3))
-    whole = rest.clone()
-    whole[:, :3] += gain.conj()[..., None] * key
-    torch.testing.assert_close(from_complex(whole), weights.k, atol=1e-12, rtol=0)
-    torch.testing.assert_close(rest[:, 3:], to_complex(weights.k)[:, 3:], atol=0, rtol=0)
+    slots = rotary_slots(weights, 3, moment_of(x), phase_of(weights, x), Choice(1.0, 0.0, 0.3))
+    assert (slots.key.shape, slots.gain.shape) == ((3, HIDDEN + 1), (KV_HEADS, 3))
+    assert slots.pairs.tolist() == [0, 1, 2]
+    whole = slots.rest.clone()
+    whole[:, :3] += slots.gain.conj()[..., None] * slots.key
+    torch.testing.assert_close(from_complex(whole)[..., :-1], weights.k, atol=1e-12, rtol=0)
+    torch.testing.assert_close(slots.rest[:, 3:, :-1], to_complex(weights.k)[:, 3:], atol=0, rtol=0)
 
 
 def test_the_joint_latent_is_the_best_of_its_rank() -> None:
     """The weighted error that is left is the tail of the spectrum, by an SVD over the tokens."""
     weights, x = random_weights(), inputs()
-    moment, phase = moment_of(x)[:-1, :-1], phase_of(weights, x)
-    _, _, rest = rotary_slots(weights, 2, moment, 0.0)
+    moment, phase = moment_of(x), phase_of(weights, x)
     rank, choice = 10, Choice(0.0, 1.0, 0.3)
-    down, up_k, up_v = joint_latent(weights, rest, rank, moment, phase, choice)
+    rest = rotary_slots(weights, 2, moment, phase, choice).rest
+    down, up_k, up_v = joint_latent(weights, rest, weights.augmented()[2], rank, moment, phase, choice)
+    moment, rest, down = moment[:-1, :-1], rest[..., :-1], down[:, :-1]
     flat, per = x.flatten(0, 1), HEADS // KV_HEADS
     turned = from_complex(phase[..., None] * to_complex(weights.q))
     reading = (turned @ moment @ turned.mT).unflatten(0, (-1, per)).sum(1) / WIDTH
@@ -125,7 +162,8 @@ def test_search_returns_what_it_measured_as_best() -> None:
         seen.append(float(relative_error(run(folded, x), outputs(weights, x))))
         return seen[-1]
 
-    error, choice, folded = search(weights, 12, 4, moment_of(x), phase_of(weights, x), measure)
+    phase = phase_of(weights, x)
+    error, choice, folded = search(lambda choice: fold(weights, 12, 4, moment_of(x), phase, choice), measure)
     assert error == min(seen) <= seen[0]
     assert len(seen) == 9
     again = fold(weights, 12, 4, moment_of(x), phase_of(weights, x), choice)
@@ -136,22 +174,21 @@ def test_latent_attention_gives_its_weights_back() -> None:
     weights, x = random_weights(), inputs()
     folded = replace(fold(weights, 12, 4, moment_of(x), phase_of(weights, x)), o_bias=torch.randn(HIDDEN, dtype=torch.float64))
     again = LatentAttention(folded).weights()
-    for name in ("q_nope", "q_rope", "down", "k_rope", "up_k", "up_v", "o", "o_bias"):
+    for name in folded.tensors():
         torch.testing.assert_close(getattr(again, name), getattr(folded, name), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(
-    ("rank", "rope_dim", "bias", "words"),
+    ("rank", "rope_dim", "words"),
     [
-        (0, 4, False, "rank 0 must lie between 1 and the full rank"),
-        (FULL + 1, 4, False, "full rank"),
-        (8, 3, False, "rope_dim 3 must be even"),
-        (8, WIDTH + 2, False, f"between 2 and {WIDTH}"),
-        (8, 4, True, "biases"),
+        (0, 4, "rank 0 must lie between 1 and the full rank"),
+        (FULL + 1, 4, "full rank"),
+        (8, 3, "rope_dim 3 must be even"),
+        (8, KV_HEADS * WIDTH + 2, f"between 2 and {KV_HEADS * WIDTH}"),
     ],
 )
-def test_what_cannot_be_is_refused(rank: int, rope_dim: int, bias: bool, words: str) -> None:
-    weights = random_weights(bias=bias)
+def test_what_cannot_be_is_refused(rank: int, rope_dim: int, words: str) -> None:
+    weights = random_weights()
     phase = torch.ones(HEADS, WIDTH // 2, dtype=torch.complex128)
     with pytest.raises(ValueError, match=words):
         fold(weights, rank, rope_dim, moment_of(inputs()), phase, START)

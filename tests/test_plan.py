@@ -7,19 +7,10 @@ from typing import Any
 
 import pytest
 
+from kvfold.convert.engines import LatentShape
 from kvfold.convert.families import AttentionSpec, Rope, family_of
-from kvfold.convert.plan import (
-    ConvertSettings,
-    LatentShape,
-    cache_dtype,
-    count_parameters,
-    make_plan,
-    normal_dtype,
-    parse_budget,
-    parse_settings,
-    parse_size,
-    unknown,
-)
+from kvfold.convert.plan import cache_dtype, count_parameters, make_plan
+from kvfold.convert.settings import ConvertSettings, normal_dtype, parse_budget, parse_settings, parse_size, unknown
 from kvfold.errors import UserError
 from tests.helpers import FAMILIES, invoke, save_model, tiny_config
 
@@ -247,7 +238,7 @@ def test_record_and_cache_table(tmp_path: Path) -> None:
     assert record["source"]["parameters"] == 8_030_261_248
     assert record["target"]["parameters"] == 8_030_261_248 - saved
     assert record["target"]["kv_heads"] == 2
-    assert record["target"]["layout"] == "LlamaForCausalLM"
+    assert record["target"]["architecture"] == "LlamaForCausalLM"
     assert (record["source"]["kv_heads"], record["source"]["head_dim"]) == (8, 128)
     assert record["source"]["rope"] == {"type": "llama3", "theta": 5e5, "parameters": LLAMA3_PARAMETERS}
     assert record["refusals"] == []
@@ -471,14 +462,36 @@ def test_latent_budget_picks_rank_and_rotary_width() -> None:
     [
         ({}, {}, "--to mla needs either --kv-rank"),
         ({}, {"kv_rank": 512, "kv_budget": "25%"}, "either --kv-rank"),
-        ({}, {"kv_rank": 512, "kv_heads": 4}, "mla has no key heads of its own"),
+        ({}, {"kv_rank": 512, "kv_heads": 4}, "--kv-heads belongs to --to gqa or mqa, not mla: leave it out"),
         ({}, {"kv_rank": 512, "rope_dim": 63}, "--rope-dim 63 must be even and at most the source's 128: the nearest is 62"),
-        ({}, {"kv_rank": 512, "rope_dim": 256}, "the nearest is 128"),
+        ({}, {"kv_rank": 512, "rope_dim": 256, "layout": "deepseek_v3"}, "the nearest is 128"),
+        ({}, {"kv_rank": 512, "rope_dim": 4098}, "the source's 4096: the nearest is 4096"),
+        ({}, {"kv_rank": 512, "rope_dim": 64, "keys": "rebuilt"}, "leave --rope-dim out"),
+        ({}, {"kv_rank": 512, "q_rank": 5000}, "--q-rank 5000 is over the full rank 4096"),
+        ({}, {"kv_rank": 512, "width": 64}, "--width belongs to --to mfa or mfa-kr, not mla: leave it out"),
+        ({}, {"kv_rank": 512, "layout": "kvfold", "pad_for": "vllm"}, "--pad-for vllm pads deepseek_v3"),
+        ({}, {"to": "mfa", "width": 63}, "--width 63 must be even and between 2 and the full width 4096: the nearest is 62"),
+        ({}, {"to": "mfa", "width": 5000}, "the nearest is 4096"),
+        ({}, {"to": "mfa-kr", "width": 1}, "between 2 and the full width 8192: the nearest is 2"),
+        ({}, {"to": "mfa"}, "--to mfa needs either --width or --kv-budget"),
+        ({}, {"to": "mfa", "kv_budget": "0.02%"}, "leaves 1 numbers: the least is 0.05%"),
+        ({}, {"to": "mfa", "width": 64, "layout": "deepseek_v3"}, "--layout deepseek_v3 belongs to --to mla, not mfa"),
+        ({}, {"to": "mfa", "width": 64, "kv_rank": 8}, "--kv-rank belongs to --to mla, not mfa"),
         ({}, {"kv_rank": 5000}, "between 1 and the full rank 4096: the nearest is 4096"),
         ({}, {"kv_rank": 0}, "the nearest is 1"),
         ({}, {"kv_budget": "0.01%"}, "leaves 0 numbers: the least is 0.05%"),
         ({}, {"kv_budget": "lots"}, "write 25% or 0.25"),
         ({}, {"kv_rank": 512, "method": "pca"}, "unknown method 'pca'. Available: kvfold"),
+    ],
+)
+def test_latent_refusals(config: dict[str, Any], settings: dict[str, Any], refusal: str) -> None:
+    plan = make_plan({**LATENT_FACTS, **config}, ConvertSettings(**{"to": "mla", **settings}))
+    assert any(refusal in reason for reason in plan.refusals), plan.refusals
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "reason"),
+    [
         ({}, {"kv_rank": 512, "dtype": "fp16"}, "float16 cannot hold the scaled latents"),
         ({"torch_dtype": "float16"}, {"kv_rank": 512}, "float16 cannot hold the scaled latents"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, {"kv_rank": 512}, "rope type llama3"),
@@ -489,9 +502,25 @@ def test_latent_budget_picks_rank_and_rotary_width() -> None:
         ({"model_type": "qwen2"}, {"kv_rank": 512}, "attention biases"),
     ],
 )
-def test_latent_refusals(config: dict[str, Any], settings: dict[str, Any], refusal: str) -> None:
-    plan = make_plan({**LATENT_FACTS, **config}, ConvertSettings(to="mla", **settings))
-    assert any(refusal in reason for reason in plan.refusals), plan.refusals
+def test_what_deepseek_v3_cannot_say_goes_to_our_own_layout(
+    config: dict[str, Any], settings: dict[str, Any], reason: str
+) -> None:
+    facts = {**LATENT_FACTS, **config}
+    plan = make_plan(facts, ConvertSettings(to="mla", **settings))
+    assert (plan.layout, plan.refusals) == ("kvfold", [])
+    assert reason in plan.note
+    plan = make_plan(facts, ConvertSettings(to="mla", layout="deepseek_v3", **settings))
+    assert any(reason in refusal and "use --layout kvfold" in refusal for refusal in plan.refusals)
+
+
+def test_budgets_of_mfa_and_its_like() -> None:
+    """2·32·128 = 8192 numbers in the source; the 93.7 % of 2412.19255 is a key of 512 for 32 heads of 128."""
+    for to, budget, widths in (("mfa", "25%", (1024, 1024)), ("mfa-kr", "12.5%", (0, 1024)), ("mfa-kr", "6.25%", (0, 512))):
+        plan = make_plan(LATENT_FACTS, ConvertSettings(to=to, kv_budget=budget))
+        assert (plan.kv_rank, plan.rope_dim, plan.layout) == (*widths, "kvfold")
+        assert plan.kv_budget == parse_budget(budget)
+    plan = make_plan(LATENT_FACTS, ConvertSettings(to="mla", keys="rebuilt", kv_budget="25%"))
+    assert (plan.kv_rank, plan.rope_dim, plan.design) == (2048, 0, "rebuilt-key")
 
 
 def test_latent_needs_calibration_only_to_convert_and_its_flags_belong_to_it() -> None:
@@ -500,7 +529,7 @@ def test_latent_needs_calibration_only_to_convert_and_its_flags_belong_to_it() -
     with pytest.raises(UserError, match="needs calibration text: give --calibrate TEXT, or --calibrate self"):
         plan.refuse(converting=True)
     plan = make_plan(LATENT_FACTS, ConvertSettings(to="gqa", kv_heads=8, kv_rank=512))
-    assert any("belong to --to mla" in reason for reason in plan.refusals)
+    assert any("--kv-rank belongs to --to mla, not gqa" in reason for reason in plan.refusals)
 
 
 def test_padding_for_vllm() -> None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from kvfold.convert.card import hand_made, newer_of
 from kvfold.convert.pipeline import convert
-from kvfold.convert.plan import ConvertSettings
+from kvfold.convert.settings import ConvertSettings
 from kvfold.errors import UserError
 from kvfold.evaluation import report
 from kvfold.evaluation.evaluate import EvaluateSettings, evaluate

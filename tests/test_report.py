@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kvfold.convert.pipeline import convert
-from kvfold.convert.plan import ConvertSettings
+from kvfold.convert.settings import ConvertSettings
 from kvfold.evaluation import damage, plots, report, retrieval, schema, speed
 from kvfold.evaluation.evaluate import EvaluateSettings, evaluate, stage_of
 from kvfold.evaluation.unfinished import PARTIAL

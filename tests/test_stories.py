@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kvfold.convert.pipeline import convert
-from kvfold.convert.plan import ConvertSettings
+from kvfold.convert.settings import ConvertSettings
 from kvfold.evaluation.evaluate import EvaluateSettings, evaluate
 
 GQA: dict[str, Any] = {"to": "gqa", "kv_heads": 2}

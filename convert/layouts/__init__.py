@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvfold.convert.checkpoint import CheckpointReader, TensorSpec
-from kvfold.convert.layouts import deepseek_v3, source
+from kvfold.convert.layouts import deepseek_v3, kvfold, source
 from kvfold.convert.plan import ConversionPlan
 
 
@@ -31,6 +31,13 @@ class Layout(Protocol):
     def origin(self, name: str, plan: ConversionPlan) -> tuple[str, float]:
         """Where a tensor outside of attention comes from: the source's tensor, and the factor on it."""
 
+    def files(self) -> dict[str, str]:
+        """What a checkpoint needs beside weights and config, by name."""
+
+
+LAYOUTS: dict[str, Layout] = {"source": source, "deepseek_v3": deepseek_v3, "kvfold": kvfold}
+
 
 def layout_of(plan: ConversionPlan) -> Layout:
-    return deepseek_v3 if plan.settings.to == "mla" else source
+    """The module of this folder that the plan names."""
+    return LAYOUTS[plan.layout]

@@ -12,15 +12,16 @@ Four exact re-parameterisations make a folded Llama out of DeepSeek-V3's parts:
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvfold.convert.checkpoint import CheckpointReader, TensorSpec
-from kvfold.convert.layouts.source import kept
+from kvfold.convert.layouts.source import in_place_of_attention
 from kvfold.convert.plan import ConversionPlan
-from kvfold.surgery.attention import LatentWeights
+from kvfold.surgery.designs import LatentWeights
 
 EPS = 1e-6
 LATENT = 2.0**-19
@@ -65,8 +66,7 @@ def config(source: dict[str, Any], plan: ConversionPlan, dtype: torch.dtype | No
 
 def tensor_specs(reader: CheckpointReader, plan: ConversionPlan, dtype: torch.dtype | None) -> list[TensorSpec]:
     """Every tensor: per layer the attention of DeepSeek-V3 in the place of the source's, and the output embedding."""
-    spec, entries = plan.spec, kept(reader, plan)
-    shape = plan.stored
+    spec, shape = plan.spec, plan.stored
     shapes = {
         "q_proj": (spec.heads * (shape.nope + shape.rope), spec.hidden_size),
         "kv_a_proj_with_mqa": (shape.rank + shape.rope, spec.hidden_size),
@@ -74,18 +74,13 @@ def tensor_specs(reader: CheckpointReader, plan: ConversionPlan, dtype: torch.dt
         "kv_b_proj": (spec.heads * (shape.nope + shape.value), shape.rank),
         "o_proj": (spec.hidden_size, spec.heads * shape.value),
     }
-    attention = {n: layer for layer in range(spec.layers) for n in plan.family.names(layer, spec).values()}
-    specs: dict[str, TensorSpec] = {}
-    for name, entry in entries.items():
-        kind = dtype or entry.dtype
-        if name not in attention:
-            specs[name] = TensorSpec(name, kind, entry.shape)
-            continue
-        for part, full in zip(shapes, names(attention[name], plan), strict=True):
-            specs[full] = TensorSpec(full, kind, shapes[part])
-    if spec.tied:
-        specs["lm_head.weight"] = TensorSpec("lm_head.weight", specs[EMBEDDING].dtype, specs[EMBEDDING].shape)
-    return list(specs.values())
+
+    def of_layer(layer: int, kind: torch.dtype) -> list[TensorSpec]:
+        return [TensorSpec(n, kind, shapes[part]) for part, n in zip(shapes, names(layer, plan), strict=True)]
+
+    specs = in_place_of_attention(reader, plan, dtype, of_layer)
+    embedding = next(s for s in specs if s.name == EMBEDDING)
+    return [*specs, replace(embedding, name="lm_head.weight")] if spec.tied else specs
 
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -126,6 +121,7 @@ def lift(tensors: dict[str, Tensor], plan: ConversionPlan) -> LatentWeights:
         k_rope=interleave(kv_a[shape.rank : shape.rank + plan.rope_dim], back=True),
         up_k=up[:, :width],
         up_v=up[:, shape.nope : shape.nope + width],
+        pairs=torch.arange(plan.rope_dim // 2, device=q.device),
         o=o.unflatten(1, (-1, shape.value))[..., :width].permute(1, 0, 2) / residual_scale(plan),
     )
 
@@ -159,3 +155,7 @@ def origin(name: str, plan: ConversionPlan) -> tuple[str, float]:
         return EMBEDDING, 1.0
     writes = name == EMBEDDING or name.endswith("mlp.down_proj.weight")
     return name, residual_scale(plan) if writes else 1.0
+
+
+def files() -> dict[str, str]:
+    return {}

@@ -1,5 +1,6 @@
 """GQA and MQA stay in the source's own architecture, with fewer key/value heads. Every engine runs them."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +35,22 @@ def tensor_specs(reader: CheckpointReader, plan: ConversionPlan, dtype: torch.dt
         shape = (plan.kv_heads * spec.head_dim, *entry.shape[1:]) if name in narrowed else entry.shape
         specs.append(TensorSpec(name, dtype if dtype and entry.dtype.is_floating_point else entry.dtype, shape))
     return specs
+
+
+def in_place_of_attention(
+    reader: CheckpointReader,
+    plan: ConversionPlan,
+    dtype: torch.dtype | None,
+    of_layer: Callable[[int, torch.dtype], list[TensorSpec]],
+) -> list[TensorSpec]:
+    """Every tensor, in the source's order, with those of `of_layer` where a layer's attention begins."""
+    attention = {n: layer for layer in range(plan.spec.layers) for n in plan.family.names(layer, plan.spec).values()}
+    specs: dict[str, TensorSpec] = {}
+    for name, entry in kept(reader, plan).items():
+        kind = dtype if dtype and entry.dtype.is_floating_point else entry.dtype
+        new = of_layer(attention[name], kind) if name in attention else [TensorSpec(name, kind, entry.shape)]
+        specs.update({spec.name: spec for spec in new})
+    return list(specs.values())
 
 
 def kept(reader: CheckpointReader, plan: ConversionPlan) -> dict[str, Any]:
@@ -75,3 +92,7 @@ def names(layer: int, plan: ConversionPlan) -> list[str]:
 def origin(name: str, plan: ConversionPlan) -> tuple[str, float]:
     """All else is the source's own."""
     return name, 1.0
+
+
+def files() -> dict[str, str]:
+    return {}

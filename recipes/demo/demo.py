@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvfold.convert.pipeline import convert
-from kvfold.convert.plan import ConvertSettings
+from kvfold.convert.settings import ConvertSettings
 from kvfold.errors import UserError
 from kvfold.evaluation import report as reports
 from kvfold.evaluation.evaluate import EvaluateSettings, evaluate

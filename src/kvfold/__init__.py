@@ -1,9 +1,11 @@
 """kvfold folds the KV cache of a trained Hugging Face model into a cheaper attention.
 
 Public API: `convert_checkpoint`, `ConvertSettings`, `make_plan`, `evaluate`, and the errors.
-Everything heavy is imported on first use.
+Everything heavy is imported on first use. Where transformers was imported before, checkpoints of our own layout load without
+`trust_remote_code` from then on.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,8 @@ from kvfold.errors import ConversionError, UserError
 
 if TYPE_CHECKING:
     from kvfold.convert.pipeline import convert as convert_checkpoint
-    from kvfold.convert.plan import ConvertSettings, make_plan
+    from kvfold.convert.plan import make_plan
+    from kvfold.convert.settings import ConvertSettings
     from kvfold.evaluation.evaluate import evaluate
 
 __version__ = "0.1.0"
@@ -19,7 +22,7 @@ __all__ = ["ConversionError", "ConvertSettings", "UserError", "__version__", "co
 
 _HOMES = {
     "convert_checkpoint": ("kvfold.convert.pipeline", "convert"),
-    "ConvertSettings": ("kvfold.convert.plan", "ConvertSettings"),
+    "ConvertSettings": ("kvfold.convert.settings", "ConvertSettings"),
     "make_plan": ("kvfold.convert.plan", "make_plan"),
     "evaluate": ("kvfold.evaluation.evaluate", "evaluate"),
 }
@@ -30,3 +33,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'kvfold' has no attribute {name!r}")
     module, attribute = _HOMES[name]
     return getattr(import_module(module), attribute)
+
+
+if "transformers" in sys.modules:  # importing it here would make every `kvfold --help` wait for seconds
+    import_module("kvfold.convert.layouts.modeling_kvfold")

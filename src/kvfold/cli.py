@@ -21,18 +21,32 @@ app = typer.Typer(
 
 Source = Annotated[str, typer.Argument(help="Local folder or Hub id of the source checkpoint.")]
 Out = Annotated[Path, typer.Argument(help="Folder to write.")]
-To = Annotated[str, typer.Option("--to", help="Target attention: gqa, mqa or mla.")]
+To = Annotated[str, typer.Option("--to", help="Target attention: gqa, mqa, mla, mfa or mfa-kr.")]
 KvHeads = Annotated[Optional[int], typer.Option(help="Key/value heads to keep (gqa).")]
 KvRank = Annotated[Optional[int], typer.Option(help="Width of the latent (mla).")]
 RopeDim = Annotated[
     Optional[int], typer.Option(help="Width of the shared rotary key (mla). Default: the head width, at most 64.")
+]
+Width = Annotated[Optional[int], typer.Option(help="Width of the one key, and of the one value of mfa (mfa, mfa-kr).")]
+QRank = Annotated[Optional[int], typer.Option(help="Rank of the queries (mla, mfa, mfa-kr). Default: full.")]
+Keys = Annotated[
+    Optional[str],
+    typer.Option(help="absorbed, or rebuilt: mla without rotary key, milder, but decoding rebuilds all keys at every step."),
+]
+LayerBudgets = Annotated[
+    Optional[str],
+    typer.Option(help="uniform, or measured: the same total, more where a layer needs it (mla, mfa, mfa-kr)."),
+]
+LayoutOption = Annotated[
+    Optional[str],
+    typer.Option("--layout", help="auto, deepseek_v3 or kvfold. Default: stock where it can say all, else ours."),
 ]
 PadFor = Annotated[
     Optional[str],
     typer.Option(help="Zero-pad mla for an engine's kernels: vllm, vllm-cpu or none. Default: where the cache does not grow."),
 ]
 KvBudget = Annotated[
-    Optional[str], typer.Option(help="Share of the source's cache to keep, 25% or 0.25, in place of --kv-heads.")
+    Optional[str], typer.Option(help="Share of the source's cache to keep, 25% or 0.25, in place of the target's widths.")
 ]
 Method = Annotated[
     Optional[str],
@@ -41,6 +55,7 @@ Method = Annotated[
 Grouping = Annotated[
     Optional[str], typer.Option(help="Which heads share one: neighbours or similar. Default: similar for align and pca.")
 ]
+GEOMETRY = "to kv_heads kv_rank rope_dim width q_rank keys layer_budgets layout pad_for kv_budget method"
 Dtype = Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16. Default: as the source.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit on the Hub.")]
@@ -54,6 +69,11 @@ def plan(
     kv_heads: KvHeads = None,
     kv_rank: KvRank = None,
     rope_dim: RopeDim = None,
+    width: Width = None,
+    q_rank: QRank = None,
+    keys: Keys = None,
+    layer_budgets: LayerBudgets = None,
+    layout: LayoutOption = None,
     pad_for: PadFor = None,
     kv_budget: KvBudget = None,
     method: Method = None,
@@ -64,11 +84,16 @@ def plan(
     json_path: Json = None,
 ) -> None:
     """What would change: geometry, cache, parameters, refusals. Reads config.json only."""
-    from kvfold.convert.plan import ConvertSettings, cache_dtype, count_parameters, make_plan, parse_settings
+    from kvfold.convert.plan import cache_dtype, count_parameters, make_plan
+    from kvfold.convert.settings import ConvertSettings, parse_settings
     from kvfold.convert.source import fetch_config
 
     settings = parse_settings(
-        ConvertSettings, _given(locals(), "to kv_heads kv_rank rope_dim pad_for kv_budget method calibrate dtype revision")
+        ConvertSettings,
+        _given(
+            locals(),
+            GEOMETRY + " calibrate dtype revision",
+        ),
     )
     config = fetch_config(source, revision)
     made = make_plan(config, settings)
@@ -83,10 +108,15 @@ def plan(
 def convert(
     source: Source,
     out: Out,
-    to: Annotated[Optional[str], typer.Option("--to", help="Target attention: gqa, mqa or mla.")] = None,
+    to: Annotated[Optional[str], typer.Option("--to", help="Target attention: gqa, mqa, mla, mfa or mfa-kr.")] = None,
     kv_heads: KvHeads = None,
     kv_rank: KvRank = None,
     rope_dim: RopeDim = None,
+    width: Width = None,
+    q_rank: QRank = None,
+    keys: Keys = None,
+    layer_budgets: LayerBudgets = None,
+    layout: LayoutOption = None,
     pad_for: PadFor = None,
     kv_budget: KvBudget = None,
     method: Method = None,
@@ -122,11 +152,11 @@ def convert(
     """Fold a checkpoint into another one with a smaller KV cache."""
     flags = _given(
         locals(),
-        "to kv_heads kv_rank rope_dim pad_for kv_budget method grouping calibrate calibration_tokens window heal_steps "
+        GEOMETRY + " grouping calibrate calibration_tokens window heal_steps "
         "heal_window heal_batch_tokens heal_lr heal_dtype dtype device max_shard_size seed revision",
     )
     from kvfold.convert.pipeline import convert as run
-    from kvfold.convert.plan import ConvertSettings, parse_settings
+    from kvfold.convert.settings import ConvertSettings, parse_settings
 
     settings = parse_settings(ConvertSettings, {**_read_settings(settings_file), **flags})
     with _progress(f"{source} → {out}") as report:
@@ -164,7 +194,7 @@ def evaluate(
     json_path: Json = None,
 ) -> None:
     """Measure what folding cost and what it saved. Runs under `accelerate launch` too."""
-    from kvfold.convert.plan import normal_dtype, parse_settings
+    from kvfold.convert.settings import normal_dtype, parse_settings
     from kvfold.evaluation import report as reports
     from kvfold.evaluation.evaluate import EvaluateSettings
     from kvfold.evaluation.evaluate import evaluate as run
@@ -350,9 +380,9 @@ def _print_plan(record: dict[str, Any]) -> None:
     lines: list[tuple[str, Any, Any]] = [
         ("query heads", source["heads"], source["heads"]),
         ("key/value heads", source["kv_heads"], target.get("kv_heads", "–")),
-        ("latent + rotary key", "–", f"{target['kv_rank']} + {target['rope_dim']}" if "kv_rank" in target else "–"),
+        ("latent + shared key", "–", f"{target['kv_rank']} + {target['rope_dim']}" if "kv_rank" in target else "–"),
         ("head width", source["head_dim"], source["head_dim"]),
-        ("architecture", source["model_type"], target["layout"]),
+        ("architecture", source["architecture"], target["architecture"]),
         ("parameters", f"{source['parameters']:,}", f"{target['parameters']:,}"),
         ("cached numbers / token / layer", numbers["source"], numbers["target"]),
         ("cached bytes / token", f"{size['source']:,}", f"{size['target']:,}"),

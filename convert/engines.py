@@ -1,0 +1,61 @@
+"""What serving engines take: shapes of their kernels, and what stock architectures cannot say."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from kvfold.convert.families import AttentionSpec
+from kvfold.convert.settings import ConvertSettings
+
+
+@dataclass(frozen=True)
+class LatentShape:
+    """Widths of latent attention as a checkpoint stores them: latent, rotary key, rest of a key, value."""
+
+    rank: int
+    rope: int
+    nope: int
+    value: int
+
+
+VLLM_TOTALS = {"vllm": (320, 512, 576), "vllm-cpu": (576,)}
+"""Latent + rotary key for which vLLM has decoding kernels, on CUDA and on CPU."""
+VLLM_HEADS = ((64, 64, 128), (128, 64, 128), (192, 64, 256))
+"""(nope, rope, value) for which it has prefill kernels on CUDA."""
+
+
+def padded_shape(shape: LatentShape, pad_for: str | None) -> tuple[LatentShape, str]:
+    """Zero-pad to a shape that vLLM's kernels take, and say in a line what came of it.
+
+    By default only where the cache does not grow; with `vllm` or `vllm-cpu` whatever it costs, with `none` never. A
+    shape that no padding makes legal comes back as it is.
+    """
+    heads = next((h for h in VLLM_HEADS if shape.nope <= h[0] and shape.rope <= h[1] and shape.value <= h[2]), None)
+    totals = VLLM_TOTALS["vllm-cpu" if pad_for == "vllm-cpu" else "vllm"]
+    total = next((t for t in totals if heads and shape.rank + heads[1] <= t), None)
+    if heads is None or total is None:
+        return shape, f"no vLLM kernel takes latent {shape.rank} + {shape.rope} with heads of {shape.nope}"
+    padded = LatentShape(total - heads[1], heads[1], heads[0], heads[2])
+    grown = total - shape.rank - shape.rope
+    if pad_for == "none" or (pad_for is None and grown):
+        return shape, f"not padded for vLLM's kernels; --pad-for vllm would cache {total} numbers per token per layer"
+    return padded, f"padded for vLLM's kernels, {grown} cached numbers of zeros"
+
+
+def deepseek_v3_obstacles(config: dict[str, Any], spec: AttentionSpec, settings: ConvertSettings) -> list[str]:
+    """What the stock deepseek_v3 architecture cannot say of this conversion, each in a line."""
+    dtype = settings.dtype or str(config.get("dtype") or config.get("torch_dtype"))
+    act = config.get("hidden_act", "silu")
+    found = {
+        "the source has attention biases, which deepseek_v3 engines drop": spec.qkv_bias or spec.o_bias,
+        f"rope type {spec.rope.type} is none that deepseek_v3 engines keep": spec.rope.type != "default",
+        "the source has a sliding window, which deepseek_v3 lacks": spec.sliding_window is not None,
+        f"the MLP's {act} cannot be said in deepseek_v3, which has silu": act != "silu",
+        "the source has MLP biases, which deepseek_v3 lacks": bool(config.get("mlp_bias")),
+        "float16 cannot hold the scaled latents of deepseek_v3": dtype in ("float16", "fp16", "half"),
+        f"a rotary key wider than {spec.head_dim} repeats frequencies": (settings.rope_dim or 0) > spec.head_dim,
+        "low-rank queries stand behind a norm in deepseek_v3": settings.q_rank is not None,
+        "rebuilt keys are none of deepseek_v3": settings.keys == "rebuilt",
+        "deepseek_v3 has the same widths in every layer": settings.layer_budgets == "measured",
+        f"--method {settings.method} leaves what deepseek_v3 cannot say": settings.method not in (None, "kvfold"),
+    }
+    return [reason for reason, there in found.items() if there]

@@ -1,0 +1,113 @@
+"""MFA and MFA-KR (2412.19255): any RoPE attention → one wide key, and one wide value or none of its own.
+
+MFA is latent attention without position-free keys, `mfa`: the rotary key is the wide key `S_K`, the latent the wide value
+`S_V`, and the heads' maps `Q_h` and `W_O` absorb the rest. MFA-KR, `mfa_kr`, caches the key alone, before it turns, and reads
+values from it: `v = (I + diag(α) N) k`. A source's keys say little of its values, so part of the key may keep still, pairs of
+frequency zero, and be chosen for what the values need. Such a key contains MLA of the same width.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kvfold.surgery.attention import AttentionWeights
+from kvfold.surgery.designs import LatentWeights, ReusedKeyWeights
+from kvfold.surgery.latent import Choice, Tries, assemble, covariance, fold, joint_latent, rotary_slots
+from kvfold.surgery.lowrank import regression
+from kvfold.surgery.rope import from_complex
+
+START = {
+    "mfa": Choice(slots=0.0, values=0.0, balance=0.0, picked="energy", centred=True),
+    "mfa-kr": Choice(slots=0.0, values=0.0, balance=0.3, picked="turning", centred=True, still=0.5),
+}
+TRIED: dict[str, Tries] = {
+    "mfa": {"slots": (0.5, 1.0), "values": (0.5, 1.0), "picked": ("first", "turning")},
+    "mfa-kr": {
+        "still": (0.75, 0.25, 0.0),
+        "balance": (0.0, 0.1, 1.0, 3.0, 10.0),
+        "picked": ("energy", "first"),
+        "slots": (0.5, 1.0),
+        "values": (1.0,),
+    },
+}
+
+
+def mfa(weights: AttentionWeights, width: int, moment: Tensor, phase: Tensor, choice: Choice = START["mfa"]) -> LatentWeights:
+    """One wide key and one wide value of `width` numbers: latent attention with N = 0 and r = R = width.
+
+    Raises:
+        ValueError: `width` is odd, or above the G·D at which nothing is lost.
+    """
+    return fold(weights, min(width, weights.k.shape[-1]), width, moment, phase, choice, position_free=False)
+
+
+def mfa_kr(
+    weights: AttentionWeights, width: int, moment: Tensor, phase: Tensor, choice: Choice = START["mfa-kr"]
+) -> ReusedKeyWeights:
+    """One wide key of `width` numbers, a share `choice.still` of them without rotation, that serves as value too.
+
+    Values are read from the key before its rotation by linear regression, means apart; what it does not say of them is
+    what the still part is chosen for, together with the keys' position-free rest.
+
+    Raises:
+        ValueError: `width` is odd, or above the 2·G·D that hold all keys and all values.
+    """
+    widest = weights.kv_heads * weights.head_dim
+    if width % 2 or not 2 <= width <= 2 * widest:
+        raise ValueError(f"width {width} must be even and between 2 and {2 * widest}")
+    turning = min(widest, max(2, width - 2 * round(width * choice.still / 2)))
+    still = width - turning
+    phase, spread = phase.to(torch.complex128), covariance(moment)
+    slots = rotary_slots(weights, turning // 2, moment, phase, choice)
+    values, cached = weights.augmented()[2], from_complex(slots.key)  # (G, D, n), (R, n)
+    down, up_k = cached[:0], values.new_zeros(*values.shape[:2], 0)
+    if still:
+        left = values - regression(values, cached, spread) @ cached
+        rank = min(still, values.shape[-1] - 1)  # no input has more to hold; zeros behind that
+        down, up_k, _ = joint_latent(weights, slots.rest, left, rank, moment, phase, choice)
+        down, up_k = F.pad(down, (0, 0, 0, still - rank)), F.pad(up_k, (0, still - rank))
+    # The shared value of the paper: the principal value components, of which N predicts what it can from the key.
+    order = _halves_first(turning, still).to(cached.device)
+    key = torch.cat([cached, down])[order]  # (C, n)
+    shared = joint_latent(weights, slots.rest, values, min(width, key.shape[1] - 1), moment, phase, _only_values(choice))[0]
+    shared = F.pad(shared, (0, 0, 0, width - len(shared)))
+    reuse = regression(shared, key, spread)  # (C, C)
+    up_v = regression(values, reuse @ key, spread)  # (G, D, C)
+    mean = (values - up_v @ reuse @ key) @ moment[:, -1]  # (G, D)
+    per = weights.heads // weights.kv_heads
+    constant = torch.einsum("hdi,hi->d", weights.o, mean.repeat_interleave(per, 0))
+
+    absorbed = assemble(weights, slots, down, up_k, up_k, phase, position_free=still > 0)
+    scale = (width / (absorbed.q_nope.shape[1] + turning)) ** 0.5  # of the new softmax's root against that of `assemble`
+    free = absorbed.up_k.mT @ absorbed.q_nope  # (H, N, r)ᵀ (H, N, d) → (H, r, d)
+    bias = absorbed.q_bias
+    if bias is not None:
+        nope = absorbed.q_nope.shape[1]
+        free_bias = (absorbed.up_k.mT @ bias[:, :nope, None])[..., 0]
+        bias = torch.cat([bias[:, nope:], free_bias], 1)[:, order] * scale
+    still_pairs = slots.pairs.new_full((still // 2,), weights.head_dim // 2)
+    return ReusedKeyWeights(
+        q=torch.cat([absorbed.q_rope, free], 1)[:, order] * scale,
+        key=key[:, :-1],
+        pairs=torch.cat([slots.pairs, still_pairs]),
+        reuse=reuse - torch.eye(width, dtype=reuse.dtype, device=reuse.device),
+        alpha=reuse.new_ones(width),
+        up_v=up_v.repeat_interleave(per, 0),
+        o=weights.o,
+        q_bias=bias,
+        k_bias=key[:, -1] if key[:, -1].any() else None,
+        o_bias=constant if weights.o_bias is None else weights.o_bias + constant,
+    )
+
+
+def _only_values(choice: Choice) -> Choice:
+    return replace(choice, balance=0.0)
+
+
+def _halves_first(turning: int, still: int) -> Tensor:
+    """Where the rows of `[turning; still]`, each half-split by itself, stand in one half-split key."""
+    first = [*range(turning // 2), *range(turning, turning + still // 2)]
+    second = [*range(turning // 2, turning), *range(turning + still // 2, turning + still)]
+    return torch.tensor(first + second)

@@ -1,0 +1,99 @@
+"""MFA, MFA-KR and rebuilt keys on tensors alone. Helpers and the source layers are those of test_surgery.py."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvfold.surgery.designs import FoldedWeights, design
+from kvfold.surgery.factorized import START, mfa, mfa_kr
+from kvfold.surgery.healing import relative_error
+from kvfold.surgery.latent import Choice, fold, low_rank_queries
+from kvfold.surgery.rebuilt import rebuilt
+from tests.test_latent import phase_of
+from tests.test_surgery import HIDDEN, KV_HEADS, WIDTH, inputs, moment_of, outputs, random_weights, rope_tables
+
+ALL_KEYS = KV_HEADS * WIDTH
+
+
+def run(weights: FoldedWeights, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return design(weights)(x, rope_tables())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_mfa_of_full_width_is_exact(bias: bool) -> None:
+    weights, x = random_weights(bias=bias), inputs()
+    folded = mfa(weights, ALL_KEYS, moment_of(x), phase_of(weights, x))
+    assert folded.q_nope.shape[1] == 0
+    torch.testing.assert_close(run(folded, x), outputs(weights, x), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_mfa_kr_is_exact_where_the_key_holds_keys_and_values(bias: bool) -> None:
+    weights, x = random_weights(bias=bias), inputs()
+    folded = mfa_kr(weights, 2 * ALL_KEYS, moment_of(x), phase_of(weights, x))
+    assert folded.key.shape == (2 * ALL_KEYS, HIDDEN)
+    torch.testing.assert_close(run(folded, x), outputs(weights, x), atol=1e-5, rtol=0)
+
+
+def test_one_key_head_needs_no_more_than_its_own_width() -> None:
+    weights, x = random_weights(kv_heads=1), inputs()
+    folded = mfa(weights, WIDTH, moment_of(x), phase_of(weights, x))
+    torch.testing.assert_close(run(folded, x), outputs(weights, x), atol=1e-6, rtol=0)
+
+
+def test_values_are_the_best_linear_reading_of_the_unrotated_key() -> None:
+    """By least squares over the tokens."""
+    weights, x = random_weights(bias=True), inputs()
+    folded = mfa_kr(weights, WIDTH, moment_of(x), phase_of(weights, x), replace(START["mfa-kr"], still=0.0))
+    flat = x.flatten(0, 1)
+    key = flat @ folded.key.T + folded.k_bias
+    per = len(weights.q) // KV_HEADS
+    values = torch.einsum("gid,td->tgi", weights.v, flat) + weights.v_bias
+    read = torch.einsum("hic,tc->thi", folded.up_v, key + folded.alpha * (key @ folded.reuse.T))[:, ::per]
+    centred = [t - t.mean(0) for t in (key, values.flatten(1), read.flatten(1))]
+    best = centred[0] @ torch.linalg.lstsq(centred[0], centred[1]).solution
+    torch.testing.assert_close(centred[2], best, atol=1e-4, rtol=1e-4)
+
+
+def test_mfa_kr_contains_mla_of_its_width() -> None:
+    """With the same slots, the same latent reads the same rests, and values have more to be read from."""
+    weights, x = random_weights(), inputs()
+    moment, phase, wanted = moment_of(x), phase_of(weights, x), outputs(weights, x)
+    choice = Choice(0.0, 0.0, 0.3, "energy", centred=True)
+    latent = relative_error(run(fold(weights, 12, 8, moment, phase, choice), x), wanted)
+    reused = relative_error(run(mfa_kr(weights, 20, moment, phase, replace(choice, still=0.6)), x), wanted)
+    assert reused < latent
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_rebuilt_keys_are_exact_at_full_rank(bias: bool) -> None:
+    weights, x = random_weights(bias=bias), inputs()
+    torch.testing.assert_close(run(rebuilt(weights, HIDDEN, moment_of(x)), x), outputs(weights, x), atol=1e-6, rtol=0)
+
+
+def test_rebuilt_keys_lose_less_than_latent_ones() -> None:
+    weights, x = random_weights(), inputs()
+    moment, phase, wanted = moment_of(x), phase_of(weights, x), outputs(weights, x)
+    latent = relative_error(run(fold(weights, 12, 8, moment, phase), x), wanted)
+    assert relative_error(run(rebuilt(weights, 20, moment), x), wanted) < latent
+
+
+def test_every_design_gives_its_weights_back() -> None:
+    weights, x = random_weights(bias=True), inputs()
+    moment, phase = moment_of(x), phase_of(weights, x)
+    folds = [mfa(weights, 8, moment, phase), mfa_kr(weights, 8, moment, phase), rebuilt(weights, 8, moment)]
+    for folded in [*folds, *(low_rank_queries(f, 6, moment) for f in folds)]:
+        again = design(folded).weights()
+        assert again.tensors().keys() == folded.tensors().keys()
+        for name, tensor in folded.tensors().items():
+            torch.testing.assert_close(getattr(again, name), tensor, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("width", [7, 0, 2 * ALL_KEYS + 2])
+def test_widths_that_cannot_be_are_refused(width: int) -> None:
+    weights, x = random_weights(), inputs()
+    with pytest.raises(ValueError, match="must be even and between 2 and"):
+        mfa_kr(weights, width, moment_of(x), phase_of(weights, x))
