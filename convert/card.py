@@ -4,7 +4,6 @@ Everything that kvfold writes stands between markers. A card that is already the
 written by hand around them stays.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from importlib.resources import files
@@ -20,7 +19,16 @@ from kvfold.errors import UserError
 CARD = "README.md"
 SOURCE_NAME = "kvfold"
 _SECTION = re.compile(r"<!-- kvfold:(\w+) -->.*?<!-- /kvfold:\1 -->", re.DOTALL)
-_SETTINGS = "kv_heads kv_rank rope_dim method grouping dtype seed"
+_TARGET = "design kv_heads kv_rank rope_dim method grouping layout"
+_SETTINGS = "kv_budget q_rank dtype seed"
+_RUN_COUNTS = {"tokens": "tokens", "distinct_tokens": "of them distinct", "steps": "steps", "parameters_trained": "parameters"}
+_RECIPE_FACTS = {
+    "data": "on",
+    "window": "window",
+    "kl_weight": "weight of the KL from the source",
+    "ce_weight": "weight of the cross-entropy",
+    "learning_rate": "learning rate",
+}
 
 
 @dataclass(frozen=True)
@@ -208,23 +216,30 @@ def _making(record: dict[str, Any], base_model: str | None) -> list[str]:
     settings, target = record["settings"], record["target"]
     revision = f" at revision {record['revision']}" if record.get("revision") else ""
     source = base_model or text_name(str(record["source"]))
-    given = settings | {key: target[key] for key in _SETTINGS.split() if key in target}
-    chosen = ", ".join(f"{key} {given[key]}" for key in _SETTINGS.split() if given.get(key) is not None)
-    lines = [f"Source: {source}{revision}.", f"Fold: {target['to']}, {chosen}."]
+    chosen = [f"{key} {target[key]}" for key in _TARGET.split() if target.get(key)]
+    chosen += [f"{key} {settings[key]}" for key in _SETTINGS.split() if settings.get(key) is not None]
+    lines = [f"Source: {source}{revision}.", f"Fold: {target['to']}, {', '.join(chosen)}."]
     if record["calibration_tokens"]:
-        lines.append(f"Calibration: {record['calibration_tokens']:,} tokens of {text_name(settings['calibrate'])}.")
-        healed = settings["heal_steps"]
-        lines.append(
-            f"Healing: {healed} steps per layer of {settings['heal_batch_tokens']} tokens." if healed else "No healing."
-        )
+        itself = settings["calibrate"].partition(":")[0] == "self"
+        text = "text that the source wrote itself" if itself else text_name(settings["calibrate"])
+        lines.append(f"Calibration: {record['calibration_tokens']:,} tokens of {text}.")
+        steps, size = settings["heal_steps"], settings["heal_batch_tokens"]
+        lines.append(f"Healing: {steps} steps per layer of {size} tokens." if steps else "No healing.")
     else:
         lines.append("No calibration text and no healing: each layer was folded from its weights alone.")
-    for number, run in enumerate(record.get("uptraining") or [], 1):
-        facts = ", ".join(f"{key} {value}" for key, value in run.items() if isinstance(value, (str, int, float)))
-        lines.append(f"Uptraining {number}: {facts or json.dumps(run)}.")
+    lines += [_uptraining(run) for run in record.get("uptraining") or []]
     if not record.get("uptraining"):
         lines.append("No uptraining: the model was not trained end to end after the fold.")
     return lines
+
+
+def _uptraining(run: dict[str, Any]) -> str:
+    """One entry of `uptraining` in kvfold.json."""
+    recipe = run.get("recipe") or {}
+    facts = [str(recipe["train"])] if "train" in recipe else []
+    facts += [f"{run[key]:,} {name}" for key, name in _RUN_COUNTS.items() if key in run]
+    facts += [f"{name} {recipe[key]}" for key, name in _RECIPE_FACTS.items() if recipe.get(key)]
+    return f"Uptraining: {', '.join(facts)}."
 
 
 def _limits(facts: Facts) -> list[str]:

@@ -77,7 +77,7 @@ def evaluate(
         UserError: a checkpoint, the text or a task is unusable, or vocabularies or tokenizers differ.
     """
     folders = [fetch_checkpoint(model) for model in models]
-    named = against or _recorded_source(folders[0])
+    named = against or recorded_source(folders[0])
     source_folder = fetch_checkpoint(named)
     config = read_config(source_folder)
     for other in folders:
@@ -136,7 +136,7 @@ class _Bench:
         self.device, self.settings, self.windows, self.report = device, settings, windows, report
         self.parts, self.part = models + 1, 0
         self.batches = windows.ids.split(settings.batch)
-        self.source = _load(folder, device, settings.dtype)
+        self.source = load_model(folder, device, settings.dtype)
         self.reference: dict[int, Tensor] = {}
         """The source's final states of the batches that this process has, on the CPU: 4·d bytes per token."""
         self.scores = self._score(self.source, folder.name)
@@ -145,7 +145,7 @@ class _Bench:
     def measure(self, name: str, folder: Path) -> dict[str, Any]:
         """Everything that the report says of one folded model."""
         self.part += 1
-        model = _load(folder, self.device, self.settings.dtype)
+        model = load_model(folder, self.device, self.settings.dtype)
         scores = self._score(model, folder.name)
         damage = scores.nll - self.scores.nll
         conversion = _conversion(folder)
@@ -242,7 +242,8 @@ def _kept_so_far(keys: Sequence[str], kept: Unfinished) -> str:
     return f"; {done} of {len(keys)} models are measured and kept in {kept.file}: repeat the command to go on"
 
 
-def _load(folder: Path, device: torch.device, dtype: str) -> PreTrainedModel:
+def load_model(folder: Path, device: torch.device, dtype: str) -> PreTrainedModel:
+    """A checkpoint in transformers, `dtype` "auto" for its own. Raises UserError when it does not load."""
     transformers_logging.disable_progress_bar()  # ours says more
     chosen = dtype if dtype == "auto" else getattr(torch, str(normal_dtype(dtype)))
     try:
@@ -255,7 +256,8 @@ def _load(folder: Path, device: torch.device, dtype: str) -> PreTrainedModel:
     return model.to(device).eval()  # type: ignore[arg-type]
 
 
-def _recorded_source(folder: Path) -> str:
+def recorded_source(folder: Path) -> str:
+    """What kvfold.json names as the source. Raises UserError when there is none."""
     record = _conversion(folder)
     if record is None:
         raise UserError(f"{folder} has no {RECORD} that names its source: give it with --against")

@@ -122,12 +122,13 @@ def test_remote_code_and_uptraining_are_told(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}))
     record = json.loads((copy / "kvfold.json").read_text())
-    run = {"recipe": "distill-lora", "tokens": 123456, "data": "me/text"}
+    recipe = {"train": "lora", "kl_weight": 1.0, "ce_weight": 0.0, "learning_rate": 0.01, "window": 512}
+    run = {"recipe": recipe, "tokens": 123456, "distinct_tokens": 100000, "steps": 30, "curve": [[1, 2.0]]}
     (copy / "kvfold.json").write_text(json.dumps(record | {"uptraining": [run]}))
     assert invoke("push", copy, NAME, "--dry-run")[0] == 0
     text = (copy / "README.md").read_text()
     assert f'from_pretrained("{NAME}", trust_remote_code=True)' in text
-    assert "recipe distill-lora, tokens 123456, data me/text" in text
+    assert "Uptraining: lora, 123,456 tokens, 100,000 of them distinct, 30 steps, window 512, weight of the KL" in text
     assert "No uptraining" not in text
 
 
