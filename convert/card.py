@@ -243,10 +243,10 @@ def _uptraining(run: dict[str, Any]) -> str:
 
 
 def _limits(facts: Facts) -> list[str]:
-    settings = facts.report["settings"]
+    text, context = text_name(facts.report["settings"]["on"]), facts.report["position_edges"][-1]
     lines = [
-        f"The damage is known on {text_name(settings['on'])} and up to {settings['window']} tokens of context. Other text, "
-        "other languages and longer contexts may suffer more: measure on your own with `kvfold evaluate`.",
+        f"The damage is known on {text} and up to {context:,} tokens of context. Other text, other languages "
+        "and longer contexts may suffer more: measure on your own with `kvfold evaluate`.",
         "What the source cannot do, and what it should not be used for, holds here too.",
     ]
     if facts.model["damage_nats"] > 0.1:

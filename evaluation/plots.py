@@ -247,7 +247,7 @@ def _log_scale(axes: Axes, values: list[float]) -> None:
     if min(values) > 0:
         axes.set_yscale("log")
     else:
-        axes.set_yscale("symlog", linthresh=max(1e-6, max(map(abs, values)) / 100))
+        axes.set_yscale("symlog", linthresh=max(1e-6, max(map(abs, values)) / 10))
     _plain_ticks(axes)
 
 

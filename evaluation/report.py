@@ -96,7 +96,7 @@ def write(result: Row, folder: Path) -> list[Path]:
         paths[-1].write_text(page.page(result, [main, *details(result)], LEGEND), encoding="utf-8")
     text = [
         "# kvfold evaluation",
-        f"{result['tokens']:,} predicted tokens of `{settings['on']}`, windows of {settings['window']}, "
+        f"{result['tokens']:,} predicted tokens of `{settings['on']}`, windows of {result['position_edges'][-1] + 1}, "
         f"{settings['dtype']}, {result['device']}, kvfold {result['version']}.",
         markdown(result) + "\n" + LEGEND,
         *(f"![{image.stem}]({PLOTS}/{image.name})" for image in images),

@@ -114,6 +114,7 @@ def test_the_card_tells_what_was_measured(copy: Path) -> None:
     assert f"{row['damage_nats']:+.4f}" in card.text
     assert "plots/damage.png" in card.text
     assert "kv_heads 4, method align" in card.text
+    assert "in windows of 40 (float32, cpu)" in card.text and "up to 39 tokens of context" in card.text
     assert "trust_remote_code" not in card.text
     assert f"vllm serve {NAME}" in card.text
 
