@@ -182,7 +182,7 @@ class _Bench:
             model, ids, retrieval.GRIDS[detail], lambda: self._progress(0.6, f"{folder.name}: needles")
         )
         self._progress(0.75, f"{folder.name}: decoding")
-        decoding = on_main(lambda: speed.measure_speed(model, ids.shape[1], speed.GRIDS[detail]))
+        decoding = on_main(lambda: speed.measure_speed(model, ids.shape[1], speed.GRIDS[detail], size))
         self._progress(0.85, f"{folder.name}: {', '.join(asked)}")
         settings = self.settings
         return {

@@ -1,15 +1,19 @@
 """Decoding: tokens per second and memory over context × batch, on the model as transformers runs it."""
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvfold.evaluation.layers import cached_tensors
+
+NOTHING = {"tokens_per_second": None, "cache_bytes": None, "peak_memory_bytes": None}
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,12 @@ GRIDS = {
 }
 
 
-def measure_speed(model: PreTrainedModel, window: int, grid: SpeedGrid) -> list[dict[str, Any]]:
+def measure_speed(model: PreTrainedModel, window: int, grid: SpeedGrid, bytes_per_token: float) -> list[dict[str, Any]]:
     """Fill the cache with random tokens, then decode greedily.
+
+    Args:
+        window: tokens of the windows that the model is scored on; contexts are measured in halves and doubles of it.
+        bytes_per_token: of the cache, to leave out what this machine's memory cannot hold where no error would tell.
 
     Returns:
         For each context (cached tokens before the first step) and batch: `tokens_per_second` over the batch, from the
@@ -45,12 +53,11 @@ def measure_speed(model: PreTrainedModel, window: int, grid: SpeedGrid) -> list[
     for context in contexts:
         context = min(context, max(2, limit - grid.steps))  # no step goes past the positions that the model knows
         for batch in grid.batches:
-            row: dict[str, Any] = {"context": context, "batch": batch}
-            try:
-                row |= _decode(model, context, batch, grid.steps)
-            except torch.OutOfMemoryError:
-                row |= {"tokens_per_second": None, "cache_bytes": None, "peak_memory_bytes": None}
-            rows.append(row)
+            found = None
+            if model.device.type == "cuda" or 2 * bytes_per_token * context * batch < psutil.virtual_memory().available:
+                with suppress(torch.OutOfMemoryError):
+                    found = _decode(model, context, batch, grid.steps)
+            rows.append({"context": context, "batch": batch, **(found or NOTHING)})
     return rows
 
 

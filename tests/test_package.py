@@ -92,3 +92,4 @@ def test_the_wheel_holds_all_of_it(tmp_path: Path) -> None:
         for path in (ROOT / folder).rglob("*.py"):
             assert f"{name.replace('.', '/')}/{path.relative_to(ROOT / folder)}" in names
     assert {"kvfold/py.typed", "kvfold/recipes/demo/model/model.safetensors"} <= names
+    assert {"kvfold/convert/card.md.jinja", "kvfold/evaluation/report.html.jinja"} <= names

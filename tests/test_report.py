@@ -121,12 +121,14 @@ def test_the_demo_model_finds_needles(demo_model: Path, tmp_path: Path) -> None:
 
 def test_decoding_is_measured_over_context_and_batch(measured: dict[str, Any]) -> None:
     model = AutoModelForCausalLM.from_pretrained(measured["folder"] / "gqa")
-    rows = speed.measure_speed(model, 32, speed.SpeedGrid(2, True, (1, 3), 4))
+    rows = speed.measure_speed(model, 32, speed.SpeedGrid(2, True, (1, 3), 4), 512)
     assert [(row["context"], row["batch"]) for row in rows] == [(c, b) for c in (16, 32, 64, 124) for b in (1, 3)]
     for row in rows:  # 4 heads of 8, keys and values, float32, 2 layers; and the steps are cached as well
         assert row["cache_bytes"] == (row["context"] + 4) * row["batch"] * 2 * 4 * 8 * 4 * 2
         assert row["tokens_per_second"] > 0
         assert row["peak_memory_bytes"] is None
+    (too_large,) = speed.measure_speed(model, 32, speed.SpeedGrid(1, False, (1,), 4), 1e15)
+    assert too_large == {"context": 32, "batch": 1, **speed.NOTHING}
 
 
 def test_stages() -> None:

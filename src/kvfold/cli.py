@@ -280,7 +280,8 @@ def demo(
     with _progress("demo") as report:
         result = run_demo(directory, report)
     _print_report(result)
-    print("report:", directory / "report.html")
+    page = directory / "report.html"
+    print("report:", page if page.exists() else directory / "report.md")
 
 
 @app.callback(invoke_without_command=True)
