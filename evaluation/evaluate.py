@@ -89,7 +89,8 @@ def evaluate(
         _refuse_other_tokenizer(other, source_folder, windows)
 
     kept = on_main(lambda: Unfinished(folder))
-    keys = [key_of(settings.model_dump() | {"version": kvfold.__version__}, source_folder, other) for other in folders]
+    decided = settings.model_dump() | {"version": kvfold.__version__, "windows": windows.ids.tolist()}
+    keys = [key_of(decided, source_folder, other) for other in folders]
     missing = [number for number, key in enumerate(keys) if key not in kept.results]
     if missing:
         bench = _Bench(named, source_folder, device, settings, windows, len(missing), report)

@@ -31,12 +31,12 @@ class Unfinished:
             fresh.replace(self.file)
 
 
-def key_of(settings: dict[str, Any], *folders: Path) -> str:
-    """Settings and checkpoints as one key: a file that changes its size or its time makes another one."""
+def key_of(decided: dict[str, Any], *folders: Path) -> str:
+    """What decides a result and the checkpoints as one key: a file that changes its size or its time makes another one."""
     files = [
         (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
         for folder in folders
         for file in sorted(folder.iterdir())
         if file.suffix == ".safetensors" or file.name in ("config.json", "kvfold.json")
     ]
-    return hashlib.sha256(json.dumps([settings, files], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([decided, files], sort_keys=True).encode()).hexdigest()

@@ -210,8 +210,7 @@ def test_an_interrupted_evaluation_goes_on(measured: dict[str, Any], tmp_path: P
     for key in ("nll", "damage_nats", "kl", "damage_by_position", "needles", "attention_errors"):
         assert [m[key] for m in found["models"]] == [m[key] for m in measured["result"]["models"][:2]]
     assert not (folder / PARTIAL).exists()
-    # other settings take nothing from there, and neither does a torn file
-    folder.mkdir(exist_ok=True)
+    # other settings take nothing from there, nor is anything made of a torn file
     (folder / PARTIAL).write_text("{")
     scored.clear()
     assert invoke(*args, "--batch", 3)[0] == 0
