@@ -106,7 +106,7 @@ def damage(report: Data, colors: dict[str, str]) -> Figure:
     axes.axvline(source, color=colors["front"], lw=0.8, ls=":")
     axes.text(source, 1.0, "source ", transform=axes.get_xaxis_transform(), ha="right", va="top", fontsize=9)
     _log2(axes, [m["cache_bytes_per_token"] for m in [*report["models"], report["source"]]])
-    _log_scale(axes, [m["damage_nats"] for m in report["models"]])
+    _log_scale(axes, [value for m in report["models"] for value in (m["damage_nats"], *(m["damage_interval"] or ()))])
     axes.set_xlabel("KV cache, bytes per token")
     axes.set_ylabel("damage, nats per token")
     axes.set_title("Damage against cache size")
@@ -243,19 +243,19 @@ def _line(model: Data) -> dict[str, Any]:
 
 
 def _log_scale(axes: Axes, values: list[float]) -> None:
-    """Logarithmic upwards; about zero linear, where some model is not worse than the source."""
-    if min(values) > 0:
-        axes.set_yscale("log")
+    """Logarithmic upwards, with 0.1 in place of 10⁻¹; about zero linear, where some model is not worse than the source."""
+    low, high = min(values), max(map(abs, values))
+    linear = 0.0 if low > 0 else max(1e-6, high / 300, min(high, -2 * low))
+    if linear:
+        axes.set_yscale("symlog", linthresh=linear)
+        axes.set_ylim(min(1.5 * low, -linear / 4), 1.6 * high)
     else:
-        axes.set_yscale("symlog", linthresh=max(1e-6, max(map(abs, values)) / 10))
-    _plain_ticks(axes)
-
-
-def _plain_ticks(axes: Axes) -> None:
-    """0.1 in place of 10⁻¹; what a short axis has between two powers is named too."""
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    low, high = axes.get_ylim()
-    few = low > 0 and high / low < 30
+        axes.set_yscale("log")
+    # what a short axis has between two powers is named too
+    few = not linear and high / low < 30
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:g}" if not value or abs(value) >= linear / 2 else "")
+    )
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if few and f"{value:e}"[0] in "235" else ""))
 
 
