@@ -3,7 +3,13 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from kvfold.convert.engines import LatentShape, deepseek_v3_obstacles, padded_shape
+from kvfold.convert.engines import (
+    LatentShape,
+    deepseek_v3_obstacles,
+    padded_key,
+    padded_shape,
+    step3_text_obstacles,
+)
 from kvfold.convert.families import AttentionSpec, Family, family_of
 from kvfold.convert.settings import (
     DTYPE_BYTES,
@@ -27,7 +33,7 @@ BELONGS = {
     "grouping": ("gqa", "mqa"),
     "kv_rank": ("mla",),
     "rope_dim": ("mla",),
-    "pad_for": ("mla",),
+    "pad_for": ("mla", "mfa"),
     "width": ("mfa", "mfa-kr"),
     "q_rank": LATENT_TARGETS,
 }
@@ -39,7 +45,7 @@ class ConversionPlan:
     """Source and target geometry, what is gained, and what stands in the way.
 
     Attributes:
-        layout: `source`, `deepseek_v3` or `kvfold`, a module of `layouts`.
+        layout: `source`, `deepseek_v3`, `step3_text` or `kvfold`, a module of `layouts`.
         kv_heads: key/value heads of the target (gqa, mqa), else the source's.
         kv_rank, rope_dim: widths of the latent and of the shared key (mla; both the width for mfa, no latent for mfa-kr).
         stored: these and the head widths as the checkpoint stores them, padding included.
@@ -74,8 +80,19 @@ class ConversionPlan:
     @property
     def architecture(self) -> str:
         """The class that the checkpoint will name."""
-        own = {"deepseek_v3": "DeepseekV3ForCausalLM", "kvfold": "KvfoldForCausalLM"}
+        own = {
+            "deepseek_v3": "DeepseekV3ForCausalLM",
+            "step3_text": "Step3TextForCausalLM",
+            "kvfold": "KvfoldForCausalLM",
+        }
         return own.get(self.layout, self.family.architecture)
+
+    @property
+    def q_rank(self) -> int | None:
+        """Rank of the queries, None where they are read at once; step3_text always goes through one, at least the full one."""
+        if self.settings.q_rank is None and self.layout == "step3_text":
+            return min(self.spec.hidden_size, self.spec.heads * self.rope_dim)
+        return self.settings.q_rank
 
     def layer_widths(self, layer: int) -> tuple[int, int]:
         """Latent and shared key of a layer."""
@@ -108,8 +125,8 @@ class ConversionPlan:
         if self.design == "grouped":
             return whole - spec.layers * _grouped_parameters(spec, self.kv_heads)
         folded = sum(self._latent_parameters(*self.layer_widths(layer)) for layer in range(spec.layers))
-        head = spec.vocab_size * spec.hidden_size if self.layout == "deepseek_v3" and spec.tied else 0
-        return whole - folded - head  # the engines of deepseek_v3 want the output embedding written out
+        head = spec.vocab_size * spec.hidden_size if self.layout != "kvfold" and spec.tied else 0
+        return whole - folded - head  # engines want the output embedding written out
 
     def _latent_parameters(self, rank: int, rope: int) -> int:
         """Of one layer's attention."""
@@ -118,6 +135,10 @@ class ConversionPlan:
             rank, queries, heads = shape.rank, (shape.nope + shape.rope) * spec.hidden_size, shape.nope + shape.value
             cached = (shape.rank + shape.rope) * spec.hidden_size + rank
             return spec.heads * (queries + heads * rank + shape.value * spec.hidden_size) + cached
+        if self.layout == "step3_text":  # with the queries' norm
+            read = self.q_rank or 0
+            queries = read * (spec.hidden_size + 1) + spec.heads * shape.rope * read
+            return queries + 2 * shape.rope * spec.hidden_size + spec.heads * shape.rope * spec.hidden_size
         width = {"latent": shape.nope + rope, "reused-key": rope, "rebuilt-key": spec.head_dim}[self.design]
         total = spec.heads * width * ((self.settings.q_rank or spec.hidden_size) + spec.qkv_bias)
         total += (self.settings.q_rank or 0) * spec.hidden_size
@@ -191,19 +212,30 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
                 flag = f"--{name.replace('_', '-')}"
                 refusals.append(f"{flag} belongs to --to {' or '.join(targets)}, not {settings.to}: leave it out")
     latent = settings.to in LATENT_TARGETS
+    if settings.layer_budgets == "measured" and not latent:
+        refusals.append(
+            f"--layer-budgets measured belongs to --to {' or '.join(LATENT_TARGETS)}, not {settings.to}: leave it out"
+        )
+    if settings.keys == "rebuilt" and settings.to != "mla":
+        refusals.append(f"--keys rebuilt belongs to --to mla, not {settings.to}: leave it out")
     layout, kv_heads, rank, rope_dim = "source", spec.kv_heads, 0, 0
     stored, note = NOTHING, ""
     if latent:
         layout, note = _layout(config, spec, settings, refusals)
         rank, rope_dim = _target_widths(spec, settings, layout, refusals)
+        if layout == "step3_text":
+            obstacles = step3_text_obstacles(config, spec, settings, rope_dim)
+            refusals += [f"{reason}: use --layout kvfold" for reason in obstacles]
         stored = LatentShape(rank, rope_dim, 0 if settings.to == "mfa" else spec.head_dim, spec.head_dim)
         if layout == "deepseek_v3":
             stored, note = padded_shape(stored, settings.pad_for)
+        elif layout == "step3_text" and not refusals:
+            stored, note = padded_key(rope_dim, settings.pad_for)
         if settings.pad_for not in (None, "none") and layout == "kvfold":
             refusals.append(
-                f"--pad-for {settings.pad_for} pads deepseek_v3, and this is the kvfold layout ({note}): leave it out"
+                f"--pad-for {settings.pad_for} pads for engines, and this is the kvfold layout ({note}): leave it out"
             )
-        elif settings.pad_for not in (None, "none") and not note.startswith("padded"):
+        elif settings.pad_for not in (None, "none") and layout == "deepseek_v3" and not note.startswith("padded"):
             refusals.append(
                 f"--pad-for {settings.pad_for} is not possible: {note}; give --rope-dim 64 or less and --kv-rank 512 or less"
             )
@@ -238,8 +270,12 @@ def _layout(config: dict[str, Any], spec: AttentionSpec, settings: ConvertSettin
     if settings.to != "mla":
         if settings.layout == "deepseek_v3":
             refusals.append(f"--layout deepseek_v3 belongs to --to mla, not {settings.to}: leave it out")
+        if settings.layout == "step3_text":
+            return "step3_text", ""
         return "kvfold", f"transformers has no architecture with {settings.to}: its modelling file travels with the checkpoint"
     obstacles = deepseek_v3_obstacles(config, spec, settings)
+    if settings.layout == "step3_text":
+        refusals.append("--layout step3_text belongs to --to mfa, not mla: leave it out")
     if settings.layout == "deepseek_v3":
         refusals += [f"{reason}: use --layout kvfold" for reason in obstacles]
         return "deepseek_v3", ""

@@ -469,7 +469,11 @@ def test_latent_budget_picks_rank_and_rotary_width() -> None:
         ({}, {"kv_rank": 512, "rope_dim": 64, "keys": "rebuilt"}, "leave --rope-dim out"),
         ({}, {"kv_rank": 512, "q_rank": 5000}, "--q-rank 5000 is over the full rank 4096"),
         ({}, {"kv_rank": 512, "width": 64}, "--width belongs to --to mfa or mfa-kr, not mla: leave it out"),
-        ({}, {"kv_rank": 512, "layout": "kvfold", "pad_for": "vllm"}, "--pad-for vllm pads deepseek_v3"),
+        (
+            {},
+            {"kv_rank": 512, "layout": "kvfold", "pad_for": "vllm"},
+            "pads for engines, and this is the kvfold layout",
+        ),
         ({}, {"to": "mfa", "width": 63}, "--width 63 must be even and between 2 and the full width 4096: the nearest is 62"),
         ({}, {"to": "mfa", "width": 5000}, "the nearest is 4096"),
         ({}, {"to": "mfa-kr", "width": 1}, "between 2 and the full width 8192: the nearest is 2"),
@@ -521,6 +525,26 @@ def test_budgets_of_mfa_and_its_like() -> None:
         assert plan.kv_budget == parse_budget(budget)
     plan = make_plan(LATENT_FACTS, ConvertSettings(to="mla", keys="rebuilt", kv_budget="25%"))
     assert (plan.kv_rank, plan.rope_dim, plan.design) == (2048, 0, "rebuilt-key")
+
+
+def test_mfa_in_step3_text() -> None:
+    plan = make_plan(LATENT_FACTS, ConvertSettings(to="mfa", width=128, layout="step3_text"))
+    assert (plan.stored, plan.q_rank, plan.architecture) == (LatentShape(128, 128, 0, 128), 4096, "Step3TextForCausalLM")
+    plan = make_plan(LATENT_FACTS, ConvertSettings(to="mfa", width=100, layout="step3_text"))
+    assert (plan.stored.rope, plan.cache_numbers) == (112, 224)
+    plan = make_plan(LATENT_FACTS, ConvertSettings(to="mfa", width=100, layout="step3_text", pad_for="none", q_rank=512))
+    assert (plan.cache_numbers, plan.q_rank) == (200, 512)
+    for config, settings, reason in (
+        ({}, {"width": 256}, "a key wider than 128 repeats frequencies"),
+        ({"model_type": "qwen2"}, {"width": 64}, "attention biases"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, {"width": 64}, "rope type yarn"),
+        ({}, {"width": 64, "layer_budgets": "measured"}, "the same widths in every layer"),
+        ({}, {"width": 64, "dtype": "fp16"}, "float16 cannot hold"),
+    ):
+        plan = make_plan({**LATENT_FACTS, **config}, ConvertSettings(to="mfa", layout="step3_text", **settings))
+        assert any(reason in refusal and "use --layout kvfold" in refusal for refusal in plan.refusals), plan.refusals
+    plan = make_plan(LATENT_FACTS, ConvertSettings(to="mla", kv_rank=64, layout="step3_text"))
+    assert "--layout step3_text belongs to --to mfa, not mla: leave it out" in plan.refusals
 
 
 def test_latent_needs_calibration_only_to_convert_and_its_flags_belong_to_it() -> None:

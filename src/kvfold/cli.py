@@ -39,7 +39,10 @@ LayerBudgets = Annotated[
 ]
 LayoutOption = Annotated[
     Optional[str],
-    typer.Option("--layout", help="auto, deepseek_v3 or kvfold. Default: stock where it can say all, else ours."),
+    typer.Option(
+        "--layout",
+        help="auto, deepseek_v3 (mla), step3_text (mfa, vLLM only) or kvfold. Default: what transformers runs, stock first.",
+    ),
 ]
 PadFor = Annotated[
     Optional[str],
