@@ -5,6 +5,7 @@ latent (and, for MLA, splits between latent and rotary key); `allocate` then fin
 """
 
 from math import inf
+from pathlib import Path
 
 import torch
 
@@ -14,7 +15,7 @@ from kvfold.convert.data import Windows
 from kvfold.convert.job import Report
 from kvfold.convert.observe import observe
 from kvfold.convert.plan import ConversionPlan
-from kvfold.convert.stream import SourceModel
+from kvfold.convert.stream import HiddenStates, SourceModel
 from kvfold.surgery.latent import full_rank
 
 SHARES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
@@ -27,11 +28,15 @@ Curve = dict[int, tuple[float, Widths]]
 
 
 def measured_widths(
-    plan: ConversionPlan, reader: CheckpointReader, device: torch.device, windows: Windows, report: Report
+    plan: ConversionPlan, reader: CheckpointReader, device: torch.device, windows: Windows, scratch: Path, report: Report
 ) -> tuple[Widths, ...]:
-    """Latent and shared key of every layer, whose mean over the layers is at most what the plan has for each."""
+    """Latent and shared key of every layer, whose mean over the layers is at most what the plan has for each.
+
+    `scratch` holds the hidden states where they do not fit into memory, and is removed.
+    """
     source = SourceModel(reader, plan.family, device, windows.ids.shape[1])
-    original = source.embed(windows.ids, None)
+    on_disk = HiddenStates.needs_disk((*windows.ids.shape, plan.spec.hidden_size), copies=1)
+    original = source.embed(windows.ids, scratch if on_disk else None)
     curves: list[Curve] = []
     for layer in range(plan.spec.layers):
         report(0.0, f"measuring layer {layer + 1}/{plan.spec.layers}")
@@ -41,6 +46,7 @@ def measured_widths(
             error = best_latent(plan, seen, *widths, search=False)[0]
             curve[sum(widths)] = min(curve.get(sum(widths), (inf, widths)), (error, widths))
         curves.append(curve)
+    scratch.unlink(missing_ok=True)
     return allocate(curves, int(plan.cache_numbers) * plan.spec.layers)
 
 
