@@ -62,10 +62,11 @@ class Observed:
 
 def observe(plan: ConversionPlan, source: SourceModel, layer: int, block: Block, original: HiddenStates) -> Observed:
     """Read a layer's attention, take its inputs' second moment, and move the original stream behind the layer."""
-    weights = read_attention(plan, source.reader, layer).to(source.device, torch.float64)
+    attention = read_attention(plan, source.reader, layer).to(source.device, torch.float64)
     moment = SecondMoment(plan.spec.hidden_size, source.device)
     for rows in original.batches():
-        moment.add(block.attention_input(original.data[rows].to(source.device)))
+        weights = None if original.weights is None else original.weights[rows].to(source.device)
+        moment.add(block.attention_input(original.data[rows].to(source.device)), weights)
     measured = slice(0, max(1, MEASURED_TOKENS // original.data.shape[1]))
     before = original.data[measured].clone().to(source.device)  # the stream moves on in place
     with torch.no_grad():
@@ -81,4 +82,4 @@ def observe(plan: ConversionPlan, source: SourceModel, layer: int, block: Block,
         return error if math.isfinite(error) else math.inf
 
     cos, sin = block.rope
-    return Observed(weights, moment.value(), inputs, (cos[0], sin[0]), measure)
+    return Observed(attention, moment.value(), inputs, (cos[0], sin[0]), measure)

@@ -60,6 +60,9 @@ def fold_on_stream(job: Job, device: torch.device, windows: Windows, report: Rep
     on_disk = HiddenStates.needs_disk((*windows.ids.shape, plan.spec.hidden_size))
     files = [job.writer.partial / f"{name}.hidden" for name in ("original", "folded")]
     streams = [source.embed(windows.ids, file if on_disk else None) for file in files[: 2 if settings.heal_steps else 1]]
+    if settings.token_weights == "nll":
+        report(0.0, "weighing tokens")
+        streams[0].weights = SourceModel(job.reader, plan.family, device, windows.ids.shape[1]).surprise(windows.ids)
     original, folded = streams[0], streams[-1]  # without healing nothing reads the folded stream
     ahead = settings.heal_window if settings.heal_steps else 1
     waiting: deque[_OpenLayer] = deque()

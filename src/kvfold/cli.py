@@ -133,6 +133,10 @@ def convert(
     ] = None,
     calibration_tokens: Annotated[Optional[int], typer.Option(help="Tokens to take from it. Default: 131072.")] = None,
     window: Annotated[Optional[int], typer.Option(help="Tokens in a window of calibration text. Default: 512.")] = None,
+    token_weights: Annotated[
+        Optional[str],
+        typer.Option(help="How much a calibration token counts: uniform, or nll, what the source finds surprising."),
+    ] = None,
     heal_steps: Annotated[Optional[int], typer.Option(help="Healing steps per layer; 0 turns it off. Default: 300.")] = None,
     heal_window: Annotated[Optional[int], typer.Option(help="Layers healed together. Default: 2.")] = None,
     heal_batch_tokens: Annotated[Optional[int], typer.Option(help="Tokens in a healing step. Default: 4096.")] = None,
@@ -155,7 +159,7 @@ def convert(
     """Fold a checkpoint into another one with a smaller KV cache."""
     flags = _given(
         locals(),
-        GEOMETRY + " grouping calibrate calibration_tokens window heal_steps "
+        GEOMETRY + " grouping calibrate calibration_tokens window token_weights heal_steps "
         "heal_window heal_batch_tokens heal_lr heal_dtype dtype device max_shard_size seed revision",
     )
     from kvfold.convert.pipeline import convert as run
