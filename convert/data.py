@@ -34,16 +34,20 @@ class Windows:
     origin: str
 
 
-def load_windows(origin: str, tokenizer_folder: Path, window: int, max_tokens: int, vocab_size: int | None = None) -> Windows:
+def load_windows(
+    origin: str, tokenizer_folder: Path, window: int, max_tokens: int, vocab_size: int | None = None, overlap: int = 0
+) -> Windows:
     """Cut a text, a dataset or a token file into windows.
 
     Args:
         origin: a .txt/.md/.py/.jsonl/.json/.parquet file, a folder of such, a Hub dataset `name[:config[:split[:column]]]`,
             or `file.safetensors:name`, an integer tensor (rows, length) whose rows are the windows as they are.
         tokenizer_folder: checkpoint whose tokenizer encodes the text, special tokens as it adds them to each document.
-        window: tokens per window; text is concatenated over documents and cut without overlap.
+        window: tokens per window; text is concatenated over documents before it is cut.
         max_tokens: windows are taken from the beginning until they hold this many tokens.
         vocab_size: ids must lie below it.
+        overlap: tokens of text that a window shares with the one before; with 1, every token but the text's first is
+            predicted once.
 
     Raises:
         UserError: nothing there, unreadable, empty, shorter than one window, or ids outside the vocabulary.
@@ -55,7 +59,7 @@ def load_windows(origin: str, tokenizer_folder: Path, window: int, max_tokens: i
         if not from_tokens:
             raise
         tokenizer = None  # tokens from a file need none
-    ids = _token_rows(origin, max_tokens) if from_tokens else _encode(origin, tokenizer, window, max_tokens)
+    ids = _token_rows(origin, max_tokens) if from_tokens else _encode(origin, tokenizer, window, max_tokens, overlap)
     for id_ in (int(ids.min()), int(ids.max())):
         if id_ < 0 or (vocab_size is not None and id_ >= vocab_size):
             raise UserError(
@@ -182,8 +186,9 @@ def _bytes_per_token(ids: Tensor, tokenizer: Any) -> float:
     return (whole - first) / (ids.shape[0] * (ids.shape[1] - 1))
 
 
-def _encode(origin: str, tokenizer: Any, window: int, max_tokens: int) -> Tensor:
-    wanted = max(1, max_tokens // window) * window
+def _encode(origin: str, tokenizer: Any, window: int, max_tokens: int, overlap: int) -> Tensor:
+    stride = window - overlap
+    wanted = max(1, max_tokens // window) * stride + overlap
     ids: list[int] = []
     for text in _documents(origin):
         if text.strip():
@@ -194,8 +199,7 @@ def _encode(origin: str, tokenizer: Any, window: int, max_tokens: int) -> Tensor
         raise UserError(
             f"{origin} gives {len(ids)} tokens, fewer than one window of {window}: give more text, or a smaller --window"
         )
-    rows = min(len(ids), wanted) // window
-    return torch.tensor(ids[: rows * window]).view(rows, window)
+    return torch.tensor(ids[:wanted]).unfold(0, window, stride).contiguous()
 
 
 def _encode_enough(tokenizer: Any, text: str, wanted: int) -> list[int]:

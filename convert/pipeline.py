@@ -154,8 +154,8 @@ def _copy_rest(job: Job, specs: Iterable[TensorSpec], report: Report) -> None:
 
 
 def _side_files(folder: Path) -> list[Path]:
-    """Tokenizer, chat template, generation config, licence and the like. Not the model card, which tells of other weights."""
-    left = {"config.json", RECORD, "README.md"}
+    """Tokenizer, chat template, generation config, licence and the like. Not the model card and reports: of other weights."""
+    left = {"config.json", RECORD, "README.md", "report.json", "report.md", "report.html"}
     return [
         p
         for p in sorted(folder.iterdir())

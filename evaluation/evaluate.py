@@ -4,30 +4,38 @@ import gc
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import kvfold
 from kvfold.convert.checkpoint import read_config
-from kvfold.convert.data import Windows, load_windows
+from kvfold.convert.data import Windows, load_tokenizer, load_windows
 from kvfold.convert.layouts import modeling_kvfold  # noqa: F401 — registers our layout with transformers
-from kvfold.convert.pipeline import RECORD, pick_device
+from kvfold.convert.pipeline import RECORD
 from kvfold.convert.settings import normal_dtype
 from kvfold.convert.source import fetch_checkpoint
 from kvfold.errors import ConversionError, UserError
-from kvfold.evaluation.damage import TokenScores, final_states, score
+from kvfold.evaluation import retrieval, speed, tasks
+from kvfold.evaluation.damage import TokenScores, by_position, final_states, interval, position_edges, score
 from kvfold.evaluation.layers import attention_errors, measure_cache
+from kvfold.evaluation.parallel import on_main, own_device, spread
+from kvfold.evaluation.schema import SCHEMA_VERSION
+from kvfold.evaluation.unfinished import Unfinished, key_of
 
 LAYER_ROWS = 8
 """Windows on which the per-layer error is measured."""
+Report = Callable[[float, str], None]
 
 
 class EvaluateSettings(BaseModel):
+    """All that decides what a report says. `detail` is how finely retrieval and speed are sampled."""
+
     model_config = ConfigDict(extra="forbid")
 
     on: str
@@ -36,93 +44,207 @@ class EvaluateSettings(BaseModel):
     batch: int = Field(8, ge=1)
     device: str = "auto"
     dtype: str = "float32"
+    detail: Literal["quick", "normal", "full"] = "normal"
+    tasks: list[str] = []
+    include_path: str | None = None
+    limit: int | None = Field(None, gt=0)
 
 
 def evaluate(
     models: Sequence[str],
     against: str | None,
     settings: EvaluateSettings,
-    report: Callable[[float, str], None] = lambda share, line: None,
+    report: Report = lambda share, line: None,
+    folder: Path | None = None,
 ) -> dict[str, Any]:
     """Measure damage and gain of folded checkpoints.
+
+    Under `accelerate launch` the windows are shared out over the processes; all of them return the same result.
 
     Args:
         models: local folders or Hub ids.
         against: the source; None takes what the first model's kvfold.json names.
-        settings: text, windows, device.
+        settings: text, windows, device, detail, tasks.
         report: called with the share of the work that is done and a line on what is going on.
+        folder: where the report will lie. Results of finished models are kept there until it is written, and taken from
+            there when an evaluation was interrupted.
 
     Returns:
-        `{"version", "settings", "source": {…}, "models": [{"path", "nll", "damage_nats", "kl", "top1_agreement", …}]}`;
-        NLL, KL and damage in nats per token, cache in numbers per token per layer and bytes per token.
+        What `schema.Report` describes; NLL, KL and damage in nats per token, cache in numbers per token per layer and bytes
+        per token.
 
     Raises:
-        UserError: a checkpoint or the text is unusable, or the vocabularies differ.
+        UserError: a checkpoint, the text or a task is unusable, or vocabularies or tokenizers differ.
     """
     folders = [fetch_checkpoint(model) for model in models]
-    source_folder = fetch_checkpoint(against or _recorded_source(folders[0]))
+    named = against or recorded_source(folders[0])
+    source_folder = fetch_checkpoint(named)
     config = read_config(source_folder)
-    for folder in folders:
-        other = read_config(folder)
-        for key in ("vocab_size", "num_hidden_layers", "hidden_size"):
-            if other.get(key) != config.get(key):
-                raise UserError(
-                    f"{folder} has {key} {other.get(key)}, {source_folder} has {config.get(key)}: "
-                    "give the source that it was folded from, with --against"
-                )
-    device = pick_device(settings.device)
-    windows = load_windows(settings.on, source_folder, settings.window, settings.max_tokens, config["vocab_size"])
-    steps = len(folders) + 1
+    for other in folders:
+        _refuse_other_model(other, source_folder, config)
+    tasks.check(settings.tasks, settings.include_path)
+    device = own_device(settings.device)
+    windows = load_windows(settings.on, source_folder, settings.window, settings.max_tokens, config["vocab_size"], overlap=1)
+    for other in folders:
+        _refuse_other_tokenizer(other, source_folder, windows)
 
-    def part(number: int, line: str) -> Callable[[float], None]:
-        return lambda share: report((number + share) / steps, line)
-
-    source = _load(source_folder, device, settings.dtype)
-    reference = final_states(source, windows.ids, settings.batch, part(0, "source"))
-    scores = score(source, reference, source, reference, windows.ids)
-    result: dict[str, Any] = {
+    kept = on_main(lambda: Unfinished(folder))
+    decided = settings.model_dump() | {"version": kvfold.__version__, "windows": windows.ids.tolist()}
+    keys = [key_of(decided, source_folder, other) for other in folders]
+    missing = [number for number, key in enumerate(keys) if key not in kept.results]
+    if missing:
+        bench = _Bench(named, source_folder, device, settings, windows, len(missing), report)
+        for number in missing:
+            try:
+                measured = bench.measure(models[number], folders[number])
+            except (UserError, ConversionError) as error:
+                raise type(error)(f"{error}{_kept_so_far(keys, kept)}") from None
+            kept.results[keys[number]] = {"source": bench.own, "model": measured}
+            on_main(kept.write)
+            gc.collect()
+    report(1.0, "done")
+    rows, predicted = windows.ids.shape[0], windows.ids.shape[1] - 1
+    return {
+        "schema_version": SCHEMA_VERSION,
         "version": kvfold.__version__,
         "settings": settings.model_dump(),
-        "tokens": scores.nll.numel(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "tokens": rows * predicted,
         "bytes_per_token": windows.bytes_per_token,
-        "source": {"path": str(source_folder), **_common(source, scores, windows)},
-        "models": [],
+        "position_edges": position_edges(predicted),
+        "source": kept.results[keys[0]]["source"],
+        "models": [kept.results[key]["model"] for key in keys],
     }
-    for number, folder in enumerate(folders, 1):
-        model = _load(folder, device, settings.dtype)
-        folded = final_states(model, windows.ids, settings.batch, part(number, folder.name))
-        own = score(source, reference, model, folded, windows.ids)
-        errors = attention_errors(source, model, windows.ids[:LAYER_ROWS])
-        result["models"].append(
-            {
-                "path": str(folder),
-                **_common(model, own, windows),
-                "damage_nats": own.mean_nll - scores.mean_nll,
-                "kl": own.mean_kl,
-                "top1_agreement": own.top1_agreement,
-                "attention_errors": errors,
-                "conversion": _conversion(folder),
-            }
+
+
+class _Bench:
+    """The source, loaded and measured once, against which models are measured one after the other.
+
+    Attributes:
+        own: what was measured on the source itself.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        device: torch.device,
+        settings: EvaluateSettings,
+        windows: Windows,
+        models: int,
+        report: Report,
+    ) -> None:
+        self.device, self.settings, self.windows, self.report = device, settings, windows, report
+        self.parts, self.part = models + 1, 0
+        self.batches = windows.ids.split(settings.batch)
+        self.source = load_model(folder, device, settings.dtype)
+        self.reference: dict[int, Tensor] = {}
+        """The source's final states of the batches that this process has, on the CPU: 4·d bytes per token."""
+        self.scores = self._score(self.source, folder.name)
+        self.own = {"path": name, **self._common(self.source, folder, self.scores)}
+
+    def measure(self, name: str, folder: Path) -> dict[str, Any]:
+        """Everything that the report says of one folded model."""
+        self.part += 1
+        model = load_model(folder, self.device, self.settings.dtype)
+        scores = self._score(model, folder.name)
+        damage = scores.nll - self.scores.nll
+        conversion = _conversion(folder)
+        found = {
+            "path": name,
+            **self._common(model, folder, scores),
+            "damage_nats": scores.mean_nll - self.scores.mean_nll,
+            "damage_interval": interval(damage),
+            "kl": scores.mean_kl,
+            "kl_interval": interval(scores.kl),
+            "top1_agreement": scores.top1_agreement,
+            "top1_interval": interval(scores.agrees),
+            "damage_by_position": by_position(damage, position_edges(damage.shape[1])),
+            "attention_errors": on_main(lambda: attention_errors(self.source, model, self.windows.ids[:LAYER_ROWS])),
+            "stage": stage_of(conversion),
+            "conversion": conversion,
+        }
+        return found
+
+    def _score(self, model: PreTrainedModel, name: str) -> TokenScores:
+        def work(number: int, ids: Tensor) -> TokenScores:
+            self._progress(0.5 * number / len(self.batches), name)
+            states = final_states(model, ids, len(ids))
+            reference = self.reference.setdefault(number, states)
+            return score(self.source, reference, model, states, ids)
+
+        return TokenScores.joined(spread(self.batches, work))
+
+    def _common(self, model: PreTrainedModel, folder: Path, scores: TokenScores) -> dict[str, Any]:
+        ids, detail, asked = self.windows.ids, self.settings.detail, self.settings.tasks
+        prompt = ids[:1, : max(2, ids.shape[1] // 2)]
+        numbers, size = measure_cache(model, prompt)
+        needles = retrieval.find_needles(
+            model, ids, retrieval.GRIDS[detail], lambda: self._progress(0.6, f"{folder.name}: needles")
         )
-        del model
-        gc.collect()
-    report(1.0, "done")
-    return result
+        self._progress(0.75, f"{folder.name}: decoding")
+        decoding = on_main(lambda: speed.measure_speed(model, ids.shape[1], speed.GRIDS[detail], size))
+        self._progress(0.85, f"{folder.name}: {', '.join(asked)}")
+        settings = self.settings
+        return {
+            "nll": scores.mean_nll,
+            "perplexity": scores.perplexity(),
+            "bits_per_byte": scores.bits_per_byte(self.windows.bytes_per_token),
+            "cache_numbers_per_token_per_layer": numbers,
+            "cache_bytes_per_token": size,
+            "parameters": model.num_parameters(),
+            "needles": needles,
+            "speed": decoding,
+            "tasks": on_main(lambda: tasks.run(model, folder, asked, settings.include_path, settings.limit, settings.batch)),
+        }
+
+    def _progress(self, share: float, line: str) -> None:
+        self.report((self.part + share) / self.parts, line)
 
 
-def _common(model: PreTrainedModel, scores: TokenScores, windows: Windows) -> dict[str, Any]:
-    numbers, size = measure_cache(model, windows.ids[:1, : max(2, windows.ids.shape[1] // 2)])
-    return {
-        "nll": scores.mean_nll,
-        "perplexity": scores.perplexity(),
-        "bits_per_byte": scores.bits_per_byte(windows.bytes_per_token),
-        "cache_numbers_per_token_per_layer": numbers,
-        "cache_bytes_per_token": size,
-        "parameters": model.num_parameters(),
-    }
+def stage_of(conversion: dict[str, Any] | None) -> str:
+    """How far a model came: folded in closed form, healed layer by layer, or uptrained end to end."""
+    if conversion is None:
+        return "unknown"
+    if conversion.get("uptraining"):
+        return "uptrained"
+    settings = conversion["settings"]
+    return "healed" if settings.get("calibrate") and settings.get("heal_steps") else "closed form"
 
 
-def _load(folder: Path, device: torch.device, dtype: str) -> PreTrainedModel:
+def _refuse_other_model(folder: Path, source: Path, config: dict[str, Any]) -> None:
+    other = read_config(folder)
+    for key in ("vocab_size", "num_hidden_layers", "hidden_size"):
+        if other.get(key) != config.get(key):
+            raise UserError(
+                f"{folder} has {key} {other.get(key)}, {source} has {config.get(key)}: "
+                "give the source that it was folded from, with --against"
+            )
+
+
+def _refuse_other_tokenizer(folder: Path, source: Path, windows: Windows) -> None:
+    """Raise UserError when both have a tokenizer and they read the evaluated text differently."""
+    files = [path / "tokenizer.json" for path in (source, folder)]
+    if not all(file.exists() for file in files) or files[0].read_bytes() == files[1].read_bytes():
+        return
+    ours, theirs = load_tokenizer(source), load_tokenizer(folder)
+    texts = ours.batch_decode(windows.ids[:4].tolist())
+    if ours.get_vocab() != theirs.get_vocab() or ours(texts)["input_ids"] != theirs(texts)["input_ids"]:
+        raise UserError(
+            f"{folder} and {source} have different tokenizers: copy the source's tokenizer files there, or give the source "
+            "that it was folded from, with --against"
+        )
+
+
+def _kept_so_far(keys: Sequence[str], kept: Unfinished) -> str:
+    done = sum(key in kept.results for key in keys)
+    if not done or kept.file is None:
+        return ""
+    return f"; {done} of {len(keys)} models are measured and kept in {kept.file}: repeat the command to go on"
+
+
+def load_model(folder: Path, device: torch.device, dtype: str) -> PreTrainedModel:
+    """A checkpoint in transformers, `dtype` "auto" for its own. Raises UserError when it does not load."""
     transformers_logging.disable_progress_bar()  # ours says more
     chosen = dtype if dtype == "auto" else getattr(torch, str(normal_dtype(dtype)))
     try:
@@ -135,7 +257,8 @@ def _load(folder: Path, device: torch.device, dtype: str) -> PreTrainedModel:
     return model.to(device).eval()  # type: ignore[arg-type]
 
 
-def _recorded_source(folder: Path) -> str:
+def recorded_source(folder: Path) -> str:
+    """What kvfold.json names as the source. Raises UserError when there is none."""
     record = _conversion(folder)
     if record is None:
         raise UserError(f"{folder} has no {RECORD} that names its source: give it with --against")
@@ -149,6 +272,7 @@ def _conversion(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(file.read_text())
-        return {key: record[key] for key in ("source", "settings", "target", "kv_budget", "calibration_tokens", "seconds")}
-    except (ValueError, KeyError, TypeError) as error:
+        kept = {key: record[key] for key in ("source", "settings", "target", "kv_budget", "calibration_tokens", "seconds")}
+        return kept | {"uptraining": record.get("uptraining", [])}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged ({error}): convert again, or remove it and give --against") from None

@@ -54,7 +54,12 @@ def measure_cache(model: Any, ids: Tensor, new_tokens: int = 8) -> tuple[float, 
         pad_token_id=0,
     )
     cache = out.past_key_values
-    tensors = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, Tensor) and t.ndim >= 3]
+    tensors = cached_tensors(cache)
     tokens = cache.get_seq_length()  # the last new token has not been read, so it is not cached
     numbers = sum(t.numel() for t in tensors) / tokens / len(cache.layers)
     return numbers, sum(t.nbytes for t in tensors) / tokens
+
+
+def cached_tensors(cache: Any) -> list[Tensor]:
+    """All that a cache of transformers holds per token, keys, values and latents alike."""
+    return [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, Tensor) and t.ndim >= 3]

@@ -1,13 +1,23 @@
-"""The report of an evaluation: report.json, report.md, and the table on the terminal."""
+"""The report of an evaluation: report.json, report.md, report.html with its plots, and the table on the terminal."""
 
 import json
+import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from kvfold.errors import UserError
+from kvfold.evaluation.schema import Report, read_report
+from kvfold.evaluation.unfinished import PARTIAL
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+Row = dict[str, Any]
+PLOTS = "plots"
+"""Folder of the PNGs, beside the report."""
 Column = tuple[str, Callable[[dict[str, Any], dict[str, Any]], str]]
 
 
@@ -38,7 +48,7 @@ LEGEND = (
 )
 
 
-def rows(result: dict[str, Any]) -> list[list[str]]:
+def rows(result: Row) -> list[list[str]]:
     """The table's cells, source first."""
     source = {**result["source"], "name": "source"}
     return [[cell(row, source) for _, cell in COLUMNS] for row in [source, *result["models"]]]
@@ -56,32 +66,173 @@ def table(result: dict[str, Any], title: str = "") -> "Table":
 
 
 def markdown(result: dict[str, Any]) -> str:
-    lines = ["| " + " | ".join(name for name, _ in COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
-    lines += ["| " + " | ".join(cells) + " |" for cells in rows(result)]
-    return "\n".join(lines) + "\n"
+    """The table in Markdown, source first."""
+    return _markdown([name for name, _ in COLUMNS], rows(result))
 
 
-def write(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Write report.json and report.md into `folder`, and return their paths."""
+def details(result: Row) -> list[Row]:
+    """The other tables, `{"title", "note", "header", "rows"}` with all cells text; those without numbers are left out."""
+    tables = [_intervals(result), _tasks(result), _needles(result), _speed(result), _positions(result), _layers(result)]
+    return [made for made in tables if made["rows"]]
+
+
+def write(result: Row, folder: Path) -> list[Path]:
+    """Write report.json, report.md, report.html and the plots into `folder`; return the paths of the first three.
+
+    Without matplotlib there is no page and there are no plots.
+    """
+    Report.model_validate(result)
     folder.mkdir(parents=True, exist_ok=True)
+    settings, drawn = result["settings"], find_spec("matplotlib") is not None
+    paths = [folder / "report.json", folder / "report.md"]
+    paths[0].write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    main = {"title": "Damage", "note": "", "header": [name for name, _ in COLUMNS], "rows": rows(result)}
+    images = []
+    if drawn:
+        from kvfold.evaluation import page
+
+        images = page.write_plots(result, folder / PLOTS)
+        paths.append(folder / "report.html")
+        paths[-1].write_text(page.page(result, [main, *details(result)], LEGEND), encoding="utf-8")
     text = [
         "# kvfold evaluation",
-        "",
-        f"{result['tokens']:,} predicted tokens of `{result['settings']['on']}`, windows of {result['settings']['window']}, "
-        f"{result['settings']['dtype']}, kvfold {result['version']}.",
-        "",
-        markdown(result),
-        LEGEND,
-        "",
-        "Relative error of each layer's attention output, on the source's own inputs:",
-        "",
+        f"{result['tokens']:,} predicted tokens of `{settings['on']}`, windows of {result['position_edges'][-1] + 1}, "
+        f"{settings['dtype']}, {result['device']}, kvfold {result['version']}.",
+        markdown(result) + "\n" + LEGEND,
+        *(f"![{image.stem}]({PLOTS}/{image.name})" for image in images),
+        *(f"## {t['title']}\n\n{t['note']}\n\n{_markdown(t['header'], t['rows'])}" for t in details(result)),
     ]
-    layers = len(result["models"][0]["attention_errors"])
-    text.append("| model | " + " | ".join(str(i) for i in range(layers)) + " |")
-    text.append("|---" + "|---:" * layers + "|")
-    for model in result["models"]:
-        text.append(f"| {Path(model['path']).name} | " + " | ".join(f"{e:.2e}" for e in model["attention_errors"]) + " |")
-    paths = [folder / "report.json", folder / "report.md"]
-    paths[0].write_text(json.dumps(result, indent=2) + "\n")
-    paths[1].write_text("\n".join(text) + "\n")
+    paths[1].write_text("\n\n".join(part.strip("\n") for part in text) + "\n", encoding="utf-8")
+    (folder / PARTIAL).unlink(missing_ok=True)
     return paths
+
+
+def for_card(folder: Path, out: Path) -> tuple[Row, Row, str | None]:
+    """The report in `folder`, the row of `out` in it, and the path of the main plot in `out`, where it is copied to.
+
+    Raises:
+        UserError: there is no readable report, or `out` is not in it.
+    """
+    result = read_report(folder)
+    found = [m for m in result["models"] if Path(m["path"]).resolve() == out.resolve()]
+    # a report that has moved along with the models still knows them by name
+    found = found or [m for m in result["models"] if Path(m["path"]).name == out.resolve().name]
+    if len(found) != 1:
+        names = ", ".join(m["path"] for m in result["models"])
+        raise UserError(f"{folder / 'report.json'} has no results of {out}, only of {names}: measure it with kvfold evaluate")
+    plot = folder / PLOTS / "damage.png"
+    if not plot.exists():
+        return result, found[0], None
+    (out / PLOTS).mkdir(exist_ok=True)
+    if folder.resolve() != out.resolve():
+        shutil.copyfile(plot, out / PLOTS / plot.name)
+    return result, found[0], f"{PLOTS}/{plot.name}"
+
+
+def _markdown(header: list[str], body: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in body)]) + "\n"
+
+
+def _named(result: Row) -> list[tuple[str, Row]]:
+    return [("source", result["source"]), *((Path(m["path"]).name, m) for m in result["models"])]
+
+
+def _intervals(result: Row) -> Row:
+    def ends(model: Row, key: str, form: str) -> str:
+        return "–" if model[key] is None else " … ".join(format(end, form) for end in model[key])
+
+    body = [
+        [
+            Path(m["path"]).name,
+            m["stage"],
+            ends(m, "damage_interval", "+.4f"),
+            ends(m, "kl_interval", ".4f"),
+            ends(m, "top1_interval", ".1%"),
+            f"{m['perplexity']:.3f}",
+            f"{m['parameters']:,}",
+        ]
+        for m in result["models"]
+    ]
+    return {
+        "title": "Intervals and parameters",
+        "note": "95% bootstrap intervals of the mean over windows; damage and KL in nats per token.",
+        "header": ["model", "stage", "damage", "KL", "top-1", "perplexity", "parameters"],
+        "rows": body,
+    }
+
+
+def _tasks(result: Row) -> Row:
+    columns = sorted(
+        {(task, metric) for _, m in _named(result) for task in m["tasks"] for metric in m["tasks"][task]["metrics"]}
+    )
+
+    def value(model: Row, task: str, metric: str) -> str:
+        found = model["tasks"].get(task, {}).get("metrics", {}).get(metric)
+        if found is None:
+            return "–"
+        return f"{found['value']:.4f}" + ("" if found["stderr"] is None else f" ± {found['stderr']:.4f}")
+
+    return {
+        "title": "Tasks",
+        "note": "Measured by lm-eval, ± standard error.",
+        "header": ["model", *(f"{task} {metric}" for task, metric in columns)],
+        "rows": [[name, *(value(m, *column) for column in columns)] for name, m in _named(result)] if columns else [],
+    }
+
+
+def _needles(result: Row) -> Row:
+    needles = result["source"]["needles"]
+    if needles is None:
+        return {"rows": []}
+    lengths = sorted({cell["length"] for cell in needles["cells"]})
+
+    def cells(model: Row, length: int) -> str:
+        found = sorted((c for c in model["needles"]["cells"] if c["length"] == length), key=lambda c: c["depth"])
+        return " ".join(f"{c['recall']:.0%}" for c in found) + f" ({found[0]['blind']:.0%})"
+
+    depths = ", ".join(f"{d:.0%}" for d in sorted({cell["depth"] for cell in needles["cells"]}))
+    return {
+        "title": "Needles",
+        "note": f"Of {needles['trials']} passages hidden in the context and begun again at its end with "
+        f"{needles['key_tokens']} tokens, how many of the next {needles['value_tokens']} tokens are the model's most likely "
+        f"ones: at depths of {depths} of the context; in parentheses what it guesses without the passage.",
+        "header": ["model", *(f"{n} tokens" for n in lengths)],
+        "rows": [[name, *(cells(m, n) for n in lengths)] for name, m in _named(result)],
+    }
+
+
+def _speed(result: Row) -> Row:
+    columns = [(row["context"], row["batch"]) for row in result["source"]["speed"]]
+
+    def cell(row: Row) -> str:
+        if row["tokens_per_second"] is None:
+            return "out of memory"
+        size = row["peak_memory_bytes"] or row["cache_bytes"]
+        return f"{row['tokens_per_second']:,.0f} ({size / 2**20:,.1f} MiB)"
+
+    memory = "peak memory" if any(row["peak_memory_bytes"] for row in result["source"]["speed"]) else "the cache"
+    return {
+        "title": "Decoding",
+        "note": f"Tokens per second over the batch, greedy decoding by transformers, and {memory} in parentheses.",
+        "header": ["model", *(f"{context:,} × {batch}" for context, batch in columns)],
+        "rows": [[name, *(cell(row) for row in m["speed"])] for name, m in _named(result)],
+    }
+
+
+def _positions(result: Row) -> Row:
+    return {
+        "title": "Damage by position",
+        "note": "Nats per token, by the tokens of context that a prediction has.",
+        "header": ["model", *(f"{a + 1}–{b}" for a, b in pairwise(result["position_edges"]))],
+        "rows": [[Path(m["path"]).name, *(f"{v:+.3f}" for v in m["damage_by_position"])] for m in result["models"]],
+    }
+
+
+def _layers(result: Row) -> Row:
+    return {
+        "title": "Error of each layer",
+        "note": "Of the attention output, squared and relative, on the source's own inputs.",
+        "header": ["model", *(f"layer {i}" for i in range(len(result["models"][0]["attention_errors"])))],
+        "rows": [[Path(m["path"]).name, *(f"{e:.2e}" for e in m["attention_errors"])] for m in result["models"]],
+    }

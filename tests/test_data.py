@@ -74,6 +74,16 @@ def test_a_text_file_is_one_document(tmp_path: Path, folder: Path, tokenizer: Pr
     assert got.origin == str(tmp_path / f"text{suffix}")
 
 
+def test_overlapping_windows_predict_every_token_once(tmp_path: Path, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "text.txt").write_text(FILLED[0] + FILLED[1], encoding="utf-8")
+    ids = tokenizer(FILLED[0] + FILLED[1])["input_ids"]
+    got = windows(tmp_path / "text.txt", folder, overlap=1).ids
+    assert got[:, 1:].flatten().tolist() == ids[1 : 1 + 15 * len(got)]
+    assert got[:, 0].tolist() == ids[: 15 * len(got) : 15]
+    assert len(got) == (len(ids) - 1) // 15
+    assert len(windows(tmp_path / "text.txt", folder, 16, 48, overlap=1).ids) == 3
+
+
 def test_rows_of_jsonl_json_and_parquet_are_documents(tmp_path: Path, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     wanted = by_hand(tokenizer, FILLED, 16)
     assert len(wanted) == 8

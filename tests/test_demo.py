@@ -58,4 +58,6 @@ def test_whole_demo(tmp_path: Path) -> None:
     assert list(found) == list(FOLDS)
     for target in ("gqa-4", "gqa-2", "mqa"):
         assert found[f"{target}-healed"] < found[target]
-    assert (tmp_path / "demo" / "report.md").exists()
+    assert {m["stage"] for m in result["models"]} == {"closed form", "healed"}
+    for name in ("report.md", "report.html", "plots/damage.png"):
+        assert (tmp_path / "demo" / name).exists()

@@ -186,28 +186,95 @@ def evaluate(
     batch: Annotated[int, typer.Option(help="Windows in a forward pass.")] = 8,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's own.")] = "float32",
+    quick: Annotated[bool, typer.Option("--quick", help="Sample retrieval and decoding speed coarsely.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Sample them finely, and decode up to the model's last position.")
+    ] = False,
+    tasks: Annotated[
+        Optional[str], typer.Option(help="Benchmarks of lm-eval, arc_easy,hellaswag,…; needs kvfold[tasks].")
+    ] = None,
+    include_path: Annotated[Optional[str], typer.Option(help="Folder with task files of your own for --tasks.")] = None,
+    limit: Annotated[Optional[int], typer.Option(help="Documents of each task. Default: all.")] = None,
     report_dir: Annotated[
-        Optional[Path], typer.Option("--report", help="Folder for report.json and report.md. Default: the first OUT.")
+        Optional[Path], typer.Option("--report", help="Folder for the report. Default: the first OUT.")
     ] = None,
     json_path: Json = None,
 ) -> None:
-    """Measure what folding cost and what it saved."""
+    """Measure what folding cost and what it saved. Runs under `accelerate launch` too."""
     from kvfold.convert.settings import normal_dtype, parse_settings
     from kvfold.evaluation import report as reports
     from kvfold.evaluation.evaluate import EvaluateSettings
     from kvfold.evaluation.evaluate import evaluate as run
+    from kvfold.evaluation.parallel import state
 
     if dtype != "auto":
         normal_dtype(dtype)
-    settings = parse_settings(EvaluateSettings, _given(locals(), "on window max_tokens batch device dtype"))
-    with _progress("evaluating") as report:
-        result = run(out, against, settings, report)
+    if quick and full:
+        raise UserError("--quick and --full exclude each other: give one of them")
+    values = _given(locals(), "on window max_tokens batch device dtype include_path limit")
+    values["detail"] = "quick" if quick else "full" if full else "normal"
+    if tasks is not None:
+        values["tasks"] = _listed("--tasks", tasks)
+    settings = parse_settings(EvaluateSettings, values)
     folder = report_dir or (Path(out[0]) if Path(out[0]).is_dir() else Path("."))
+    with _progress("evaluating") as report:
+        result = run(out, against, settings, report, folder)
+    if not state().is_main_process:
+        return
     paths = reports.write(result, folder)
     _write_json(json_path, result)
     if json_path != Path("-"):
         _print_report(result)
         print("report:", ", ".join(map(str, paths)))
+        if len(paths) < 3:
+            print("no report.html: it needs matplotlib (pip install 'kvfold[plots]')")
+
+
+@app.command()
+def push(
+    out: Annotated[Path, typer.Argument(help="Folded checkpoint.")],
+    repo: Annotated[str, typer.Argument(help="Where it shall lie on the Hub, user/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")] = False,
+    revision: Annotated[Optional[str], typer.Option(help="Branch to write to; made when it is not there.")] = None,
+    licence: Annotated[
+        Optional[str], typer.Option("--license", help="As the Hub writes it. Default: what the source's card states.")
+    ] = None,
+    base_model: Annotated[
+        Optional[str], typer.Option(help="Hub id of the source, when it was folded from a local folder.")
+    ] = None,
+    report_dir: Annotated[Optional[Path], typer.Option("--report", help="Folder of the report. Default: OUT.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the card and list the files; ask no network.")] = False,
+) -> None:
+    """Write the model card with the measured results, and upload the folder."""
+    from kvfold.convert import card, hub
+    from kvfold.evaluation import report as reports
+
+    hub.refuse_name(repo)
+    record = card.read_record(out)
+    report, model, plot = reports.for_card(report_dir or out, out)
+    source = str(record["source"])
+    base_model = base_model or (None if Path(source).exists() else source)
+    facts = card.Facts(
+        out=out,
+        repo_id=repo,
+        base_model=base_model,
+        licence=card.Licence(licence) if licence else hub.licence_of(out, source, base_model),
+        report=report,
+        model=model,
+        table=reports.markdown({**report, "models": [model]}),
+        legend=reports.LEGEND,
+        plot=plot,
+    )
+    ours = (out / card.CARD).read_text(encoding="utf-8") if (out / card.CARD).is_file() else None
+    theirs = None if dry_run else hub.card_on_hub(repo, revision)
+    text = card.make_card(facts, card.newer_of(ours, theirs, out))
+    if dry_run:
+        (out / card.CARD).write_text(text, encoding="utf-8")
+        for name in hub.files_of(out):
+            print(f"{(out / name).stat().st_size:>15,}  {name}")
+        print(f"nothing was uploaded; {out / card.CARD} is written")
+    else:
+        print(hub.push(out, repo, text, private, revision))
 
 
 @app.command()
@@ -220,7 +287,8 @@ def demo(
     with _progress("demo") as report:
         result = run_demo(directory, report)
     _print_report(result)
-    print("report:", directory / "report.md")
+    page = directory / "report.html"
+    print("report:", page if page.exists() else directory / "report.md")
 
 
 @app.callback(invoke_without_command=True)
@@ -242,7 +310,7 @@ def main() -> NoReturn:
     except ConversionError as error:
         _fail(str(error), 1)
     except KeyboardInterrupt:
-        _fail("interrupted; a conversion goes on with --resume", 130)
+        _fail("interrupted; a conversion goes on with --resume, an evaluation with the same command", 130)
     except OSError as error:
         _fail(f"{error.filename or 'input/output'}: {error.strerror or error}; check the path, its permissions and the disk", 1)
 
@@ -255,6 +323,13 @@ def _fail(message: str, code: int) -> NoReturn:
 def _given(values: dict[str, Any], names: str) -> dict[str, Any]:
     """The flags among `names` that were given."""
     return {name: values[name] for name in names.split() if values[name] is not None}
+
+
+def _listed(flag: str, text: str) -> list[str]:
+    names = [name for part in text.split(",") if (name := part.strip())]
+    if not names:
+        raise UserError(f"{flag} is empty: name one or more, separated by commas")
+    return names
 
 
 def _read_settings(path: Path | None) -> dict[str, Any]:

@@ -1,0 +1,132 @@
+"""`kvfold push`: the folder of a folded checkpoint, with its card, to the Hub."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # of httpx or of httpx2, whichever the client was built on
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+
+from kvfold.convert.card import CARD, Licence, parse_card
+from kvfold.errors import ConversionError, UserError
+
+LEFT_OUT = [".*", "*/.*", "*.partial.json"]
+"""What stays at home of a checkpoint's folder."""
+
+
+def refuse_name(repo_id: str) -> None:
+    """Raise UserError unless the name is one that the Hub takes, user/name."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"{repo_id} is no name for the Hub ({' '.join(str(error).split())}): give user/name") from None
+    if "/" not in repo_id:
+        raise UserError(f"{repo_id} names no user or organisation: give user/{repo_id}")
+
+
+def files_of(out: Path) -> list[str]:
+    """What would be uploaded, as paths in the repository."""
+    found = (path.relative_to(out).as_posix() for path in sorted(out.rglob("*")) if path.is_file())
+    return list(filter_repo_objects(found, ignore_patterns=LEFT_OUT))
+
+
+def card_on_hub(repo_id: str, revision: str | None) -> str | None:
+    """The card that lies there, None when there is none.
+
+    Raises:
+        UserError: no token, or the Hub does not answer.
+    """
+    api = HfApi()
+    with _explained(repo_id):
+        api.whoami()
+        if not api.file_exists(repo_id, CARD, revision=revision):
+            return None
+        return Path(api.hf_hub_download(repo_id, CARD, revision=revision)).read_text(encoding="utf-8")
+
+
+def licence_of(out: Path, source: str, base_model: str | None) -> Licence:
+    """The licence that binds a folded checkpoint: what its own card has already, or the source's, here or on the Hub.
+
+    Args:
+        out: the folded checkpoint.
+        source: local folder or Hub id that it was folded from.
+        base_model: Hub id of the source, None when it is not known.
+
+    Raises:
+        UserError: none is stated, it could not be looked up, or the source is gated and its terms have to be read.
+    """
+    remedy = "give it with --license, as the Hub writes it (apache-2.0, mit, llama3.1, other)"
+    card = next((file for folder in (out, Path(source)) if (file := folder / CARD).is_file()), None)
+    data: Any
+    if card is not None:
+        data = parse_card(card.read_text(encoding="utf-8")).data
+    elif base_model is None:
+        raise UserError(f"the licence of {source} is not known, it has no {CARD}: {remedy}")
+    else:
+        try:
+            info = HfApi().model_info(base_model)
+        except (HTTPError, OfflineModeIsEnabled) as error:
+            raise UserError(f"the licence of {base_model} could not be looked up ({type(error).__name__}): {remedy}") from None
+        data = info.card_data
+        if info.gated:
+            stated = f" ({data.license_name or data.license})" if data and data.license else ""
+            raise UserError(
+                f"{base_model} is gated: its terms{stated} bind what you publish. Read them, then confirm with --license NAME"
+            )
+    if data is None or not data.license:
+        raise UserError(f"the card of {base_model or source} states no licence: {remedy}")
+    return Licence(data.license, data.license_name, data.license_link)
+
+
+def push(out: Path, repo_id: str, card: str, private: bool = False, revision: str | None = None) -> str:
+    """Create the repository if need be, write the card into `out`, upload the folder; returns the commit's address.
+
+    Raises:
+        UserError: no network, no right to write there, or the repository is public and `private` was asked for.
+        ConversionError: the upload broke off; the next one skips what has arrived.
+    """
+    api = HfApi()
+    with _explained(repo_id):
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if private and not api.model_info(repo_id).private:
+            raise UserError(f"{repo_id} exists and is public: make it private in its settings, or leave --private out")
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+    (out / CARD).write_text(card, encoding="utf-8")
+    message = "Upload a checkpoint folded by kvfold"
+    with _explained(repo_id):
+        try:
+            done = api.upload_folder(
+                repo_id=repo_id, folder_path=out, revision=revision, commit_message=message, ignore_patterns=LEFT_OUT
+            )
+        except RuntimeError as error:
+            raise ConversionError(f"the upload to {repo_id} broke off ({error}): repeat the command") from None
+    return done.commit_url
+
+
+@contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """Turn the Hub client's errors into one line with a remedy."""
+    try:
+        yield
+    except LocalTokenNotFoundError:
+        raise UserError("no token for the Hub: run `hf auth login` with a token that may write, or set HF_TOKEN") from None
+    except HfHubHTTPError as error:
+        code = error.response.status_code if error.response is not None else 0
+        remedies = {
+            401: "the token is not valid: run `hf auth login` again",
+            403: "the token may not write there: use one with write access to that user or organisation",
+            404: "there is no such user or repository, or the token may not see it",
+        }
+        line = " ".join((error.server_message or str(error)).split())
+        raise UserError(f"{repo_id}: {remedies.get(code, f'the Hub refused ({code}): {line}')}") from None
+    except (OfflineModeIsEnabled, HTTPError):
+        raise UserError(f"{repo_id}: the Hub did not answer: check the network, or try with --dry-run") from None

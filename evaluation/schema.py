@@ -1,0 +1,118 @@
+"""What report.json holds. Other programs read it: a change that they would notice raises `SCHEMA_VERSION`."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kvfold.errors import UserError
+
+SCHEMA_VERSION: Literal[1] = 1
+Interval = tuple[float, float] | None
+"""95% bootstrap interval over windows; None for a single window."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=False)
+
+
+class NeedleCell(_Strict):
+    """`recall` and `blind` (without the needle in the context) are shares of the value's tokens, `depth` of the haystack."""
+
+    length: int
+    depth: float
+    recall: float
+    blind: float
+    gain_nats: float
+
+
+class Needles(_Strict):
+    key_tokens: int
+    value_tokens: int
+    trials: int
+    cells: list[NeedleCell]
+
+
+class Speed(_Strict):
+    """None where memory did not suffice; peak memory is only known on CUDA."""
+
+    context: int
+    batch: int
+    tokens_per_second: float | None
+    cache_bytes: int | None
+    peak_memory_bytes: int | None
+
+
+class Metric(_Strict):
+    value: float
+    stderr: float | None
+
+
+class Task(_Strict):
+    """One task of lm-eval: its version, how many documents, and its metrics as lm-eval names them."""
+
+    version: str
+    samples: int
+    metrics: dict[str, Metric]
+
+
+class Measured(_Strict):
+    """What is measured on the source and on every folded model. NLL in nats per token."""
+
+    path: str
+    nll: float
+    perplexity: float
+    bits_per_byte: float | None
+    cache_numbers_per_token_per_layer: float
+    cache_bytes_per_token: float
+    parameters: int
+    needles: Needles | None
+    speed: list[Speed]
+    tasks: dict[str, Task]
+
+
+class Folded(Measured):
+    """`damage_by_position` has one mean for each stretch of `Report.position_edges`; `conversion` is what kvfold.json says."""
+
+    damage_nats: float
+    damage_interval: Interval
+    kl: float
+    kl_interval: Interval
+    top1_agreement: float
+    top1_interval: Interval
+    damage_by_position: list[float]
+    attention_errors: list[float]
+    stage: Literal["closed form", "healed", "uptrained", "unknown"]
+    conversion: dict[str, Any] | None
+
+
+class Report(_Strict):
+    """`tokens` are predicted tokens; `position_edges` cut the positions of a window, counted in tokens of context."""
+
+    schema_version: Literal[1]
+    version: str
+    settings: dict[str, Any]
+    device: str
+    tokens: int
+    bytes_per_token: float | None
+    position_edges: list[int]
+    source: Measured
+    models: list[Folded]
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The report.json in `folder`. Raises UserError when there is none, or none that this version reads."""
+    file = folder / "report.json"
+    if not file.is_file():
+        raise UserError(f"{file} does not exist: measure first, with kvfold evaluate OUT --on TEXT")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        Report.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"{file} is no report of this kvfold ({place}: {first['msg'].lower()}): evaluate again") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}): evaluate again") from None
+    return data

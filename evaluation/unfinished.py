@@ -1,0 +1,42 @@
+"""Results of models that are already measured, kept beside the report until it is written."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+PARTIAL = "report.partial.json"
+
+
+class Unfinished:
+    """A file of results, each under a key made from all that decides it; nothing is written without a folder."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.file = None if folder is None else folder / PARTIAL
+        self.results: dict[str, dict[str, Any]] = {}
+        if self.file and self.file.exists():
+            try:
+                loaded = json.loads(self.file.read_text())
+            except ValueError:  # the process was killed while it wrote
+                loaded = None
+            if isinstance(loaded, dict):
+                self.results = loaded
+
+    def write(self) -> None:
+        """Write the file anew, by way of another one so that none is ever torn."""
+        if self.file:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            fresh = self.file.with_suffix(".new")
+            fresh.write_text(json.dumps(self.results))
+            fresh.replace(self.file)
+
+
+def key_of(decided: dict[str, Any], *folders: Path) -> str:
+    """What decides a result and the checkpoints as one key: a file that changes its size or its time makes another one."""
+    files = [
+        (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
+        for folder in folders
+        for file in sorted(folder.iterdir())
+        if file.suffix == ".safetensors" or file.name in ("config.json", "kvfold.json")
+    ]
+    return hashlib.sha256(json.dumps([decided, files], sort_keys=True).encode()).hexdigest()
