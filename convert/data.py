@@ -55,7 +55,7 @@ def load_windows(origin: str, tokenizer_folder: Path, window: int, max_tokens: i
         if not from_tokens:
             raise
         tokenizer = None  # tokens from a file need none
-    ids = _token_rows(origin, max_tokens) if from_tokens else _encode(origin, tokenizer, window, max_tokens)
+    ids = token_rows(origin, max_tokens) if from_tokens else _encode(origin, tokenizer, window, max_tokens)
     for id_ in (int(ids.min()), int(ids.max())):
         if id_ < 0 or (vocab_size is not None and id_ >= vocab_size):
             raise UserError(
@@ -152,7 +152,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         ) from None
 
 
-def _token_rows(origin: str, max_tokens: int) -> Tensor:
+def token_rows(origin: str, max_tokens: int) -> Tensor:
+    """The rows of `file.safetensors:name`, as many as hold `max_tokens`. Raises UserError as `load_windows` does."""
     from safetensors import SafetensorError, safe_open
 
     path, _, name = origin.rpartition(":")
@@ -185,7 +186,7 @@ def _bytes_per_token(ids: Tensor, tokenizer: Any) -> float:
 def _encode(origin: str, tokenizer: Any, window: int, max_tokens: int) -> Tensor:
     wanted = max(1, max_tokens // window) * window
     ids: list[int] = []
-    for text in _documents(origin):
+    for text in documents(origin):
         if text.strip():
             ids += _encode_enough(tokenizer, text, wanted - len(ids))
         if len(ids) >= wanted:
@@ -209,7 +210,8 @@ def _encode_enough(tokenizer: Any, text: str, wanted: int) -> list[int]:
         length *= 2
 
 
-def _documents(origin: str) -> Iterator[str]:
+def documents(origin: str) -> Iterator[str]:
+    """The texts of a file, a folder or a Hub dataset, one after the other. Raises UserError as `load_windows` does."""
     path = Path(origin)
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())

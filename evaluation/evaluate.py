@@ -59,7 +59,7 @@ def evaluate(
         UserError: a checkpoint or the text is unusable, or the vocabularies differ.
     """
     folders = [fetch_checkpoint(model) for model in models]
-    source_folder = fetch_checkpoint(against or _recorded_source(folders[0]))
+    source_folder = fetch_checkpoint(against or recorded_source(folders[0]))
     config = read_config(source_folder)
     for folder in folders:
         other = read_config(folder)
@@ -76,7 +76,7 @@ def evaluate(
     def part(number: int, line: str) -> Callable[[float], None]:
         return lambda share: report((number + share) / steps, line)
 
-    source = _load(source_folder, device, settings.dtype)
+    source = load_model(source_folder, device, settings.dtype)
     reference = final_states(source, windows.ids, settings.batch, part(0, "source"))
     scores = score(source, reference, source, reference, windows.ids)
     result: dict[str, Any] = {
@@ -88,7 +88,7 @@ def evaluate(
         "models": [],
     }
     for number, folder in enumerate(folders, 1):
-        model = _load(folder, device, settings.dtype)
+        model = load_model(folder, device, settings.dtype)
         folded = final_states(model, windows.ids, settings.batch, part(number, folder.name))
         own = score(source, reference, model, folded, windows.ids)
         errors = attention_errors(source, model, windows.ids[:LAYER_ROWS])
@@ -121,7 +121,8 @@ def _common(model: PreTrainedModel, scores: TokenScores, windows: Windows) -> di
     }
 
 
-def _load(folder: Path, device: torch.device, dtype: str) -> PreTrainedModel:
+def load_model(folder: Path, device: torch.device, dtype: str) -> PreTrainedModel:
+    """A checkpoint in transformers, `dtype` "auto" for its own. Raises UserError when it does not load."""
     transformers_logging.disable_progress_bar()  # ours says more
     chosen = dtype if dtype == "auto" else getattr(torch, str(normal_dtype(dtype)))
     try:
@@ -134,7 +135,8 @@ def _load(folder: Path, device: torch.device, dtype: str) -> PreTrainedModel:
     return model.to(device).eval()  # type: ignore[arg-type]
 
 
-def _recorded_source(folder: Path) -> str:
+def recorded_source(folder: Path) -> str:
+    """What kvfold.json names as the source. Raises UserError when there is none."""
     record = _conversion(folder)
     if record is None:
         raise UserError(f"{folder} has no {RECORD} that names its source: give it with --against")
