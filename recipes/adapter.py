@@ -68,25 +68,21 @@ def write_adapter(folded: Folded, trainee: Trainee, base: str, folder: Path) -> 
 
 def _stored_change(folded: Folded, layer: int, learned: nn.Module) -> dict[str, Tensor]:
     """What a layer's learned design adds to the stored matrices, by name, in float64; those without a change left out."""
-    before = folded.attention(layer).double()
+    before: Any = folded.attention(layer, meta=False).double()
     change, after = copy.deepcopy(before), copy.deepcopy(before)
-    for name, module in change.named_modules():
+    for name, module in before.named_modules():
         if isinstance(module, nn.Linear):
-            delta = _change(learned.get_submodule(name), before.get_submodule(name).weight)
-            module.weight.data = delta
+            delta = _change(learned.get_submodule(name), module.weight.detach())
+            change.get_submodule(name).weight.data = delta
             after.get_submodule(name).weight.data += delta
-    stored = {
-        key: folded.layout.tensors(design.weights(), layer, folded.plan)
-        for key, design in (("before", before), ("change", change), ("after", after))
-    }
+    stored = [folded.layout.tensors(design.weights(), layer, folded.plan) for design in (before, change, after)]
     changes = {}
-    for name, tensor in stored["change"].items():
-        if tensor.ndim != 2:
+    for name, tensor in stored[1].items():
+        if tensor.ndim != 2 or not tensor.any():
             continue
-        if not torch.allclose(stored["before"][name] + tensor, stored["after"][name], rtol=1e-9, atol=1e-12):
+        if not torch.allclose(stored[0][name] + tensor, stored[2][name], rtol=1e-9, atol=1e-12):
             raise ConversionError(f"{name} does not change linearly, so no adapter can say it: leave --keep-adapter out")
-        if tensor.any():
-            changes[name] = tensor
+        changes[name] = tensor
     return changes
 
 

@@ -44,10 +44,8 @@ def needed_bytes(
 
 def refuse_too_little(parts: dict[str, int], device: torch.device, processes: int) -> None:
     """Raise UserError when the parts exceed what is free on the device, which `processes` share if it is the CPU."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available // processes
+    cuda = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available // processes
     if (need := sum(parts.values())) > free:
         each = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
         raise UserError(

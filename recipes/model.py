@@ -1,9 +1,11 @@
 """A folded checkpoint as a model that can be trained, and back.
 
-Checkpoints scale their parts for the engines (the latent of the `deepseek_v3` layout by 2⁻¹⁹), which no optimizer would survive.
-So what is trained is the source's architecture with kvfold's designs in the place of its attention, whatever the layout.
+Checkpoints scale their parts for the engines (the latent of the `deepseek_v3` layout by 2⁻¹⁹), which no optimizer would
+survive. So what is trained is the source's architecture with kvfold's designs in the place of its attention, whatever the
+layout.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,15 +167,18 @@ def build(folded: Folded, recipe: Recipe, frozen: torch.dtype | None, meta: bool
     for name, origin, factor in sorted(folded.rest(), key=lambda entry: entry[2] == 1.0):
         tensor = folded.tensor(name, meta)
         value = (tensor.float() / factor).to(frozen or tensor.dtype)
-        set_module_tensor_to_device(causal, origin, value.device, value=value)
+        set_module_tensor_to_device(causal, origin, value.device, value=value, dtype=value.dtype)
     causal.tie_weights()
     causal.requires_grad_(False)
-    if recipe.gradient_checkpointing:
-        causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    adapters, scales = None, {}
+    adapters: PeftModel | None = None
+    scales: dict[str, float] = {}
     if recipe.train == "lora":
         adapters, scales = _add_adapters(causal, recipe)
+    if recipe.gradient_checkpointing:
+        # transformers has renamed it and kept the settings
+        enable = getattr(causal, "activation_checkpointing_enable", None) or causal.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     for name, parameter in causal.named_parameters():
         if _learns_in_full(name, parameter, recipe):
             parameter.data = parameter.data.float()
@@ -219,10 +224,13 @@ def _add_adapters(causal: nn.Module, recipe: Recipe) -> tuple["PeftModel | None"
         return None, {}
     sizes = {name: _size(linear.weight) for name, linear in targets.items()}
     config = LoraConfig(r=recipe.lora_rank, lora_alpha=recipe.lora_rank, target_modules=list(targets))
-    adapters: Any = get_peft_model(causal, config)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)  # A begins at random, and a resumed run measures its steps by the same
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks the model by a name that transformers has given up
+        adapters: Any = get_peft_model(causal, config)
     scales = {}
     for name, size in sizes.items():
-        module = causal.get_submodule(name)
+        module: Any = causal.get_submodule(name)
         a = _size(module.lora_A["default"].weight)
         scales[f"{name}.lora_A.default.weight"] = a
         scales[f"{name}.lora_B.default.weight"] = size / (a * recipe.lora_rank**0.5)

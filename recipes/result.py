@@ -68,9 +68,9 @@ def write_result(
     folder, target = folded.reader.folder, partial / "result"
     record = {**folded.record, "uptraining": [*folded.record.get("uptraining", []), entry]}
     texts = {RECORD: json.dumps(record, indent=2) + "\n"}
-    copies = [folder / "config.json", *(file for file in side_files(folder) if file.name not in REPORTS)]
+    copies = [file for file in side_files(folder) if file.name not in REPORTS]
     if base is not None:
-        shutil.rmtree(target, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)  # no config.json in it: that would make it a model to transformers
         target.mkdir()
         write_adapter(folded, trainee, base, target)
         (target / RECORD).write_text(texts[RECORD])
@@ -84,7 +84,7 @@ def write_result(
         shard = parse_size(folded.plan.settings.max_shard_size)
         with CheckpointWriter(target, folded.specs(), shard, {}, overwrite=True) as writer:
             write_folded(folded, causal, changed, writer)
-            writer.commit(texts, copies)
+            writer.commit(texts, [folder / "config.json", *copies])
     if (partial / LOGS).is_dir():
         shutil.copytree(partial / LOGS, target / LOGS)
     give_name(target, out, overwrite)

@@ -47,7 +47,6 @@ def arguments(recipe: Recipe, folder: Path, processes: int, cpu: bool, steps: in
         logging_nan_inf_filter=False,  # a loss that is not finite stops the run
         eval_strategy="steps",
         eval_steps=recipe.eval_every,
-        eval_on_start=True,
         save_strategy="steps",
         save_steps=recipe.eval_every,
         save_total_limit=2,
@@ -74,6 +73,10 @@ class Uptrainer(Trainer):
         logs: folder for TensorBoard, which is written where it is installed.
     """
 
+    model: Any  # transformers allows None, before there is one
+    optimizer: Any
+    lr_scheduler: Any
+
     def __init__(
         self,
         trainee: Trainee,
@@ -99,7 +102,7 @@ class Uptrainer(Trainer):
             teacher.to(args.device)  # type: ignore[arg-type]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type] — the order is the dataset's own
+        return SequentialSampler(self.windows)  # the order is the dataset's own
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Adam whose step is `learning_rate` times each parameter's root mean square, as in healing."""
@@ -126,7 +129,7 @@ class Uptrainer(Trainer):
         loss = super().training_step(*args, **kwargs)
         if not math.isfinite(float(loss)):
             step = self.state.global_step + 1
-            good = self.state.global_step and last_checkpoint(Path(self.args.output_dir))
+            good = self.state.global_step and last_checkpoint(Path(str(self.args.output_dir)))
             raise ConversionError(
                 f"the loss is {float(loss)} at step {step} of {self.state.max_steps}; "
                 + (f"the last good checkpoint is {good}: go on from it with --resume and " if good else "start again with ")

@@ -1,4 +1,4 @@
-"""`kvfold uptrain`: end-to-end training of a folded checkpoint against its original, and back into the checkpoint's own layout."""
+"""`kvfold uptrain`: train a folded checkpoint end to end against its original, and write it back in its own layout."""
 
 import hashlib
 import json
@@ -121,7 +121,8 @@ def uptrain(
     del trainer
     if processes.is_main_process:
         log("writing")
-        write_result(folded, entry, recipe, job.partial, out, overwrite, checkpoint if keep_adapter else None)
+        base = str(Path(checkpoint).resolve()) if Path(checkpoint).exists() else checkpoint
+        write_result(folded, entry, recipe, job.partial, out, overwrite, base if keep_adapter else None)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return entry
@@ -135,8 +136,12 @@ def refuse(job: Job, processes: PartialState, keep_adapter: bool) -> None:
             f"batch={recipe.batch} does not divide into micro_batch={recipe.micro_batch} on {processes.num_processes} "
             "processes: change one of them"
         )
-    if recipe.window > plan.spec.reach:
-        raise UserError(f"window={recipe.window} exceeds the {plan.spec.reach} tokens that the source attends over")
+    texts = [origin for origin in (*job.data.split(","), job.held_out) if origin and ".safetensors" not in origin]
+    if texts and recipe.window > plan.spec.reach:
+        raise UserError(
+            f"window={recipe.window} exceeds the {plan.spec.reach} tokens that the source attends over: "
+            f"give window={plan.spec.reach}"
+        )
     teacher = 0
     if job.teacher is not None:
         refuse_other_vocabulary(job.folded.reader.folder, job.teacher)
@@ -223,10 +228,8 @@ def make_trainer(job: Job, processes: PartialState, log: Log) -> Uptrainer:
     teacher = None
     if job.teacher is not None:
         teacher = load_model(job.teacher, processes.device, "auto" if recipe.bf16 else "float32").requires_grad_(False)
-    learning = sum(p.numel() for p in trainee.trained().values())
-    log(
-        f"{len(windows):,} windows of {windows.window} ids in {len(windows) // recipe.batch} steps, {learning:,} parameters learn"
-    )
+    learning, steps = sum(p.numel() for p in trainee.trained().values()), len(windows) // recipe.batch
+    log(f"{len(windows):,} windows of {windows.window} ids in {steps} steps, {learning:,} parameters learn")
     return Uptrainer(trainee, teacher, windows, held_out, args, log, job.partial / LOGS)
 
 
@@ -236,6 +239,7 @@ def run(trainer: Uptrainer, job: Job, log: Log) -> int:
     Raises Stopped when SIGTERM came.
     """
     last = last_checkpoint(job.partial)
+    trainer.args.eval_on_start = last is None
     if last is not None:
         log(f"going on from {last}")
     with trainer.stop.listening():
