@@ -62,8 +62,8 @@ def load_windows(origin: str, tokenizer_folder: Path, window: int, max_tokens: i
                 f"{origin} holds token id {id_}, outside the model's vocabulary of {vocab_size}: "
                 "encode the text with the source's own tokenizer"
             )
-    # a tokenizer without its files may load and know no text
-    return Windows(ids, (_bytes_per_token(ids, tokenizer) or None) if tokenizer else None, origin)
+    size = None if tokenizer is None else _bytes_per_token(ids, tokenizer)
+    return Windows(ids, size or None, origin)  # a tokenizer that loads without its files knows no text
 
 
 def calibration_windows(

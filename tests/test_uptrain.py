@@ -112,7 +112,9 @@ def test_it_learns_and_writes_the_same_kind_of_checkpoint(folds: Path, tmp_path:
 
     before, after = CheckpointReader(folds / name), CheckpointReader(tmp_path / "out")
     assert (after.folder / "config.json").read_bytes() == (before.folder / "config.json").read_bytes()
-    assert {n: (e.dtype, e.shape) for n, e in after.entries.items()} == {n: (e.dtype, e.shape) for n, e in before.entries.items()}
+    assert {n: (e.dtype, e.shape) for n, e in after.entries.items()} == {
+        n: (e.dtype, e.shape) for n, e in before.entries.items()
+    }
     same = {n for n in before.entries if torch.equal(before.tensor(n), after.tensor(n))}
     still = {n for n in before.entries if "mlp" in n or "embed" in n or "lm_head" in n}
     assert not same if recipe == "full" and name != "mla" else (still & same == (set() if recipe == "full" else still))
@@ -140,7 +142,9 @@ def test_bf16_checkpoints_stay_bf16(tmp_path: Path) -> None:
     convert(str(source), tmp_path / "gqa", ConvertSettings(to="gqa", kv_heads=4))
     trainee = build(open_folded(tmp_path / "gqa", None), load_recipe("distill-lora", []), None)
     assert trainee.student.causal.base_model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
-    entry = uptrain(str(tmp_path / "gqa"), tmp_path / "out", str(source), load_recipe("distill-lora", [*SHORT, "bf16=true"]), tokens)
+    entry = uptrain(
+        str(tmp_path / "gqa"), tmp_path / "out", str(source), load_recipe("distill-lora", [*SHORT, "bf16=true"]), tokens
+    )
     assert entry["held_out"][-1]["kl"] < entry["held_out"][0]["kl"]
     assert {e.dtype for e in CheckpointReader(tmp_path / "out").entries.values()} == {torch.bfloat16}
 
@@ -244,7 +248,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_a_hint(folds: Path, t
             student = next(o for o in gc.get_objects() if isinstance(o, Student) and not next(o.parameters()).is_meta)
             next(p for p in student.parameters() if p.requires_grad).data.fill_(float("nan"))
 
-    with pytest.raises(ConversionError, match=r"nan at step 8 of 24; the last good checkpoint is .*checkpoint-6: go on from it"):
+    with pytest.raises(
+        ConversionError, match=r"nan at step 8 of 24; the last good checkpoint is .*checkpoint-6: go on from it"
+    ):
         run(folds, "gqa", tmp_path / "out", log=poison)
     assert run(folds, "gqa", tmp_path / "out", "learning_rate=0.005", resume=True)["resumed_from_step"] == 6
 

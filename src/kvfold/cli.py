@@ -1,6 +1,7 @@
 """The verbs. Thin: each parses its flags, imports what it needs, calls one function and prints what came of it."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -201,6 +202,8 @@ def uptrain(
         print(line, file=sys.stderr, flush=True)
 
     entry = run(out, healed, teacher, settings, data, held_out, keep_adapter, resume, overwrite, log)
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first tells
+        return
     _write_json(json_path, entry)
     if json_path != Path("-"):
         first, best = entry["held_out"][0], min(entry["held_out"][1:], key=lambda row: row["loss"])
