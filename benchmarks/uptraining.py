@@ -1,4 +1,6 @@
-"""What uptraining wins back on the demo model, and what it costs: `python benchmarks/uptraining.py [FOLD …] [--tokens N]`.
+"""What uptraining wins back on the demo model, and what it costs.
+
+    python benchmarks/uptraining.py [FOLD …] [--tokens N]
 
 Every fold of the demo's table that is named is made in closed form and healed, and the healed one is uptrained by each recipe, on
 the standard library without the held-out modules. Damage is measured on those, and on a second text that no recipe has seen

@@ -204,8 +204,7 @@ class ConsoleCallback(TrainerCallback):
         self.tokens *= args.world_size
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if not state.is_world_process_zero or logs is None:
-            return
+        logs = logs or {}
         where = f"step {state.global_step}/{state.max_steps}"
         if "eval_loss" in logs:
             self.log(f"{where}  held-out loss {logs['eval_loss']:.4f}, KL {logs['eval_kl']:.4f}, NLL {logs['eval_ce']:.4f}")

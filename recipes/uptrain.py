@@ -68,6 +68,10 @@ class Job:
         }
 
 
+def _silent(line: str) -> None:
+    """What processes other than the first have to say."""
+
+
 def uptrain(
     checkpoint: str,
     out: Path,
@@ -78,7 +82,7 @@ def uptrain(
     keep_adapter: bool = False,
     resume: bool = False,
     overwrite: bool = False,
-    log: Log = lambda line: None,
+    log: Log = _silent,
 ) -> dict[str, Any]:
     """Train the folded `checkpoint` by a recipe and write the result to `out`, in the layout that it has.
 
@@ -113,6 +117,8 @@ def uptrain(
     with processes.main_process_first():
         if processes.is_main_process:
             begin(job, resume, overwrite)
+    if not processes.is_main_process:
+        log = _silent
     trainer = make_trainer(job, processes, log)
     resumed = run(trainer, job, log)
     entry = entry_of(recipe, trainer)

@@ -282,3 +282,29 @@ def test_stories(shared: Path, tmp_path: Path, recipe: str, bound: float) -> Non
 def test_recipes_are_all_settings_known() -> None:
     for name in shipped():
         assert isinstance(load_recipe(name, []), Recipe)
+
+
+def launch(folds: Path, out: Path, processes: int) -> dict[str, Any]:
+    """`distill-lora` under `accelerate launch` on CPU processes that speak over gloo."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    command += ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0", "-m", "kvfold", "uptrain"]
+    command += [str(folds / "mla"), str(out), *SHORT, "ce_weight=0", "lora_rank=4", "--json", f"{out}.json"]
+    command += ["--data", f"{folds}/tokens.safetensors:calibration", "--teacher", str(folds / "mla-source")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("windows of 32 ids in 24 steps") == 1  # one of them speaks
+    return json.loads(Path(f"{out}.json").read_text())
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(folds: Path, tmp_path: Path) -> None:
+    alone = run(folds, "mla", tmp_path / "one", "lora_rank=4", recipe="distill-lora")
+    both = launch(folds, tmp_path / "two", 2)
+    for (tokens, ours), (same, theirs) in zip(both["curve"], alone["curve"], strict=True):
+        assert tokens == same and ours == pytest.approx(theirs, rel=1e-5)
+    assert both["held_out"][-1]["kl"] == pytest.approx(alone["held_out"][-1]["kl"], rel=1e-5)
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=1e-6)
