@@ -2,12 +2,13 @@
 
     python benchmarks/uptraining.py [FOLD …] [--tokens N]
 
-Every fold of the demo's table that is named is made in closed form and healed, and the healed one is uptrained by each recipe, on
-the standard library without the held-out modules. Damage is measured on those, and on a second text that no recipe has seen
-(`--second`, by default WikiText-2 in the folder that KVFOLD_SHARED names). Then the same number of steps is timed for
-`distill-lora` and for plain PEFT fine-tuning of the source, each in a process of its own.
+Every fold of the demo's table that is named is made in closed form and healed, and the healed one is uptrained by each
+recipe, on the standard library without the held-out modules. Damage is measured on those, and on a second text that no recipe
+has seen (`--second`, by default WikiText-2 in the folder that KVFOLD_SHARED names). Then the same number of steps is timed
+for `distill-lora` and for plain PEFT fine-tuning of the source, each in a process of its own.
 
-Writes results.json, table.md and, with matplotlib, curves.png into `--out`. About 40 minutes on one core for two folds.
+Writes results.json, table.md and curves.png into `--out`, and goes on where it was interrupted. A million tokens take ten to
+twenty minutes of one core.
 """
 
 import argparse

@@ -49,14 +49,14 @@ class Recipe(BaseModel):
     max_grad_norm: float = Field(1.0, gt=0)
     tokens: int = Field(1_000_000, gt=0)
     window: int = Field(512, ge=2)
-    batch: int = Field(8, ge=1)
-    micro_batch: int = Field(8, ge=1)
+    batch: int = Field(4, ge=1)
+    micro_batch: int = Field(4, ge=1)
     eval_tokens: int = Field(16384, gt=0)
-    eval_every: int = Field(50, ge=1)
+    eval_every: int = Field(100, ge=1)
     log_every: int = Field(10, ge=1)
     bf16: bool = True
     gradient_checkpointing: bool = False
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = Field(0, ge=0, lt=2**32)
 
 

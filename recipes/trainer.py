@@ -30,7 +30,7 @@ Log = Callable[[str], None]
 
 def arguments(recipe: Recipe, folder: Path, processes: int, cpu: bool, steps: int) -> TrainingArguments:
     """What the Trainer has to know of a recipe; checkpoints go into `folder`."""
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=1,  # the order of the windows already repeats them
         per_device_train_batch_size=recipe.micro_batch,
@@ -60,6 +60,8 @@ def arguments(recipe: Recipe, folder: Path, processes: int, cpu: bool, steps: in
         log_level="error",
         log_level_replica="error",
     )
+    args._n_gpu = 1  # several GPUs are accelerate's: without it, one is taken and no DataParallel
+    return args
 
 
 class Uptrainer(Trainer):

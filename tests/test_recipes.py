@@ -57,7 +57,7 @@ def test_overrides_come_last_and_all_mistakes_are_told_at_once(tmp_path: Path) -
         load_recipe("distill-lora", ["lora_rnk=8", "batch=0", "train=all"])
     for said in ("unknown setting 'lora_rnk'. Did you mean lora_rank?", "batch: input should be", "train: input should be"):
         assert said in str(caught.value)
-    for pair, said in (("tokens", "write key=value"), ("batch=6", "no multiple of micro_batch"), ("kl_weight=0", "")):
+    for pair, said in (("tokens", "write key=value"), ("batch=6", "no multiple of micro_batch"), ("kl_weight=0", "both 0")):
         with pytest.raises(UserError, match=said):
             load_recipe("distill-lora", [pair, "ce_weight=0"])
     (tmp_path / "bad.yaml").write_text("- a\n")

@@ -22,7 +22,7 @@ from kvfold.convert.plan import ConvertSettings
 from kvfold.errors import ConversionError, Stopped
 from kvfold.evaluation.evaluate import EvaluateSettings, evaluate
 from kvfold.recipes.model import DESIGN, build, open_folded
-from kvfold.recipes.recipe import Recipe, load_recipe, shipped
+from kvfold.recipes.recipe import load_recipe, shipped
 from kvfold.recipes.uptrain import uptrain
 
 from .helpers import invoke, save_model, save_tokens
@@ -132,6 +132,8 @@ def test_uptraining_can_be_repeated(folds: Path, tmp_path: Path) -> None:
     tokens = f"{folds}/tokens.safetensors:calibration"
     second = uptrain(str(tmp_path / "one"), tmp_path / "two", None, recipe, tokens)
     assert second["teacher"] is None
+    recorded = json.loads((folds / "mla" / "kvfold.json").read_text())
+    assert recorded["source_config"] == json.loads((folds / "mla-source" / "config.json").read_text())
     assert second["held_out"][0]["ce"] == pytest.approx(min(first["held_out"][1:], key=lambda row: row["loss"])["ce"], abs=1e-4)
     assert len(json.loads((tmp_path / "two" / "kvfold.json").read_text())["uptraining"]) == 2
 
@@ -279,11 +281,6 @@ def test_stories(shared: Path, tmp_path: Path, recipe: str, bound: float) -> Non
     assert result["models"][0]["damage_nats"] < bound
 
 
-def test_recipes_are_all_settings_known() -> None:
-    for name in shipped():
-        assert isinstance(load_recipe(name, []), Recipe)
-
-
 def launch(folds: Path, out: Path, processes: int) -> dict[str, Any]:
     """`distill-lora` under `accelerate launch` on CPU processes that speak over gloo."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
@@ -308,3 +305,48 @@ def test_two_processes_give_the_losses_of_one(folds: Path, tmp_path: Path) -> No
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+SHARDED = """
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from kvfold.recipes.model import build, open_folded
+from kvfold.recipes.recipe import load_recipe
+
+distributed.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+recipe = load_recipe("distill-lora", ["lora_rank=4", "gradient_checkpointing=true"])
+whole, sharded = (build(open_folded(Path(sys.argv[1]), None), recipe, torch.float32).student.train() for _ in range(2))
+for module in sharded.modules():
+    if type(module).__name__ in sharded._no_split_modules:
+        fully_shard(module, mesh=mesh)
+fully_shard(sharded, mesh=mesh)
+torch.manual_seed(0)
+ids, reference, head = torch.randint(128, (2, 32)), torch.randn(2, 31, 64), torch.nn.Linear(64, 128, bias=False)
+losses = [student(ids, reference, head)["loss"] for student in (whole, sharded)]
+for loss in losses:
+    loss.backward()
+torch.testing.assert_close(losses[1], losses[0])
+for name, parameter in sharded.named_parameters():
+    if parameter.requires_grad:
+        torch.testing.assert_close(parameter.grad.full_tensor(), whole.get_parameter(name).grad)
+print("the same")
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_student_in_shards_has_the_gradients_of_a_whole_one(folds: Path, tmp_path: Path) -> None:
+    """FSDP2 over its decoder layers, as accelerate shards it on GPUs."""
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command += [str(tmp_path / "sharded.py"), str(folds / "mla")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.stdout.count("the same") == 2, done.stderr[-3000:]
