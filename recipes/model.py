@@ -44,10 +44,6 @@ class Folded:
     plan: ConversionPlan
 
     @property
-    def folder(self) -> Path:
-        return self.reader.folder
-
-    @property
     def layout(self) -> Layout:
         return layout_of(self.plan)
 

@@ -119,7 +119,12 @@ def uptrain(
             begin(job, resume, overwrite)
     if not processes.is_main_process:
         log = _silent
-    trainer = make_trainer(job, processes, log)
+    try:
+        trainer = make_trainer(job, processes, log)
+    except UserError:
+        if processes.is_main_process and last_checkpoint(job.partial) is None:
+            shutil.rmtree(job.partial)  # a request that cannot be carried out leaves nothing
+        raise
     resumed = run(trainer, job, log)
     entry = entry_of(recipe, trainer)
     entry |= {"teacher": original and str(original), "data": data, "eval": held_out}
