@@ -89,6 +89,7 @@ def convert(
             record = {
                 "version": kvfold.__version__,
                 "source": str(source),
+                "source_config": reader.config,
                 "revision": settings.revision,
                 "settings": settings.model_dump(),
                 "target": plan.target(),
@@ -103,7 +104,7 @@ def convert(
                 record["peak_cuda_memory_bytes"] = torch.cuda.max_memory_allocated(device)
             config = layout.config(reader.config, plan, dtype)
             files = {"config.json": json.dumps(config, indent=2) + "\n", RECORD: json.dumps(record, indent=2) + "\n"}
-            writer.commit({**layout.files(), **files}, _side_files(folder))
+            writer.commit({**layout.files(), **files}, side_files(folder))
         except OSError as error:
             raise ConversionError(
                 f"writing {writer.partial} failed ({error.strerror or error}): free the disk and repeat with --resume"
@@ -153,7 +154,7 @@ def _copy_rest(job: Job, specs: Iterable[TensorSpec], report: Report) -> None:
         done += spec.size
 
 
-def _side_files(folder: Path) -> list[Path]:
+def side_files(folder: Path) -> list[Path]:
     """Tokenizer, chat template, generation config, licence and the like. Not the model card and reports: of other weights."""
     left = {"config.json", RECORD, "README.md", "report.json", "report.md", "report.html"}
     return [
