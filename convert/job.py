@@ -9,7 +9,7 @@ from torch import Tensor
 from kvfold.convert.checkpoint import CheckpointReader, CheckpointWriter
 from kvfold.convert.layouts import Layout, layout_of
 from kvfold.convert.plan import ConversionPlan
-from kvfold.surgery import factorized, grouping, latent, rebuilt
+from kvfold.surgery import baselines, factorized, grouping, latent, rebuilt
 from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.designs import FoldedWeights
 from kvfold.surgery.latent import Choice, Queried, Tries
@@ -87,11 +87,16 @@ class Job:
         """The same for the designs whose cache is one latent."""
         plan, (rank, rope_dim) = self.plan, self.plan.layer_widths(layer)
 
-        phase = latent.coherence(latent.attention_lags(weights, sample, rope), rope)
-
         def thin(folded: Queried) -> Queried:
             q_rank = plan.settings.q_rank
             return folded if q_rank is None else latent.low_rank_queries(folded, q_rank, moment)
+
+        if plan.method in baselines.METHODS:
+            offered = baselines.METHODS[plan.method](weights, rank, rope_dim, moment, sample)
+            thinned = ((label, thin(folded)) for label, folded in offered)
+            return min(((measure(folded), label, folded) for label, folded in thinned), key=lambda entry: entry[0])
+
+        phase = latent.coherence(latent.attention_lags(weights, sample, rope), rope)
 
         def fold(choice: Choice) -> FoldedWeights:
             if plan.design == "rebuilt-key":
