@@ -26,8 +26,6 @@ from kvfold.recipes.demo.demo import EVALUATION_TOKENS, MODEL, demo_settings, wr
 from kvfold.surgery.baselines import METHODS, REBUILT, rotary_width
 
 SHARES = {"50%": 0.5, "25%": 0.25, "12.5%": 0.125}
-SPLITS = (0.25, 0.5, 0.75)
-"""Shares of the cache that may rotate, for methods that leave it free."""
 SOURCES = {
     "svd-split": "MHA2MLA, split SVD",
     "svd-joint": "MHA2MLA, joint SVD",
@@ -47,25 +45,32 @@ OURS: dict[str, dict[str, Any]] = {"stock": {}, "own": {"layout": "kvfold"}, "re
 
 @dataclass(frozen=True)
 class Model:
-    """A source with its calibration settings, its held-out text, and what it caches."""
+    """A source with its calibration settings and held-out text.
+
+    Attributes:
+        splits: shares of the cache that may rotate, for methods that leave it free.
+        ours: widths of ours, per share of the source's cache.
+    """
 
     name: str
     path: Path
     calibration: dict[str, Any]
     evaluation: EvaluateSettings
-    own_splits: dict[str, dict[str, Any]]
-    """The splits of ours, per share."""
+    splits: tuple[float, ...]
+    ours: dict[str, dict[str, Any]]
 
     def forms(self, row: str, share: str) -> Iterable[dict[str, Any]]:
         """Every split with which a row is tried at a share of the cache."""
         spec = family_of(config := CheckpointReader(self.path).config).spec(config)
         total = int(spec.cache_numbers * SHARES[share])
         if row in OURS:
-            yield {**OURS[row], **({"kv_rank": total} if row == "rebuilt" else self.own_splits[share])}
+            yield {**OURS[row], **({"kv_rank": total} if row == "rebuilt" else self.ours[share])}
         elif row in REBUILT:
             yield {"method": row, "kv_rank": total}
         else:
-            wanted = [int(total * split) for split in SPLITS] + [spec.head_dim]
+            wanted = [int(total * split) for split in self.splits]
+            if row == "rorope":  # all that its authors' converter rotates at most
+                wanted.append(spec.head_dim)
             for rope in sorted({rotary_width(row, spec.kv_heads, spec.head_dim, w) for w in wanted}):
                 if rope < total:
                     yield {"method": row, "kv_rank": total - rope, "rope_dim": rope}
@@ -75,14 +80,14 @@ def models(folder: Path) -> list[Model]:
     calibration, heldout = write_texts(folder)
     demo = demo_settings({}, calibration)
     own = {share: {"kv_budget": share} for share in SHARES}
-    found = [Model("demo", MODEL, demo, EvaluateSettings(on=str(heldout), max_tokens=EVALUATION_TOKENS), own)]
+    found = [Model("demo", MODEL, demo, EvaluateSettings(on=str(heldout), max_tokens=EVALUATION_TOKENS), (0.25, 0.5), own)]
     shared = Path(os.environ.get("KVFOLD_SHARED", "../shared"))
     if (path := shared / "models/stories260k").is_dir():
         tokens = f"{path}/tokens.safetensors"
         splits = {"50%": (24, 8), "25%": (8, 8), "12.5%": (4, 4)}
         own = {share: {"kv_rank": rank, "rope_dim": rope} for share, (rank, rope) in splits.items()}
         evaluation = EvaluateSettings(on=f"{tokens}:evaluation", batch=32)
-        found.insert(0, Model("stories260k", path, {"calibrate": f"{tokens}:calibration"}, evaluation, own))
+        found.insert(0, Model("stories260k", path, {"calibrate": f"{tokens}:calibration"}, evaluation, (0.25, 0.5, 0.75), own))
     return found
 
 

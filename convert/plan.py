@@ -1,5 +1,6 @@
 """What a conversion would do: target geometry, KV-budget arithmetic, every refusal with its reason. Reads no tensors."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -332,7 +333,7 @@ def _baseline_widths(
         return rank, rope_dim, note
     total, rotary = rank + rope_dim, baselines.rotary_width(method, spec.kv_heads, spec.head_dim, rope_dim)
     if rotary >= total:
-        least = (rotary + 1) / spec.cache_numbers
+        least = math.ceil((rotary + 1) / spec.cache_numbers * 1e4) / 1e4
         refusals.append(
             f"--method {method} rotates at least {rotary} numbers, which leaves no latent of {total}: "
             f"the least is --kv-rank 1 --rope-dim {rotary}, or --kv-budget {least:.2%}"

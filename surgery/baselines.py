@@ -93,8 +93,8 @@ def rorope(
     """TransMLA (2502.07864): RoRoPE, FreqFold and Balanced KV (sections 4.2, 4.3, appendices B to D).
 
     The number of frequencies that are folded into one is the paper's parameter, which its code picks by perplexity: every power
-    of two that fits is offered. The latent is the PCA of outputs, not centred; the keys are divided by the mean norm of
-    their channels over the values' beforehand (equation 20) and multiplied by it afterwards.
+    of two that fits is offered, and each layer takes its best. The latent is the PCA of outputs, not centred; keys are
+    divided by the mean norm of their channels over the values' beforehand (equation 20) and multiplied by it afterwards.
     """
     for fold in foldings(weights.head_dim, rope_dim):
         rotary = turned(weights, rope_dim, moment, fold)
@@ -152,7 +152,8 @@ REBUILT = ("whitened",)
 def rotary_width(method: str, kv_heads: int, head_dim: int, wanted: int) -> int:
     """The rotary width of a method nearest to `wanted` from below, or else its least.
 
-    MHA2MLA keeps as many pairs of every key head, 2·G numbers each; TransMLA an even divisor of the head width, or whole heads.
+    MHA2MLA keeps as many pairs of every key head, 2·G numbers in all; TransMLA an even divisor of the head width (its code's
+    `collapse`) or whole heads (its `rope_head`, with which the paper measures RoRoPE but not the whole conversion).
     """
     if method == "rorope":
         divisors = [r for r in range(2, head_dim, 2) if head_dim % r == 0]

@@ -493,7 +493,7 @@ def test_latent_budget_picks_rank_and_rotary_width() -> None:
             {"kv_rank": 60, "rope_dim": 4, "method": "svd-joint"},
             "rotates at least 64 numbers, which leaves no latent of 64",
         ),
-        ({}, {"kv_budget": "0.5%", "method": "svd-split"}, "the least is --kv-rank 1 --rope-dim 64, or --kv-budget 0.79%"),
+        ({}, {"kv_budget": "0.5%", "method": "svd-split"}, "the least is --kv-rank 1 --rope-dim 64, or --kv-budget 0.80%"),
         ({}, {"kv_rank": 512, "rope_dim": 64, "method": "whitened"}, "--method whitened has no rotary key of its own"),
         ({}, {"kv_rank": 512, "keys": "rebuilt", "method": "rorope"}, "leave --keys out, or use --method whitened"),
         (
@@ -556,6 +556,7 @@ def test_budgets_of_mfa_and_its_like() -> None:
         ({"method": "svd-joint", "kv_rank": 512, "rope_dim": 100}, (548, 64), "64 numbers in place of 100"),
         ({"method": "partial-rope-2norm", "kv_rank": 512, "rope_dim": 32}, (480, 64), "64 numbers in place of 32"),
         ({"method": "partial-rope-low", "kv_budget": "25%"}, (1984, 64), "64 numbers in place of 116"),
+        ({"method": "svd-split", "kv_budget": "0.80%"}, (1, 64), "64 numbers in place of 32"),
         ({"method": "rorope", "kv_rank": 512, "rope_dim": 60}, (540, 32), "32 numbers in place of 60"),
         ({"method": "rorope", "kv_rank": 512, "rope_dim": 300}, (556, 256), "the latent has the rest of the 812"),
         ({"method": "whitened", "kv_budget": "25%"}, (2048, 0), ""),

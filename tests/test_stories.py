@@ -40,11 +40,8 @@ def test_mean_pooling_is_the_faithful_baseline(shared: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("method", "shape", "published"),
     [
-        ("partial-rope-2norm", {"kv_rank": 16, "rope_dim": 16}, 2.553),
         ("partial-rope-2norm", {"kv_rank": 8, "rope_dim": 8}, 3.412),
-        ("rorope", MLA_HALF, 0.687),
         ("rorope", MLA_QUARTER, 1.881),
-        ("whitened", {"kv_rank": 32}, 0.203),
         ("whitened", {"kv_rank": 16}, 1.080),
     ],
 )
