@@ -1,6 +1,6 @@
 """Every way to MLA at the same cache: damage in nats on the demo model and, where it lies at hand, on stories260k.
 
-    python benchmarks/methods.py FOLDER [--healed] [--only MODEL] [--print]
+    python benchmarks/methods.py FOLDER [--healed] [--only MODEL] [--rows ROW,…] [--print]
 
 Each row is one conversion by the command line's own function. Rows are kept in FOLDER/methods.json and not repeated, so the run
 may be stopped and begun again. Methods that leave the split between latent and rotary key free are folded with several,
@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--healed", action="store_true", help="also heal the best closed form of every method")
     parser.add_argument("--only", help="one model: stories260k or demo")
+    parser.add_argument("--rows", default=",".join(SOURCES), help="some rows, by commas: " + ", ".join(SOURCES))
     parser.add_argument("--print", action="store_true", help="only print the tables of what is kept")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -150,7 +151,7 @@ def main() -> None:
         for healed in (False, True) if args.healed else (False,):
             for model in chosen:
                 for share in SHARES:
-                    for row in SOURCES:
+                    for row in args.rows.split(","):
                         found = best(kept, model.name, row, share)
                         if not healed:
                             for form in model.forms(row, share):
