@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kvfold.convert.observe import Observed
 from kvfold.convert.plan import ConversionPlan
-from kvfold.surgery import factorized, grouping, latent, rebuilt
+from kvfold.surgery import baselines, factorized, grouping, latent, rebuilt
 from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.designs import FoldedWeights
 from kvfold.surgery.latent import Choice, Queried, Tries
@@ -34,6 +34,11 @@ def best_latent(
 
     def thin(folded: Queried) -> Queried:
         return folded if plan.q_rank is None else latent.low_rank_queries(folded, plan.q_rank, moment)
+
+    if plan.method in baselines.METHODS:
+        offered = baselines.METHODS[plan.method](weights, rank, rope_dim, moment, seen.sample)
+        thinned = ((label, thin(folded)) for label, folded in offered)
+        return min(((seen.measure(folded), label, folded) for label, folded in thinned), key=lambda entry: entry[0])
 
     def fold(choice: Choice) -> FoldedWeights:
         if plan.design == "rebuilt-key":

@@ -54,7 +54,10 @@ KvBudget = Annotated[
 ]
 Method = Annotated[
     Optional[str],
-    typer.Option(help="mean, first, random, align or pca. Default: pca with calibration text, align without; kvfold for mla."),
+    typer.Option(
+        help="mean, first, random, align or pca. Default: pca with calibration text, align without. For mla: kvfold, or for "
+        "comparison svd-split, svd-joint, partial-rope-high, -low, -uniform, -2norm, rorope, whitened. Default: kvfold."
+    ),
 ]
 Grouping = Annotated[
     Optional[str], typer.Option(help="Which heads share one: neighbours or similar. Default: similar for align and pca.")
