@@ -18,7 +18,7 @@ from kvfold.convert.plan import ConversionPlan
 from kvfold.convert.stream import HiddenStates, SourceModel
 from kvfold.surgery.latent import full_rank
 
-SHARES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
+SHARES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 """Multiples of the mean width that are measured."""
 SPLITS = (0.125, 0.25, 0.375, 0.5, 0.625)
 """Shares of MLA's cache that its rotary key may take."""
