@@ -64,26 +64,29 @@ def licence_of(out: Path, source: str, base_model: str | None) -> Licence:
         UserError: none is stated, it could not be looked up, or the source is gated and its terms have to be read.
     """
     remedy = "give it with --license, as the Hub writes it (apache-2.0, mit, llama3.1, other)"
-    card = next((file for folder in (out, Path(source)) if (file := folder / CARD).is_file()), None)
-    data: Any
-    if card is not None:
-        data = parse_card(card.read_text(encoding="utf-8")).data
-    elif base_model is None:
-        raise UserError(f"the licence of {source} is not known, it has no {CARD}: {remedy}")
-    else:
-        try:
-            info = HfApi().model_info(base_model)
-        except (HTTPError, OfflineModeIsEnabled) as error:
-            raise UserError(f"the licence of {base_model} could not be looked up ({type(error).__name__}): {remedy}") from None
-        data = info.card_data
-        if info.gated:
-            stated = f" ({data.license_name or data.license})" if data and data.license else ""
-            raise UserError(
-                f"{base_model} is gated: its terms{stated} bind what you publish. Read them, then confirm with --license NAME"
-            )
-    if data is None or not data.license:
-        raise UserError(f"the card of {base_model or source} states no licence: {remedy}")
-    return Licence(data.license, data.license_name, data.license_link)
+    for card in (folder / CARD for folder in (out, Path(source))):
+        if card.is_file() and (found := _stated(parse_card(card.read_text(encoding="utf-8")).data)):
+            return found
+    if base_model is None:
+        raise UserError(f"the licence of {source} is not known, no {CARD} there states one: {remedy}")
+    try:
+        info = HfApi().model_info(base_model)
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        raise UserError(f"the licence of {base_model} could not be looked up ({type(error).__name__}): {remedy}") from None
+    found = _stated(info.card_data)
+    if info.gated:
+        stated = f" ({found.license_name or found.license})" if found else ""
+        raise UserError(
+            f"{base_model} is gated: its terms{stated} bind what you publish. Read them, then confirm with --license NAME"
+        )
+    if found is None:
+        raise UserError(f"the card of {base_model} states no licence: {remedy}")
+    return found
+
+
+def _stated(data: Any) -> Licence | None:
+    """The licence in a card's metadata."""
+    return Licence(data.license, data.license_name, data.license_link) if data and data.license else None
 
 
 def push(out: Path, repo_id: str, card: str, private: bool = False, revision: str | None = None) -> str:

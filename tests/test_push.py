@@ -168,6 +168,10 @@ def test_a_card_without_our_sections_gets_them_at_its_end(copy: Path) -> None:
     assert card.text.lstrip().startswith("# Mine\n\nWords.\n")
     assert hand_made(str(card)) == ["# Mine", "Words."]
     first = (copy / "README.md").read_text()
+    (copy / "README.md").write_text("# Bare\n")
+    assert invoke("push", copy, NAME, "--dry-run")[0] == 0
+    assert ModelCard((copy / "README.md").read_text()).data.license == "other"  # the source's
+    (copy / "README.md").write_text(first)
     assert invoke("push", copy, NAME, "--dry-run")[0] == 0
     assert (copy / "README.md").read_text() == first
 
@@ -215,7 +219,7 @@ def test_refusals_of_folders(copy: Path, tmp_path: Path) -> None:
     record = json.loads((copy / "kvfold.json").read_text())
     bare = save_model(tmp_path / "bare", "llama")
     (copy / "kvfold.json").write_text(json.dumps(record | {"source": str(bare)}))
-    refused("is not known, it has no README.md: give it with --license")
+    refused("is not known, no README.md there states one: give it with --license")
     (copy / "README.md").write_text("---\nlicense: [\n---\n")
     refused("cannot be read")
     (copy / "kvfold.json").unlink()

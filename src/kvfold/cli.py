@@ -247,7 +247,7 @@ def push(
         Optional[str], typer.Option(help="Hub id of the source, when it was folded from a local folder.")
     ] = None,
     report_dir: Annotated[Optional[Path], typer.Option("--report", help="Folder of the report. Default: OUT.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the card and list the files; ask no network.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the card, list the files, upload nothing.")] = False,
 ) -> None:
     """Write the model card with the measured results, and upload the folder."""
     from kvfold.convert import card, hub
