@@ -94,7 +94,9 @@ def open_folded(folder: Path, source: str | None) -> Folded:
     plan = make_plan(config, settings)
     folded = Folded(reader, record, config, plan)
     missing = [n for i in range(plan.spec.layers) for n in folded.layout.names(i, plan) if n not in reader.entries]
-    if plan.target() != recorded or missing:
+    target = plan.target() | {"note": None}  # for people; a later version may word it otherwise, or record more
+    same = isinstance(recorded, dict) and all(recorded[key] == target.get(key) for key in recorded if key != "note")
+    if missing or not same:
         raise UserError(f"{folder} holds another design than {RECORD} says: convert again with this version of kvfold")
     return folded
 
