@@ -33,7 +33,7 @@ from kvfold.recipes.uptrain import uptrain
 RECIPES = ("distill-lora", "distill-attention")
 SECOND = Path(os.environ.get("KVFOLD_SHARED", "../shared")) / "data/wikitext2-valid.txt"
 EVALUATED = 32768
-TIMED_STEPS, WINDOW, BATCH = 30, 512, 8
+TIMED_STEPS, WINDOW, BATCH = 16, 512, 8
 
 
 def write_training_text(folder: Path) -> Path:
