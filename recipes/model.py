@@ -93,7 +93,8 @@ def open_folded(folder: Path, source: str | None) -> Folded:
         recorded = record["target"]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / RECORD} is damaged ({error}): convert again") from None
-    plan = replace(make_plan(config, settings), widths=tuple((rank, rope) for rank, rope in recorded.get("widths", ())))
+    widths = recorded.get("widths", ()) if isinstance(recorded, dict) else ()
+    plan = replace(make_plan(config, settings), widths=tuple((rank, rope) for rank, rope in widths))
     folded = Folded(reader, record, config, plan)
     missing = [n for i in range(plan.spec.layers) for n in folded.layout.names(i, plan) if n not in reader.entries]
     target = json.loads(json.dumps(plan.target()))
