@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, StaticCache
 
@@ -201,6 +203,22 @@ def test_saved_again_and_trained_with_checkpointing(design: str, tmp_path: Path)
         assert all(p.grad is not None for p in trained.parameters())
         gradients.append(trained.model.layers[0].self_attn.o_proj.weight.grad)
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("design", SMALL)
+def test_adapters_of_peft_reach_every_projection(design: str, tmp_path: Path) -> None:
+    """Absorbed decoding multiplies matrices without calling their modules: unmerged adapters must count there too."""
+    _, out = folded(tmp_path, design)
+    model: Any = load(out)
+    targets = [name for name, module in model.named_modules() if "self_attn" in name and isinstance(module, torch.nn.Linear)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks the model by a name that transformers has given up
+        adapted: Any = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
+    decoded_as_uncached(adapted)
+    with torch.no_grad():
+        wanted = adapted(IDS).logits
+        torch.testing.assert_close(adapted.merge_and_unload()(IDS).logits, wanted, atol=1e-4, rtol=1e-4)
+    assert (wanted - logits(out)).abs().max() > 1e-2
 
 
 def test_dtypes_and_eager_attention(tmp_path: Path) -> None:
