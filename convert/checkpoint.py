@@ -354,19 +354,7 @@ class CheckpointWriter:
         for leftover in (self.JOURNAL, "waiting-*"):
             for path in self.partial.glob(leftover):
                 path.unlink()
-        if self.out.exists():
-            refuse_existing(self.out, self.overwrite)
-            retired = Path(tempfile.mkdtemp(prefix=f"{self.out.name}.replaced-", dir=self.out.parent))
-            os.rename(self.out, retired / self.out.name)
-            try:
-                os.rename(self.partial, self.out)
-            except OSError:
-                os.rename(retired / self.out.name, self.out)
-                raise
-            finally:
-                shutil.rmtree(retired)
-        else:
-            os.rename(self.partial, self.out)
+        give_name(self.partial, self.out, self.overwrite)
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -386,6 +374,23 @@ def partial_folder(out: Path) -> Path:
     if not out.name or out.name == "..":
         raise UserError(f"{out} names no folder to write: choose another name")
     return out.with_name(out.name + ".partial")
+
+
+def give_name(folder: Path, out: Path, overwrite: bool) -> None:
+    """Rename `folder` to `out`. What `out` was goes only once the new one stands. Raises UserError as `refuse_existing`."""
+    refuse_existing(out, overwrite)
+    if not out.exists():
+        os.rename(folder, out)
+        return
+    retired = Path(tempfile.mkdtemp(prefix=f"{out.name}.replaced-", dir=out.parent))
+    os.rename(out, retired / out.name)
+    try:
+        os.rename(folder, out)
+    except OSError:
+        os.rename(retired / out.name, out)
+        raise
+    finally:
+        shutil.rmtree(retired)
 
 
 def refuse_existing(out: Path, overwrite: bool) -> None:

@@ -59,14 +59,15 @@ def load_windows(
         if not from_tokens:
             raise
         tokenizer = None  # tokens from a file need none
-    ids = _token_rows(origin, max_tokens) if from_tokens else _encode(origin, tokenizer, window, max_tokens, overlap)
+    ids = token_rows(origin, max_tokens) if from_tokens else _encode(origin, tokenizer, window, max_tokens, overlap)
     for id_ in (int(ids.min()), int(ids.max())):
         if id_ < 0 or (vocab_size is not None and id_ >= vocab_size):
             raise UserError(
                 f"{origin} holds token id {id_}, outside the model's vocabulary of {vocab_size}: "
                 "encode the text with the source's own tokenizer"
             )
-    return Windows(ids, None if tokenizer is None else _bytes_per_token(ids, tokenizer), origin)
+    size = None if tokenizer is None else _bytes_per_token(ids, tokenizer)
+    return Windows(ids, size or None, origin)  # a tokenizer that loads without its files knows no text
 
 
 def calibration_windows(
@@ -156,7 +157,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         ) from None
 
 
-def _token_rows(origin: str, max_tokens: int) -> Tensor:
+def token_rows(origin: str, max_tokens: int) -> Tensor:
+    """The rows of `file.safetensors:name`, as many as hold `max_tokens`. Raises UserError as `load_windows` does."""
     from safetensors import SafetensorError, safe_open
 
     path, _, name = origin.rpartition(":")
@@ -190,7 +192,7 @@ def _encode(origin: str, tokenizer: Any, window: int, max_tokens: int, overlap: 
     stride = window - overlap
     wanted = max(1, max_tokens // window) * stride + overlap
     ids: list[int] = []
-    for text in _documents(origin):
+    for text in documents(origin):
         if text.strip():
             ids += _encode_enough(tokenizer, text, wanted - len(ids))
         if len(ids) >= wanted:
@@ -213,7 +215,8 @@ def _encode_enough(tokenizer: Any, text: str, wanted: int) -> list[int]:
         length *= 2
 
 
-def _documents(origin: str) -> Iterator[str]:
+def documents(origin: str) -> Iterator[str]:
+    """The texts of a file, a folder or a Hub dataset, one after the other. Raises UserError as `load_windows` does."""
     path = Path(origin)
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())

@@ -41,17 +41,37 @@ def padded_shape(shape: LatentShape, pad_for: str | None) -> tuple[LatentShape, 
     return padded, f"padded for vLLM's kernels, {grown} cached numbers of zeros"
 
 
+STEP3_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Head widths of vLLM's attention on CPU; those on CUDA are among them or between."""
+
+
+def padded_key(width: int, pad_for: str | None) -> tuple[LatentShape, str]:
+    """MFA's one key and one value, zero-padded to a head width of vLLM's unless `pad_for` is `none`."""
+    stored = width if pad_for == "none" else next(w for w in STEP3_WIDTHS if w >= width)
+    note = f"padded for vLLM's kernels, {2 * (stored - width)} cached numbers of zeros"
+    return LatentShape(stored, stored, 0, stored), note + "; transformers has no class for step3_text, vLLM has"
+
+
+def step3_text_obstacles(config: dict[str, Any], spec: AttentionSpec, settings: ConvertSettings, width: int) -> list[str]:
+    """What the stock step3_text architecture cannot say of this conversion, each in a line."""
+    found = {
+        f"step3_text is mfa, not {settings.to}": settings.to != "mfa",
+        "the source has attention biases, which step3_text lacks": spec.qkv_bias or spec.o_bias,
+        f"rope type {spec.rope.type} depends on the head width, which changes": spec.rope.type
+        not in ("default", "llama3", "linear"),
+        f"a key wider than {spec.head_dim} repeats frequencies, which step3_text's grid cannot": width > spec.head_dim,
+        "step3_text has the same widths in every layer": settings.layer_budgets == "measured",
+        **_shared_obstacles(config, spec, settings, "step3_text"),
+    }
+    return [reason for reason, there in found.items() if there]
+
+
 def deepseek_v3_obstacles(config: dict[str, Any], spec: AttentionSpec, settings: ConvertSettings) -> list[str]:
     """What the stock deepseek_v3 architecture cannot say of this conversion, each in a line."""
-    dtype = settings.dtype or str(config.get("dtype") or config.get("torch_dtype"))
-    act = config.get("hidden_act", "silu")
     found = {
         "the source has attention biases, which deepseek_v3 engines drop": spec.qkv_bias or spec.o_bias,
         f"rope type {spec.rope.type} is none that deepseek_v3 engines keep": spec.rope.type != "default",
-        "the source has a sliding window, which deepseek_v3 lacks": spec.sliding_window is not None,
-        f"the MLP's {act} cannot be said in deepseek_v3, which has silu": act != "silu",
-        "the source has MLP biases, which deepseek_v3 lacks": bool(config.get("mlp_bias")),
-        "float16 cannot hold the scaled latents of deepseek_v3": dtype in ("float16", "fp16", "half"),
+        **_shared_obstacles(config, spec, settings, "deepseek_v3"),
         f"a rotary key wider than {spec.head_dim} repeats frequencies": (settings.rope_dim or 0) > spec.head_dim,
         "low-rank queries stand behind a norm in deepseek_v3": settings.q_rank is not None,
         "rebuilt keys are none of deepseek_v3": settings.keys == "rebuilt",
@@ -59,3 +79,15 @@ def deepseek_v3_obstacles(config: dict[str, Any], spec: AttentionSpec, settings:
         f"--method {settings.method} leaves what deepseek_v3 cannot say": settings.method not in (None, "kvfold"),
     }
     return [reason for reason, there in found.items() if there]
+
+
+def _shared_obstacles(config: dict[str, Any], spec: AttentionSpec, settings: ConvertSettings, layout: str) -> dict[str, bool]:
+    """What neither stock architecture has."""
+    dtype = settings.dtype or str(config.get("dtype") or config.get("torch_dtype"))
+    act = config.get("hidden_act", "silu")
+    return {
+        f"the source has a sliding window, which {layout} lacks": spec.sliding_window is not None,
+        f"the MLP's {act} cannot be said in {layout}, which has silu": act != "silu",
+        f"the source has MLP biases, which {layout} lacks": bool(config.get("mlp_bias")),
+        f"float16 cannot hold the scaled latents of {layout}": dtype in ("float16", "fp16", "half"),
+    }

@@ -8,13 +8,15 @@ import json
 import resource
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import kvfold
+from kvfold.convert.budgets import measured_widths
+from kvfold.convert.candidates import alone
 from kvfold.convert.checkpoint import CheckpointReader, CheckpointWriter, TensorSpec, refuse_existing
 from kvfold.convert.data import calibration_windows
 from kvfold.convert.job import Job, Report
@@ -63,6 +65,8 @@ def convert(
     reader = CheckpointReader(folder)
     refuse_mismatch(reader)
     windows = calibration_windows(plan, folder, device, lambda line: report(0.0, line))
+    if settings.layer_budgets == "measured" and windows is not None:
+        plan = replace(plan, widths=measured_widths(plan, reader, device, windows, out.with_name(out.name + ".hidden"), report))
 
     dtype = getattr(torch, name) if (name := normal_dtype(settings.dtype)) else None
     layout = layout_of(plan)
@@ -71,6 +75,7 @@ def convert(
         "kvfold": kvfold.__version__,
         "source": str(source),
         **settings.model_dump(),
+        "widths": plan.widths,
         "files": {f.name: f.stat().st_size for f in sorted({e.file for e in reader.entries.values()})},
     }
     with CheckpointWriter(out, specs, parse_size(settings.max_shard_size), fingerprint, resume, overwrite) as writer:
@@ -84,6 +89,7 @@ def convert(
             record = {
                 "version": kvfold.__version__,
                 "source": str(source),
+                "source_config": reader.config,
                 "revision": settings.revision,
                 "settings": settings.model_dump(),
                 "target": plan.target(),
@@ -98,7 +104,7 @@ def convert(
                 record["peak_cuda_memory_bytes"] = torch.cuda.max_memory_allocated(device)
             config = layout.config(reader.config, plan, dtype)
             files = {"config.json": json.dumps(config, indent=2) + "\n", RECORD: json.dumps(record, indent=2) + "\n"}
-            writer.commit({**layout.files(), **files}, _side_files(folder))
+            writer.commit({**layout.files(), **files}, side_files(folder))
         except OSError as error:
             raise ConversionError(
                 f"writing {writer.partial} failed ({error.strerror or error}): free the disk and repeat with --resume"
@@ -130,7 +136,7 @@ def fold_alone(job: Job, device: torch.device, report: Report) -> None:
         if job.finished(layer):
             continue
         weights = job.read(layer, ("q", "q_bias", "o", "o_bias")) if pooling else job.read(layer).to(device, torch.float64)
-        label, folded = job.alone(weights, layer)
+        label, folded = alone(job.plan, weights, layer)
         job.write(folded, layer)
         job.writer.finish(job.unit(layer), {"choice": label})
 
@@ -148,7 +154,7 @@ def _copy_rest(job: Job, specs: Iterable[TensorSpec], report: Report) -> None:
         done += spec.size
 
 
-def _side_files(folder: Path) -> list[Path]:
+def side_files(folder: Path) -> list[Path]:
     """Tokenizer, chat template, generation config, licence and the like. Not the model card and reports: of other weights."""
     left = {"config.json", RECORD, "README.md", "report.json", "report.md", "report.html"}
     return [

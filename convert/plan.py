@@ -1,9 +1,16 @@
 """What a conversion would do: target geometry, KV-budget arithmetic, every refusal with its reason. Reads no tensors."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from kvfold.convert.engines import LatentShape, deepseek_v3_obstacles, padded_shape
+from kvfold.convert.engines import (
+    LatentShape,
+    deepseek_v3_obstacles,
+    padded_key,
+    padded_shape,
+    step3_text_obstacles,
+)
 from kvfold.convert.families import AttentionSpec, Family, family_of
 from kvfold.convert.settings import (
     DTYPE_BYTES,
@@ -16,6 +23,7 @@ from kvfold.convert.settings import (
 )
 from kvfold.convert.source import build_on_meta
 from kvfold.errors import UserError
+from kvfold.surgery import baselines
 from kvfold.surgery.grouping import METHODS
 from kvfold.surgery.latent import full_rank
 
@@ -27,7 +35,7 @@ BELONGS = {
     "grouping": ("gqa", "mqa"),
     "kv_rank": ("mla",),
     "rope_dim": ("mla",),
-    "pad_for": ("mla",),
+    "pad_for": ("mla", "mfa"),
     "width": ("mfa", "mfa-kr"),
     "q_rank": LATENT_TARGETS,
 }
@@ -39,7 +47,7 @@ class ConversionPlan:
     """Source and target geometry, what is gained, and what stands in the way.
 
     Attributes:
-        layout: `source`, `deepseek_v3` or `kvfold`, a module of `layouts`.
+        layout: `source`, `deepseek_v3`, `step3_text` or `kvfold`, a module of `layouts`.
         kv_heads: key/value heads of the target (gqa, mqa), else the source's.
         kv_rank, rope_dim: widths of the latent and of the shared key (mla; both the width for mfa, no latent for mfa-kr).
         stored: these and the head widths as the checkpoint stores them, padding included.
@@ -69,13 +77,24 @@ class ConversionPlan:
             return "grouped"
         if self.settings.to == "mfa-kr":
             return "reused-key"
-        return "rebuilt-key" if self.settings.keys == "rebuilt" else "latent"
+        return "rebuilt-key" if _rebuilds(self.settings) else "latent"
 
     @property
     def architecture(self) -> str:
         """The class that the checkpoint will name."""
-        own = {"deepseek_v3": "DeepseekV3ForCausalLM", "kvfold": "KvfoldForCausalLM"}
+        own = {
+            "deepseek_v3": "DeepseekV3ForCausalLM",
+            "step3_text": "Step3TextForCausalLM",
+            "kvfold": "KvfoldForCausalLM",
+        }
         return own.get(self.layout, self.family.architecture)
+
+    @property
+    def q_rank(self) -> int | None:
+        """Rank of the queries, None where they are read at once; step3_text always goes through one, at least the full one."""
+        if self.settings.q_rank is None and self.layout == "step3_text":
+            return min(self.spec.hidden_size, self.spec.heads * self.rope_dim)
+        return self.settings.q_rank
 
     def layer_widths(self, layer: int) -> tuple[int, int]:
         """Latent and shared key of a layer."""
@@ -108,8 +127,8 @@ class ConversionPlan:
         if self.design == "grouped":
             return whole - spec.layers * _grouped_parameters(spec, self.kv_heads)
         folded = sum(self._latent_parameters(*self.layer_widths(layer)) for layer in range(spec.layers))
-        head = spec.vocab_size * spec.hidden_size if self.layout == "deepseek_v3" and spec.tied else 0
-        return whole - folded - head  # the engines of deepseek_v3 want the output embedding written out
+        head = spec.vocab_size * spec.hidden_size if self.layout != "kvfold" and spec.tied else 0
+        return whole - folded - head  # engines want the output embedding written out
 
     def _latent_parameters(self, rank: int, rope: int) -> int:
         """Of one layer's attention."""
@@ -118,6 +137,10 @@ class ConversionPlan:
             rank, queries, heads = shape.rank, (shape.nope + shape.rope) * spec.hidden_size, shape.nope + shape.value
             cached = (shape.rank + shape.rope) * spec.hidden_size + rank
             return spec.heads * (queries + heads * rank + shape.value * spec.hidden_size) + cached
+        if self.layout == "step3_text":  # with the queries' norm
+            read = self.q_rank or 0
+            queries = read * (spec.hidden_size + 1) + spec.heads * shape.rope * read
+            return queries + 2 * shape.rope * spec.hidden_size + spec.heads * shape.rope * spec.hidden_size
         width = {"latent": shape.nope + rope, "reused-key": rope, "rebuilt-key": spec.head_dim}[self.design]
         total = spec.heads * width * ((self.settings.q_rank or spec.hidden_size) + spec.qkv_bias)
         total += (self.settings.q_rank or 0) * spec.hidden_size
@@ -191,24 +214,37 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
                 flag = f"--{name.replace('_', '-')}"
                 refusals.append(f"{flag} belongs to --to {' or '.join(targets)}, not {settings.to}: leave it out")
     latent = settings.to in LATENT_TARGETS
+    if settings.layer_budgets == "measured" and not latent:
+        refusals.append(
+            f"--layer-budgets measured belongs to --to {' or '.join(LATENT_TARGETS)}, not {settings.to}: leave it out"
+        )
+    if settings.keys == "rebuilt" and settings.to != "mla":
+        refusals.append(f"--keys rebuilt belongs to --to mla, not {settings.to}: leave it out")
     layout, kv_heads, rank, rope_dim = "source", spec.kv_heads, 0, 0
     stored, note = NOTHING, ""
     if latent:
         layout, note = _layout(config, spec, settings, refusals)
         rank, rope_dim = _target_widths(spec, settings, layout, refusals)
+        if layout == "step3_text":
+            obstacles = step3_text_obstacles(config, spec, settings, rope_dim)
+            refusals += [f"{reason}: use --layout kvfold" for reason in obstacles]
+        if settings.to == "mla" and settings.method in baselines.METHODS:
+            rank, rope_dim, note = _baseline_widths(spec, settings, rank, rope_dim, note, refusals)
         stored = LatentShape(rank, rope_dim, 0 if settings.to == "mfa" else spec.head_dim, spec.head_dim)
         if layout == "deepseek_v3":
             stored, note = padded_shape(stored, settings.pad_for)
+        elif layout == "step3_text" and not refusals:
+            stored, note = padded_key(rope_dim, settings.pad_for)
         if settings.pad_for not in (None, "none") and layout == "kvfold":
             refusals.append(
-                f"--pad-for {settings.pad_for} pads deepseek_v3, and this is the kvfold layout ({note}): leave it out"
+                f"--pad-for {settings.pad_for} pads for engines, and this is the kvfold layout ({note}): leave it out"
             )
-        elif settings.pad_for not in (None, "none") and not note.startswith("padded"):
+        elif settings.pad_for not in (None, "none") and layout == "deepseek_v3" and not note.startswith("padded"):
             refusals.append(
                 f"--pad-for {settings.pad_for} is not possible: {note}; give --rope-dim 64 or less and --kv-rank 512 or less"
             )
         _refuse_query_rank(spec, settings, stored, refusals)
-        default, methods = "kvfold", ["kvfold"]
+        default, methods = "kvfold", ["kvfold", *(baselines.METHODS if settings.to == "mla" else ())]
     else:
         kv_heads = _target_heads(spec, settings, refusals)
         default, methods = ("pca" if settings.calibrate else "align"), list(METHODS)
@@ -238,8 +274,12 @@ def _layout(config: dict[str, Any], spec: AttentionSpec, settings: ConvertSettin
     if settings.to != "mla":
         if settings.layout == "deepseek_v3":
             refusals.append(f"--layout deepseek_v3 belongs to --to mla, not {settings.to}: leave it out")
+        if settings.layout == "step3_text":
+            return "step3_text", ""
         return "kvfold", f"transformers has no architecture with {settings.to}: its modelling file travels with the checkpoint"
     obstacles = deepseek_v3_obstacles(config, spec, settings)
+    if settings.layout == "step3_text":
+        refusals.append("--layout step3_text belongs to --to mfa, not mla: leave it out")
     if settings.layout == "deepseek_v3":
         refusals += [f"{reason}: use --layout kvfold" for reason in obstacles]
         return "deepseek_v3", ""
@@ -253,10 +293,10 @@ def _target_widths(spec: AttentionSpec, settings: ConvertSettings, layout: str, 
     width_flag = "--kv-rank" if settings.to == "mla" else "--width"
     given = settings.kv_rank if settings.to == "mla" else settings.width
     if (given is None) == (settings.kv_budget is None):
-        also = " (with --rope-dim)" if settings.to == "mla" and settings.keys == "absorbed" else ""
+        also = " (with --rope-dim)" if settings.to == "mla" and not _rebuilds(settings) else ""
         refusals.append(f"--to {settings.to} needs either {width_flag}{also} or --kv-budget")
         return 1, 2
-    numbers, least = 0, {"mla": 4 if settings.keys == "absorbed" else 1, "mfa": 4, "mfa-kr": 2}[settings.to]
+    numbers, least = 0, {"mla": 1 if _rebuilds(settings) else 4, "mfa": 4, "mfa-kr": 2}[settings.to]
     if settings.kv_budget is not None:
         try:
             numbers = int(spec.cache_numbers * parse_budget(str(settings.kv_budget)))
@@ -285,10 +325,11 @@ def _mla_widths(
 ) -> tuple[int, int]:
     width, full = spec.head_dim, full_rank(spec.hidden_size, spec.kv_heads, spec.head_dim)
     widest = width if layout == "deepseek_v3" else spec.kv_heads * width
-    if settings.keys == "rebuilt":
+    if _rebuilds(settings):
         rank, rope_dim = settings.kv_rank or min(full, numbers), 0
         if settings.rope_dim is not None:
-            refusals.append("--keys rebuilt has no rotary key of its own: leave --rope-dim out")
+            flag = "--keys rebuilt" if settings.keys == "rebuilt" else f"--method {settings.method}"
+            refusals.append(f"{flag} has no rotary key of its own: leave --rope-dim out")
     elif settings.kv_rank is not None:
         rank, rope_dim = settings.kv_rank, settings.rope_dim or min(width, 64)
     else:
@@ -297,13 +338,46 @@ def _mla_widths(
         turning = sum(spec.rope.theta ** (-2 * i / width) * spec.reach >= 1 for i in range(width // 2))
         rope_dim = settings.rope_dim or max(2, min(2 * turning, numbers // 4 * 2))
         rank = min(full, numbers - rope_dim)
-    if settings.keys == "absorbed" and (rope_dim % 2 or not 2 <= rope_dim <= widest):
+    if not _rebuilds(settings) and (rope_dim % 2 or not 2 <= rope_dim <= widest):
         nearest = min(widest, max(2, rope_dim // 2 * 2))
         refusals.append(f"--rope-dim {rope_dim} must be even and at most the source's {widest}: the nearest is {nearest}")
     if not 1 <= rank <= full:
         nearest = min(full, max(1, rank))
         refusals.append(f"--kv-rank {rank} must lie between 1 and the full rank {full}: the nearest is {nearest}")
     return rank, rope_dim
+
+
+def _rebuilds(settings: ConvertSettings) -> bool:
+    """Whether keys are rebuilt from the latent, as the user or the method wants."""
+    return settings.keys == "rebuilt" or (settings.to == "mla" and settings.method in baselines.REBUILT)
+
+
+def _baseline_widths(
+    spec: AttentionSpec, settings: ConvertSettings, rank: int, rope_dim: int, note: str, refusals: list[str]
+) -> tuple[int, int, str]:
+    """The widths of the same cache that a published method can have, and the note on them.
+
+    Its rotary width is the nearest below what was asked for, or its least; the latent takes what is left of the total.
+    """
+    method = str(settings.method)
+    if settings.layer_budgets == "measured":
+        refusals.append(f"--method {method} has the same widths in every layer: leave --layer-budgets out")
+    if method in baselines.REBUILT:
+        return rank, 0, note
+    if settings.keys == "rebuilt":
+        refusals.append(f"--method {method} rotates a part of its keys: leave --keys out, or use --method whitened")
+        return rank, rope_dim, note
+    total, rotary = rank + rope_dim, baselines.rotary_width(method, spec.kv_heads, spec.head_dim, rope_dim)
+    if rotary >= total:
+        least = math.ceil((rotary + 1) / spec.cache_numbers * 1e4) / 1e4
+        refusals.append(
+            f"--method {method} rotates at least {rotary} numbers, which leaves no latent of {total}: "
+            f"the least is --kv-rank 1 --rope-dim {rotary}, or --kv-budget {least:.2%}"
+        )
+        return rank, rope_dim, note
+    if rotary != rope_dim:
+        note += f"; {method} rotates {rotary} numbers in place of {rope_dim}, the latent has the rest of the {total}"
+    return min(total - rotary, full_rank(spec.hidden_size, spec.kv_heads, spec.head_dim)), rotary, note
 
 
 def _refuse_query_rank(spec: AttentionSpec, settings: ConvertSettings, stored: LatentShape, refusals: list[str]) -> None:

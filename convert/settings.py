@@ -36,6 +36,7 @@ class ConvertSettings(BaseModel):
     calibrate: str | None = None
     calibration_tokens: int = Field(131072, gt=0)
     window: int = Field(512, ge=2)
+    token_weights: Literal["uniform", "nll"] = "uniform"
     heal_steps: int = Field(300, ge=0)
     heal_window: int = Field(2, ge=1)
     heal_batch_tokens: int = Field(4096, ge=1)

@@ -24,10 +24,14 @@ FORWARD_TOKENS = 8192
 
 
 class HiddenStates:
-    """Float32 activations (rows, T, d) of all calibration tokens, in memory or in a mapped file when they do not fit."""
+    """Float32 activations (rows, T, d) of all calibration tokens, in memory or in a mapped file when they do not fit.
+
+    `weights` (rows, T) say how much each token counts in second moments; None means all alike.
+    """
 
     def __init__(self, shape: tuple[int, int, int], file: Path | None) -> None:
         size = torch.Size(shape).numel()
+        self.weights: Tensor | None = None
         if file is None:
             self.data = torch.empty(shape)
         else:
@@ -110,6 +114,26 @@ class SourceModel:
         for rows in states.batches():
             states.data[rows] = nn.functional.embedding(ids[rows], table)
         return states
+
+    @torch.no_grad()
+    def surprise(self, ids: Tensor) -> Tensor:
+        """The source's own NLL of the token behind each of `ids` (rows, T), over its mean: (rows, T), the last of a row 1.
+
+        It runs through the layers, so that this source can be used for nothing else.
+        """
+        states = self.embed(ids, None)
+        for layer in range(len(self.base.layers)):
+            self.block(layer).advance(states)
+        norm = self.base.norm
+        set_module_tensor_to_device(norm, "weight", self.device, value=self.reader.tensor(self.prefix + "norm.weight").float())
+        name = "lm_head.weight" if "lm_head.weight" in self.reader.entries else self.prefix + "embed_tokens.weight"
+        head = self.reader.tensor(name).float().to(self.device)
+        weights = torch.ones(ids.shape)
+        for row, targets in enumerate(ids.to(self.device)):
+            logits = norm(states.data[row, :-1].to(self.device)) @ head.T
+            weights[row, :-1] = nn.functional.cross_entropy(logits, targets[1:], reduction="none").cpu()
+        weights[:, :-1] /= weights[:, :-1].mean()
+        return weights
 
     def block(self, layer: int) -> Block:
         """Layer `layer` with its weights, on the device in float32."""

@@ -20,17 +20,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kvfold.convert.candidates import best
 from kvfold.convert.data import Windows
 from kvfold.convert.job import Job, Report
+from kvfold.convert.observe import observe
 from kvfold.convert.settings import ConvertSettings
 from kvfold.convert.stream import Block, HiddenStates, SourceModel, check_finite
 from kvfold.errors import ConversionError
 from kvfold.surgery.designs import WEIGHTS, FoldedWeights, design
-from kvfold.surgery.healing import heal, relative_error
-from kvfold.surgery.lowrank import SecondMoment
-
-MEASURED_TOKENS = 8192
-"""Calibration tokens on which the candidates of a layer are compared."""
+from kvfold.surgery.healing import heal
 
 
 @dataclass
@@ -62,6 +60,9 @@ def fold_on_stream(job: Job, device: torch.device, windows: Windows, report: Rep
     on_disk = HiddenStates.needs_disk((*windows.ids.shape, plan.spec.hidden_size))
     files = [job.writer.partial / f"{name}.hidden" for name in ("original", "folded")]
     streams = [source.embed(windows.ids, file if on_disk else None) for file in files[: 2 if settings.heal_steps else 1]]
+    if settings.token_weights == "nll":
+        report(0.0, "weighing tokens")
+        streams[0].weights = SourceModel(job.reader, plan.family, device, windows.ids.shape[1]).surprise(windows.ids)
     original, folded = streams[0], streams[-1]  # without healing nothing reads the folded stream
     ahead = settings.heal_window if settings.heal_steps else 1
     waiting: deque[_OpenLayer] = deque()
@@ -106,26 +107,8 @@ def _open_layer(job: Job, source: SourceModel, layer: int, original: HiddenState
         block.advance(original)
         return _OpenLayer(block, *saved)
 
-    weights = job.read(layer).to(source.device, torch.float64)
-    moment = SecondMoment(job.plan.spec.hidden_size, source.device)
-    for rows in original.batches():
-        moment.add(block.attention_input(original.data[rows].to(source.device)))
-    measured = slice(0, max(1, MEASURED_TOKENS // original.data.shape[1]))
-    before = original.data[measured].clone().to(source.device)  # the stream moves on in place
-    with torch.no_grad():
-        inputs = block.attention_input(before)
-    block.advance(original)
-    after = original.data[measured].to(source.device)
-    check_finite(original.data, f"source layer {layer}")
-
-    @torch.no_grad()
-    def measure(folded: FoldedWeights) -> float:
-        block.set_attention(design(folded.to(source.device, torch.float32)))
-        error = float(relative_error(block(before), after))
-        return error if math.isfinite(error) else math.inf
-
-    cos, sin = block.rope
-    error, label, folded = job.best(weights, layer, moment.value(), inputs, (cos[0], sin[0]), measure)
+    seen = observe(job.plan, source, layer, block, original)
+    error, label, folded = best(job.plan, seen, layer)
     if error == math.inf:
         raise ConversionError(f"folding layer {layer} gave no finite result: check the source's weights there")
     return _OpenLayer(block, folded, label, error)

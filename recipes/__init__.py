@@ -1,1 +1,1 @@
-"""The shipped demo model and what is done with it."""
+"""Uptraining: recipes, the Trainer, losses and data; and the shipped demo model."""

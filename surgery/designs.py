@@ -79,16 +79,13 @@ class LatentAttention(Queries):
         """(B, T, d) → (B, T, d)."""
         tables = pick(rope, self.rope_pairs)
         q_nope, q_rope = self.queries(x).split([self.nope, self.rope_dim], dim=-1)  # (B, H, T, N), (B, H, T, R)
-        latent, key = (part[:, None] for part in self.kv_a_proj(x).split([self.rank, self.rope_dim], dim=-1))
-        q_rope, key = (rotate(part, tables).to(latent) for part in (q_rope, key))
-        if self.nope == 0:  # all heads share the key, and read their values from the latents that it weighs
-            up_v = self.kv_b_proj.weight.unflatten(0, (-1, self.value_dim))
-            out = causal_attention(q_rope, key, latent) @ up_v.mT.to(latent)  # (B, H, T, r) → (B, H, T, D)
-        else:
-            expanded = self.kv_b_proj(latent[:, 0]).unflatten(-1, (-1, self.nope + self.value_dim)).transpose(1, 2)
-            k, v = expanded.split([self.nope, self.value_dim], dim=-1)  # (B, H, T, N), (B, H, T, D)
-            k = torch.cat([k, key.expand(-1, k.shape[1], -1, -1)], dim=-1)
-            out = causal_attention(torch.cat([q_nope, q_rope], dim=-1), k, v)
+        latent, key = self.kv_a_proj(x).split([self.rank, self.rope_dim], dim=-1)
+        # Through the modules, not their matrices: adapters and sharding wrap them.
+        expanded = self.kv_b_proj(latent).unflatten(-1, (-1, self.nope + self.value_dim)).transpose(1, 2)
+        k, v = expanded.split([self.nope, self.value_dim], dim=-1)  # (B, H, T, N), (B, H, T, D)
+        q_rope, key = (rotate(part, tables).to(v) for part in (q_rope, key[:, None]))
+        k = torch.cat([k, key.expand(-1, k.shape[1], -1, -1)], dim=-1)
+        out = causal_attention(torch.cat([q_nope, q_rope], dim=-1), k, v)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def weights(self) -> LatentWeights:
@@ -151,11 +148,11 @@ class ReusedKeyAttention(Queries):
 
     def forward(self, x: Tensor, rope: Rope) -> Tensor:
         """(B, T, d) → (B, T, d)."""
-        tables, key = pick(rope, self.rope_pairs), self.k_proj(x)[:, None]
-        q, turned = (rotate(part, tables).to(key) for part in (self.queries(x), key))
-        mixed = causal_attention(q, turned, key)  # (B, H, T, C)
-        mixed = mixed + self.alpha.to(mixed) * self.reuse_proj(mixed)
-        out = mixed @ self.v_b_proj.weight.unflatten(0, (-1, self.value_dim)).mT.to(mixed)
+        tables, key = pick(rope, self.rope_pairs), self.k_proj(x)  # (B, T, C)
+        value = key + self.alpha.to(key) * self.reuse_proj(key)
+        v = self.v_b_proj(value).unflatten(-1, (-1, self.value_dim)).transpose(1, 2)  # (B, H, T, D)
+        q, k = (rotate(part, tables).to(v) for part in (self.queries(x), key[:, None]))
+        out = causal_attention(q, k.expand(-1, v.shape[1], -1, -1), v)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def weights(self) -> ReusedKeyWeights:

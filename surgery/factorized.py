@@ -6,8 +6,6 @@ values from it: `v = (I + diag(α) N) k`. A source's keys say little of its valu
 frequency zero, and be chosen for what the values need. Such a key contains MLA of the same width.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,6 +20,9 @@ START = {
     "mfa": Choice(slots=0.0, values=0.0, balance=0.0, picked="energy", centred=True),
     "mfa-kr": Choice(slots=0.0, values=0.0, balance=0.3, picked="turning", centred=True, still=0.5),
 }
+STOCK_START = Choice(slots=0.0, values=0.0, balance=0.0)
+STOCK: Tries = {"slots": (0.5, 1.0), "values": (0.5, 1.0)}
+"""For a key that must hold the first frequencies, and an output without bias."""
 TRIED: dict[str, Tries] = {
     "mfa": {"slots": (0.5, 1.0), "values": (0.5, 1.0), "picked": ("first", "turning")},
     "mfa-kr": {
@@ -48,8 +49,9 @@ def mfa_kr(
 ) -> ReusedKeyWeights:
     """One wide key of `width` numbers, a share `choice.still` of them without rotation, that serves as value too.
 
-    Values are read from the key before its rotation by linear regression, means apart; what it does not say of them is
-    what the still part is chosen for, together with the keys' position-free rest.
+    Every head's value is read from the key before its rotation by linear regression, means apart; what that does not say is
+    what the still part is chosen for, together with the keys' position-free rest. The regression is absorbed by the heads'
+    maps, so N begins at zero, and α at one for training to move it.
 
     Raises:
         ValueError: `width` is odd, or above the 2·G·D that hold all keys and all values.
@@ -68,14 +70,10 @@ def mfa_kr(
         rank = min(still, values.shape[-1] - 1)  # no input has more to hold; zeros behind that
         down, up_k, _ = joint_latent(weights, slots.rest, left, rank, moment, phase, choice)
         down, up_k = F.pad(down, (0, 0, 0, still - rank)), F.pad(up_k, (0, still - rank))
-    # The shared value of the paper: the principal value components, of which N predicts what it can from the key.
     order = _halves_first(turning, still).to(cached.device)
     key = torch.cat([cached, down])[order]  # (C, n)
-    shared = joint_latent(weights, slots.rest, values, min(width, key.shape[1] - 1), moment, phase, _only_values(choice))[0]
-    shared = F.pad(shared, (0, 0, 0, width - len(shared)))
-    reuse = regression(shared, key, spread)  # (C, C)
-    up_v = regression(values, reuse @ key, spread)  # (G, D, C)
-    mean = (values - up_v @ reuse @ key) @ moment[:, -1]  # (G, D)
+    up_v = regression(values, key, spread)  # (G, D, C)
+    mean = (values - up_v @ key) @ moment[:, -1]  # (G, D)
     per = weights.heads // weights.kv_heads
     constant = torch.einsum("hdi,hi->d", weights.o, mean.repeat_interleave(per, 0))
 
@@ -92,18 +90,14 @@ def mfa_kr(
         q=torch.cat([absorbed.q_rope, free], 1)[:, order] * scale,
         key=key[:, :-1],
         pairs=torch.cat([slots.pairs, still_pairs]),
-        reuse=reuse - torch.eye(width, dtype=reuse.dtype, device=reuse.device),
-        alpha=reuse.new_ones(width),
+        reuse=key.new_zeros(width, width),
+        alpha=key.new_ones(width),
         up_v=up_v.repeat_interleave(per, 0),
         o=weights.o,
         q_bias=bias,
         k_bias=key[:, -1] if key[:, -1].any() else None,
         o_bias=constant if weights.o_bias is None else weights.o_bias + constant,
     )
-
-
-def _only_values(choice: Choice) -> Choice:
-    return replace(choice, balance=0.0)
 
 
 def _halves_first(turning: int, still: int) -> Tensor:

@@ -71,7 +71,7 @@ FREE: Tries = {"picked": ("turning", "energy"), "centred": (True,), **STOCK}
 
 
 Folded = TypeVar("Folded")
-Queried = TypeVar("Queried", LatentWeights, ReusedKeyWeights, RebuiltKeyWeights)
+Queried = TypeVar("Queried", bound=LatentWeights | ReusedKeyWeights | RebuiltKeyWeights)
 
 
 @torch.no_grad()

@@ -13,13 +13,14 @@ class SecondMoment:
     def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
         self.total = torch.zeros(size + 1, size + 1, dtype=torch.float64, device=device)
 
-    def add(self, x: Tensor) -> None:
-        """Take in tokens (..., d)."""
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Take in tokens (..., d), each as often as `weights` (...) says, once without."""
         x = x.flatten(0, -2).to(torch.float64)
-        self.total[:-1, :-1] += x.T @ x
-        self.total[-1, :-1] += x.sum(0)
-        self.total[:-1, -1] += x.sum(0)
-        self.total[-1, -1] += len(x)
+        counted = x if weights is None else x * weights.reshape(-1, 1).to(x)
+        self.total[:-1, :-1] += counted.T @ x
+        self.total[-1, :-1] += counted.sum(0)
+        self.total[:-1, -1] += counted.sum(0)
+        self.total[-1, -1] += len(x) if weights is None else float(weights.sum())
 
     def value(self) -> Tensor:
         """The mean over the tokens seen. Raises ValueError when there were none."""

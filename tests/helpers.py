@@ -22,6 +22,7 @@ from transformers import (
     Qwen2Config,
 )
 
+import kvfold.convert.layouts.modeling_kvfold  # noqa: F401 — registers our layout with transformers
 from kvfold.cli import main
 
 FAMILIES = ("llama", "llama3", "mistral", "qwen2")

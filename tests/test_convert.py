@@ -246,6 +246,24 @@ def test_healing_brings_every_window_nearer_to_the_original(tmp_path: Path) -> N
         assert layer["window_error"]["after"] < layer["window_error"]["before"]
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_surprise_is_the_sources_own_loss(tied: bool, tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", "llama", tie_word_embeddings=tied)
+    reader = CheckpointReader(source)
+    weights = SourceModel(reader, family_of(reader.config), torch.device("cpu"), IDS.shape[1]).surprise(IDS)
+    nll = torch.nn.functional.cross_entropy(logits(source)[:, :-1].transpose(1, 2), IDS[:, 1:], reduction="none")
+    torch.testing.assert_close(weights[:, :-1], nll / nll.mean(), atol=1e-5, rtol=1e-5)
+    assert weights[:, -1].tolist() == [1.0, 1.0]
+
+
+def test_token_weights_change_the_fold(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", "llama")
+    tokens = save_tokens(tmp_path / "t.safetensors", 8, 40)
+    for kind in ("uniform", "nll"):
+        fold(source, tmp_path / kind, kv_heads=2, calibrate=tokens, token_weights=kind)
+    assert _weights(tmp_path / "uniform") != _weights(tmp_path / "nll")
+
+
 def test_the_source_can_write_its_own_calibration_text(tmp_path: Path) -> None:
     source = save_model(tmp_path / "source", "llama", bos_token_id=1)
     record = fold(source, tmp_path / "out", kv_heads=2, calibrate="self:256", window=32)

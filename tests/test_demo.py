@@ -12,7 +12,7 @@ from kvfold.convert.pipeline import convert
 from kvfold.convert.settings import ConvertSettings
 from kvfold.evaluation.evaluate import EvaluateSettings, evaluate
 from kvfold.recipes.demo.corpus import CALIBRATION, HELDOUT, standard_library
-from kvfold.recipes.demo.demo import FOLDS, demo_settings, run_demo, write_texts
+from kvfold.recipes.demo.demo import FOLDS, UPTRAINED, demo_settings, run_demo, write_texts
 
 
 def test_model_is_small_multi_head_and_bf16(demo_model: Path) -> None:
@@ -55,9 +55,11 @@ def test_default_is_ten_times_better_than_mean_at_half_the_cache(demo_model: Pat
 def test_whole_demo(tmp_path: Path) -> None:
     result = run_demo(tmp_path / "demo")
     found = {Path(m["path"]).name: m["damage_nats"] for m in result["models"]}
-    assert list(found) == list(FOLDS)
+    assert set(found) == {*FOLDS, *(f"{name}-uptrained" for name in UPTRAINED)}
+    for target in UPTRAINED:
+        assert found[f"{target}-uptrained"] < found[f"{target}-healed"] < found[target]
     for target in ("gqa-4", "gqa-2", "mqa"):
         assert found[f"{target}-healed"] < found[target]
-    assert {m["stage"] for m in result["models"]} == {"closed form", "healed"}
+    assert {m["stage"] for m in result["models"]} == {"closed form", "healed", "uptrained"}
     for name in ("report.md", "report.html", "plots/damage.png"):
         assert (tmp_path / "demo" / name).exists()

@@ -3,19 +3,25 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, StaticCache
 
 from kvfold.convert.checkpoint import CheckpointReader
+from kvfold.convert.layouts import step3_text
 from kvfold.convert.plan import make_plan
 from kvfold.convert.settings import ConvertSettings
+from kvfold.convert.stream import FoldedAttention
 from kvfold.evaluation.layers import measure_cache
 from kvfold.surgery import latent
+from kvfold.surgery.designs import LatentAttention
+from kvfold.surgery.rope import rotate
 from tests.helpers import FAMILIES, save_model, save_tokens
 from tests.test_convert import IDS, decoded_as_uncached, fold, load, logits
 
@@ -71,6 +77,59 @@ def test_the_same_factors_in_both_layouts_agree(
     ours, stock = logits(tmp_path / "kvfold"), logits(tmp_path / "deepseek_v3")
     torch.testing.assert_close(ours, stock, atol=1e-4, rtol=1e-4)
     assert (ours - logits(source)).abs().max() > 1e-2, "the fold is lossy, or this compares nothing"
+
+
+@torch.no_grad()
+def step3_attention(tensors: list[Tensor], x: Tensor, heads: int, theta: float, eps: float) -> Tensor:
+    """Step3's attention as vLLM computes it, from a layer's tensors: x (T, d) → (T, d)."""
+    q_a, norm, wq, key, value, o = tensors
+    width, tokens = len(key), len(x)
+    low = x @ q_a.T
+    q = (low * (low.square().mean(-1, keepdim=True) + eps).rsqrt() * norm) @ wq.T
+    angles = torch.arange(tokens)[:, None] * theta ** (-torch.arange(0, width, 2) / width)
+    rope = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+    q, k = rotate(q.view(tokens, heads, width).transpose(0, 1), rope), rotate(x @ key.T, rope)
+    scores = (q @ k.T * width**-0.5).masked_fill(torch.ones(tokens, tokens, dtype=torch.bool).triu(1), -torch.inf)
+    return (scores.softmax(-1) @ (x @ value.T)).transpose(0, 1).flatten(1) @ o.T
+
+
+@pytest.mark.parametrize(("pad_for", "q_rank"), [("none", None), (None, 40)])
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 4, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}])
+def test_step3_text_says_what_mfa_says(
+    changes: dict[str, Any], pad_for: str | None, q_rank: int | None, tmp_path: Path
+) -> None:
+    """The written tensors through Step3's formula, norm and all, against the factors that were lifted from them."""
+    source = save_model(tmp_path / "source", "llama", **changes)
+    shape = {"to": "mfa", "width": 6, "layout": "step3_text", "pad_for": pad_for, "q_rank": q_rank}
+    record = fold(source, tmp_path / "out", **shape, calibrate=save_tokens(tmp_path / "t.safetensors", 8, 40))
+    reader = CheckpointReader(tmp_path / "out")
+    plan = make_plan(CheckpointReader(source).config, ConvertSettings(**shape))
+    config, width = reader.config, 6 if pad_for == "none" else 32
+    assert (config["model_type"], config["head_dim"], plan.cache_numbers) == ("step3_text", width, 2 * width)
+    assert record["layers"][0]["choice"].endswith("first slots")
+    assert sum(reader.tensor(name).numel() for name in reader.entries) == load(source).num_parameters() - plan.parameters_saved
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(5))
+    rope = load(source).model.rotary_emb(x, torch.arange(40)[None])
+    for layer in range(2):
+        tensors = {name: reader.tensor(name) for name in step3_text.names(layer, plan)}
+        wanted = LatentAttention(step3_text.lift(tensors, plan))(x[None], (rope[0][0], rope[1][0]))[0].detach()
+        got = step3_attention(list(tensors.values()), x, 8, config["rope_parameters"]["rope_theta"], config["rms_norm_eps"])
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(reader.tensor("lm_head.weight"), load(source).lm_head.weight.detach(), atol=0, rtol=0)
+
+
+def test_one_key_head_comes_out_exact_in_step3_text(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", "llama3", num_key_value_heads=1)
+    tokens = save_tokens(tmp_path / "t.safetensors", 16, 40)
+    shape = {"to": "mfa", "width": 8, "layout": "step3_text"}
+    fold(source, tmp_path / "out", **shape, calibrate=tokens)
+    reader, model = CheckpointReader(tmp_path / "out"), load(source)
+    plan = make_plan(CheckpointReader(source).config, ConvertSettings(**shape))
+    for layer, block in enumerate(model.model.layers):
+        lifted = step3_text.lift({name: reader.tensor(name) for name in step3_text.names(layer, plan)}, plan)
+        block.self_attn = FoldedAttention(LatentAttention(lifted))
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, logits(source), atol=1e-4, rtol=1e-4)
 
 
 def folded(tmp_path: Path, design: str, family: str = "qwen2", **changes: Any) -> tuple[Path, Path]:
@@ -144,6 +203,22 @@ def test_saved_again_and_trained_with_checkpointing(design: str, tmp_path: Path)
         assert all(p.grad is not None for p in trained.parameters())
         gradients.append(trained.model.layers[0].self_attn.o_proj.weight.grad)
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("design", SMALL)
+def test_adapters_of_peft_reach_every_projection(design: str, tmp_path: Path) -> None:
+    """Absorbed decoding multiplies matrices without calling their modules: unmerged adapters must count there too."""
+    _, out = folded(tmp_path, design)
+    model: Any = load(out)
+    targets = [name for name, module in model.named_modules() if "self_attn" in name and isinstance(module, torch.nn.Linear)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks the model by a name that transformers has given up
+        adapted: Any = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
+    decoded_as_uncached(adapted)
+    with torch.no_grad():
+        wanted = adapted(IDS).logits
+        torch.testing.assert_close(adapted.merge_and_unload()(IDS).logits, wanted, atol=1e-4, rtol=1e-4)
+    assert (wanted - logits(out)).abs().max() > 1e-2
 
 
 def test_dtypes_and_eager_attention(tmp_path: Path) -> None:

@@ -64,7 +64,8 @@ def test_help_is_quick_and_version_is_told() -> None:
         start = time.perf_counter()
         result = subprocess.run([sys.executable, "-m", "kvfold", "--help"], capture_output=True, text=True, check=True)
         times.append(time.perf_counter() - start)
-    assert all(verb in result.stdout for verb in ("plan", "convert", "evaluate", "push", "demo"))
+    verbs = ("plan", "convert", "evaluate", "uptrain", "recipes", "push", "demo")
+    assert all(verb in result.stdout for verb in verbs)
     assert min(times) < 0.5
     version = subprocess.run([sys.executable, "-m", "kvfold", "--version"], capture_output=True, text=True, check=True)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -93,3 +94,4 @@ def test_the_wheel_holds_all_of_it(tmp_path: Path) -> None:
             assert f"{name.replace('.', '/')}/{path.relative_to(ROOT / folder)}" in names
     assert {"kvfold/py.typed", "kvfold/recipes/demo/model/model.safetensors"} <= names
     assert {"kvfold/convert/card.md.jinja", "kvfold/evaluation/report.html.jinja"} <= names
+    assert {"kvfold/recipes/configs/distill-lora.yaml", "kvfold/recipes/accelerate/uptrain.sbatch"} <= names

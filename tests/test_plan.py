@@ -469,7 +469,11 @@ def test_latent_budget_picks_rank_and_rotary_width() -> None:
         ({}, {"kv_rank": 512, "rope_dim": 64, "keys": "rebuilt"}, "leave --rope-dim out"),
         ({}, {"kv_rank": 512, "q_rank": 5000}, "--q-rank 5000 is over the full rank 4096"),
         ({}, {"kv_rank": 512, "width": 64}, "--width belongs to --to mfa or mfa-kr, not mla: leave it out"),
-        ({}, {"kv_rank": 512, "layout": "kvfold", "pad_for": "vllm"}, "--pad-for vllm pads deepseek_v3"),
+        (
+            {},
+            {"kv_rank": 512, "layout": "kvfold", "pad_for": "vllm"},
+            "pads for engines, and this is the kvfold layout",
+        ),
         ({}, {"to": "mfa", "width": 63}, "--width 63 must be even and between 2 and the full width 4096: the nearest is 62"),
         ({}, {"to": "mfa", "width": 5000}, "the nearest is 4096"),
         ({}, {"to": "mfa-kr", "width": 1}, "between 2 and the full width 8192: the nearest is 2"),
@@ -481,7 +485,33 @@ def test_latent_budget_picks_rank_and_rotary_width() -> None:
         ({}, {"kv_rank": 0}, "the nearest is 1"),
         ({}, {"kv_budget": "0.01%"}, "leaves 0 numbers: the least is 0.05%"),
         ({}, {"kv_budget": "lots"}, "write 25% or 0.25"),
-        ({}, {"kv_rank": 512, "method": "pca"}, "unknown method 'pca'. Available: kvfold"),
+        (
+            {},
+            {"kv_rank": 512, "method": "pca"},
+            "unknown method 'pca'. Available: kvfold, svd-split, svd-joint, partial-rope-high",
+        ),
+        ({}, {"kv_rank": 512, "method": "roroe"}, "unknown method 'roroe'. Did you mean rorope?"),
+        ({}, {"to": "mfa", "width": 64, "method": "rorope"}, "unknown method 'rorope'. Available: kvfold"),
+        (
+            {},
+            {"kv_rank": 60, "rope_dim": 4, "method": "svd-joint"},
+            "rotates at least 64 numbers, which leaves no latent of 64",
+        ),
+        ({}, {"kv_budget": "0.5%", "method": "svd-split"}, "the least is --kv-rank 1 --rope-dim 64, or --kv-budget 0.80%"),
+        ({}, {"kv_rank": 512, "rope_dim": 64, "method": "whitened"}, "--method whitened has no rotary key of its own"),
+        ({}, {"kv_rank": 512, "keys": "rebuilt", "method": "rorope"}, "leave --keys out, or use --method whitened"),
+        (
+            {},
+            {"kv_rank": 9, "layer_budgets": "measured", "method": "rorope"},
+            "--method rorope has the same widths in every layer",
+        ),
+        ({}, {"kv_rank": 512, "rope_dim": 63, "method": "rorope"}, "--rope-dim 63 must be even"),
+        ({}, {"kv_rank": 5000, "method": "rorope"}, "between 1 and the full rank 4096"),
+        (
+            {},
+            {"kv_rank": 512, "method": "rorope", "layout": "deepseek_v3"},
+            "--method rorope leaves what deepseek_v3 cannot say",
+        ),
     ],
 )
 def test_latent_refusals(config: dict[str, Any], settings: dict[str, Any], refusal: str) -> None:
@@ -521,6 +551,51 @@ def test_budgets_of_mfa_and_its_like() -> None:
         assert plan.kv_budget == parse_budget(budget)
     plan = make_plan(LATENT_FACTS, ConvertSettings(to="mla", keys="rebuilt", kv_budget="25%"))
     assert (plan.kv_rank, plan.rope_dim, plan.design) == (2048, 0, "rebuilt-key")
+
+
+def test_mfa_in_step3_text() -> None:
+    plan = make_plan(LATENT_FACTS, ConvertSettings(to="mfa", width=128, layout="step3_text"))
+    assert (plan.stored, plan.q_rank, plan.architecture) == (LatentShape(128, 128, 0, 128), 4096, "Step3TextForCausalLM")
+    plan = make_plan(LATENT_FACTS, ConvertSettings(to="mfa", width=100, layout="step3_text"))
+    assert (plan.stored.rope, plan.cache_numbers) == (112, 224)
+    plan = make_plan(LATENT_FACTS, ConvertSettings(to="mfa", width=100, layout="step3_text", pad_for="none", q_rank=512))
+    assert (plan.cache_numbers, plan.q_rank) == (200, 512)
+    for config, settings, reason in (
+        ({}, {"width": 256}, "a key wider than 128 repeats frequencies"),
+        ({"model_type": "qwen2"}, {"width": 64}, "attention biases"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, {"width": 64}, "rope type yarn"),
+        ({}, {"width": 64, "layer_budgets": "measured"}, "the same widths in every layer"),
+        ({}, {"width": 64, "dtype": "fp16"}, "float16 cannot hold"),
+    ):
+        plan = make_plan({**LATENT_FACTS, **config}, ConvertSettings(to="mfa", layout="step3_text", **settings))
+        assert any(reason in refusal and "use --layout kvfold" in refusal for refusal in plan.refusals), plan.refusals
+    plan = make_plan(LATENT_FACTS, ConvertSettings(to="mla", kv_rank=64, layout="step3_text"))
+    assert "--layout step3_text belongs to --to mfa, not mla: leave it out" in plan.refusals
+
+
+@pytest.mark.parametrize(
+    ("settings", "widths", "note"),
+    [
+        ({"method": "svd-joint", "kv_rank": 512, "rope_dim": 64}, (512, 64), ""),
+        ({"method": "svd-joint", "kv_rank": 512, "rope_dim": 100}, (548, 64), "64 numbers in place of 100"),
+        ({"method": "partial-rope-2norm", "kv_rank": 512, "rope_dim": 32}, (480, 64), "64 numbers in place of 32"),
+        ({"method": "partial-rope-low", "kv_budget": "25%"}, (1984, 64), "64 numbers in place of 116"),
+        ({"method": "svd-split", "kv_budget": "0.80%"}, (1, 64), "64 numbers in place of 32"),
+        ({"method": "rorope", "kv_rank": 512, "rope_dim": 60}, (540, 32), "32 numbers in place of 60"),
+        ({"method": "rorope", "kv_rank": 512, "rope_dim": 300}, (556, 256), "the latent has the rest of the 812"),
+        ({"method": "whitened", "kv_budget": "25%"}, (2048, 0), ""),
+    ],
+)
+def test_published_methods_have_the_cache_that_was_asked_for(
+    settings: dict[str, Any], widths: tuple[int, int], note: str
+) -> None:
+    """MHA2MLA rotates 2·32 numbers or a multiple, TransMLA a divisor of 128 or a multiple; the latent takes the rest."""
+    plan = make_plan(LATENT_FACTS, ConvertSettings(to="mla", **settings))
+    assert (plan.kv_rank, plan.rope_dim, plan.layout, plan.refusals) == (*widths, "kvfold", [])
+    assert note in plan.note
+    assert ("rotates" in plan.note) == bool(note)
+    assert plan.cache_numbers == sum(widths)
+    assert plan.design == ("rebuilt-key" if settings["method"] == "whitened" else "latent")
 
 
 def test_latent_needs_calibration_only_to_convert_and_its_flags_belong_to_it() -> None:

@@ -277,3 +277,11 @@ def test_relative_error_counts_every_token_alike() -> None:
     target = torch.tensor([[1.0, 0.0], [1000.0, 0.0]])
     output = torch.tensor([[1.5, 0.0], [1500.0, 0.0]])
     assert float(relative_error(output, target)) == pytest.approx(0.25)
+
+
+def test_a_token_of_weight_two_counts_as_two() -> None:
+    x = inputs(rows=1)[0, :3]
+    weighted, repeated = SecondMoment(HIDDEN), SecondMoment(HIDDEN)
+    weighted.add(x, torch.tensor([2.0, 1.0, 0.0]))
+    repeated.add(x[[0, 0, 1]])
+    torch.testing.assert_close(weighted.value(), repeated.value())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvfold.convert.checkpoint import CheckpointReader, TensorSpec
-from kvfold.convert.layouts import deepseek_v3, kvfold, source
+from kvfold.convert.layouts import deepseek_v3, kvfold, source, step3_text
 from kvfold.convert.plan import ConversionPlan
 
 
@@ -35,7 +35,7 @@ class Layout(Protocol):
         """What a checkpoint needs beside weights and config, by name."""
 
 
-LAYOUTS: dict[str, Layout] = {"source": source, "deepseek_v3": deepseek_v3, "kvfold": kvfold}
+LAYOUTS: dict[str, Layout] = {"source": source, "deepseek_v3": deepseek_v3, "step3_text": step3_text, "kvfold": kvfold}
 
 
 def layout_of(plan: ConversionPlan) -> Layout:

@@ -40,7 +40,7 @@ def config(source: dict[str, Any], plan: ConversionPlan, dtype: torch.dtype | No
         "kv_lora_rank": ranks if latent else None,
         "qk_rope_head_dim": ropes if plan.design != "rebuilt-key" else None,
         "qk_nope_head_dim": plan.stored.nope if plan.design == "latent" else None,
-        "q_lora_rank": plan.settings.q_rank,
+        "q_lora_rank": plan.q_rank,
         "query_bias": spec.qkv_bias,
         "dtype": stated if dtype is None else str(dtype).removeprefix("torch."),
     }
@@ -64,7 +64,7 @@ def prefix(layer: int) -> str:
 
 def blank(plan: ConversionPlan, rank: int, rope: int) -> Design:
     """The design with shapes and no numbers."""
-    spec, q_rank = plan.spec, plan.settings.q_rank
+    spec, q_rank = plan.spec, plan.q_rank
     hidden, heads, width, read = spec.hidden_size, spec.heads, spec.head_dim, q_rank or spec.hidden_size
 
     def empty(*shape: int) -> Tensor:

@@ -88,6 +88,16 @@ def of_layer(widths: int | list[int], layer: int) -> int:
     return widths if isinstance(widths, int) else widths[layer]
 
 
+def matrix(linear: Any) -> Tensor:
+    """The weight of a linear map, adapters of PEFT included that are not merged into it."""
+    weight = linear.weight
+    if not getattr(linear, "merged", True) and not linear.disable_adapters:
+        for name in linear.active_adapters:
+            if name in linear.lora_A:
+                weight = weight + linear.get_delta_weight(name).to(weight)
+    return weight
+
+
 class FoldedAttention(nn.Module):
     """What the designs share: queries, full or of low rank, and the output projection."""
 
@@ -138,7 +148,7 @@ class LatentAttention(FoldedAttention):
         latent, key = self.kv_a_proj(hidden_states)[:, None].split([self.rank, self.rope], dim=-1)
         q_rope, key = rotate(q_rope, cos, sin), rotate(key, cos, sin)
         keys = self.cached(torch.cat([latent, key], -1), past_key_values)  # (B, 1, S, r + R)
-        up_k, up_v = self.kv_b_proj.weight.unflatten(0, (-1, self.nope + self.value)).split([self.nope, self.value], 1)
+        up_k, up_v = matrix(self.kv_b_proj).unflatten(0, (-1, self.nope + self.value)).split([self.nope, self.value], 1)
         # Products per key and head: in the latent T·(2r + R), expanded T·(N + R + D) and once r·(N + D).
         tokens = hidden_states.shape[1]
         if self.nope == 0 or tokens * (2 * self.rank - self.nope - self.value) <= self.rank * (self.nope + self.value):
@@ -205,7 +215,7 @@ class ReusedKeyAttention(ReadTimeRotation):
         q = rotate(self.queries(hidden_states), *pick(new, self.rope_pairs))
         mixed = attend(q, rotate(key, *pick(every, self.rope_pairs)), key, attention_mask, self.scale)  # (B, H, T, C)
         mixed = mixed + self.alpha * self.reuse_proj(mixed)
-        out = mixed @ self.v_b_proj.weight.unflatten(0, (-1, self.value)).mT  # (B, H, T, D)
+        out = mixed @ matrix(self.v_b_proj).unflatten(0, (-1, self.value)).mT  # (B, H, T, D)
         return self.o_proj(out.transpose(1, 2).flatten(2)), None
 
 

@@ -12,6 +12,8 @@ from kvfold.errors import UserError
 from kvfold.evaluation import report as reports
 from kvfold.evaluation.evaluate import EvaluateSettings, evaluate
 from kvfold.recipes.demo.corpus import CALIBRATION, HELDOUT, standard_library
+from kvfold.recipes.recipe import load_recipe
+from kvfold.recipes.uptrain import uptrain
 
 MODEL = Path(__file__).parent / "model"
 CALIBRATION_TOKENS, EVALUATION_TOKENS, HEAL_STEPS = 32768, 32768, 60
@@ -27,14 +29,23 @@ FOLDS: dict[str, dict[str, Any]] = {
     "mqa-healed": {"to": "mqa"},
     "mla-25": {"to": "mla", "kv_budget": "25%", "heal_steps": 0},
     "mla-25-healed": {"to": "mla", "kv_budget": "25%"},
+    "mfa-25": {"to": "mfa", "kv_budget": "25%", "heal_steps": 0},
+    "mfa-25-healed": {"to": "mfa", "kv_budget": "25%"},
+    "mfa-kr-12": {"to": "mfa-kr", "kv_budget": "12.5%", "heal_steps": 0},
+    "mfa-kr-12-healed": {"to": "mfa-kr", "kv_budget": "12.5%"},
+    "mfa-kr-6": {"to": "mfa-kr", "kv_budget": "6.25%", "heal_steps": 0},
+    "mfa-kr-6-healed": {"to": "mfa-kr", "kv_budget": "6.25%"},
 }
+UPTRAINED = ("gqa-2", "mqa", "mla-25", "mfa-25", "mfa-kr-12")
+"""Folds whose healed checkpoint is uptrained too."""
+RECIPE, OVERRIDES = "distill-attention", ["tokens=98304", "eval_tokens=4096"]
 
 
 def run_demo(directory: Path, report: Callable[[float, str], None] = lambda share, line: None) -> dict[str, Any]:
-    """Fold the demo model in every way of `FOLDS`, evaluate them together, and write the report into `directory`.
+    """Fold the demo model in every way of `FOLDS`, uptrain some, evaluate all, and write the report into `directory`.
 
-    Calibration text are modules of the standard library that the model was trained on, evaluation text are modules it
-    has never seen. The model is copied to `directory/source`. What an earlier run left there is replaced.
+    Calibration and uptraining text are modules of the standard library that the model was trained on, evaluation text are
+    modules it has never seen. The model is copied to `directory/source`. What an earlier run left there is replaced.
 
     Returns:
         The result of `evaluate`.
@@ -47,19 +58,27 @@ def run_demo(directory: Path, report: Callable[[float, str], None] = lambda shar
     directory.mkdir(parents=True, exist_ok=True)
     source = shutil.copytree(MODEL, directory / "source", dirs_exist_ok=True)
     calibration, heldout = write_texts(directory)
-    share = 0.85 / len(FOLDS)
-    for number, (name, choice) in enumerate(FOLDS.items()):
-        settings = ConvertSettings(**demo_settings(choice, calibration))
+    share = 0.8 / (len(FOLDS) + len(UPTRAINED))
+    names: list[str] = []
+    for name, choice in FOLDS.items():
+        settings, begun = ConvertSettings(**demo_settings(choice, calibration)), len(names)
 
-        def progress(done: float, line: str, number: int = number, name: str = name) -> None:
-            report(share * (number + done), f"{name}: {line}")
+        def progress(done: float, line: str, begun: int = begun, name: str = name) -> None:
+            report(share * (begun + done), f"{name}: {line}")
 
         convert(str(source), directory / name, settings, overwrite=True, report=progress)
+        names.append(name)
+        fold = name.removesuffix("-healed")
+        if name != fold and fold in UPTRAINED:
+            report(share * len(names), f"{fold}-uptrained")
+            names.append(f"{fold}-uptrained")
+            recipe = load_recipe(RECIPE, OVERRIDES)
+            uptrain(str(directory / name), directory / names[-1], str(source), recipe, str(calibration), overwrite=True)
     result = evaluate(
-        [str(directory / name) for name in FOLDS],
+        [str(directory / name) for name in names],
         str(source),
         EvaluateSettings(on=str(heldout), max_tokens=EVALUATION_TOKENS, detail="quick"),
-        lambda done, line: report(0.85 + 0.15 * done, f"evaluating {line}"),
+        lambda done, line: report(0.8 + 0.2 * done, f"evaluating {line}"),
     )
     reports.write(result, directory)
     return result

@@ -1,6 +1,6 @@
 """kvfold folds the KV cache of a trained Hugging Face model into a cheaper attention.
 
-Public API: `convert_checkpoint`, `ConvertSettings`, `make_plan`, `evaluate`, and the errors.
+Public API: `convert_checkpoint`, `ConvertSettings`, `make_plan`, `evaluate`, `uptrain`, `load_recipe`, and the errors.
 Everything heavy is imported on first use. Where transformers was imported before, checkpoints of our own layout load without
 `trust_remote_code` from then on.
 """
@@ -16,15 +16,29 @@ if TYPE_CHECKING:
     from kvfold.convert.plan import make_plan
     from kvfold.convert.settings import ConvertSettings
     from kvfold.evaluation.evaluate import evaluate
+    from kvfold.recipes.recipe import load_recipe
+    from kvfold.recipes.uptrain import uptrain
 
 __version__ = "0.1.0"
-__all__ = ["ConversionError", "ConvertSettings", "UserError", "__version__", "convert_checkpoint", "evaluate", "make_plan"]
+__all__ = [
+    "ConversionError",
+    "ConvertSettings",
+    "UserError",
+    "__version__",
+    "convert_checkpoint",
+    "evaluate",
+    "load_recipe",
+    "make_plan",
+    "uptrain",
+]
 
 _HOMES = {
     "convert_checkpoint": ("kvfold.convert.pipeline", "convert"),
     "ConvertSettings": ("kvfold.convert.settings", "ConvertSettings"),
     "make_plan": ("kvfold.convert.plan", "make_plan"),
     "evaluate": ("kvfold.evaluation.evaluate", "evaluate"),
+    "load_recipe": ("kvfold.recipes.recipe", "load_recipe"),
+    "uptrain": ("kvfold.recipes.uptrain", "uptrain"),
 }
 
 

@@ -1,6 +1,7 @@
 """The verbs. Thin: each parses its flags, imports what it needs, calls one function and prints what came of it."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 
-from kvfold.errors import ConversionError, UserError
+from kvfold.errors import ConversionError, Stopped, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,7 +40,10 @@ LayerBudgets = Annotated[
 ]
 LayoutOption = Annotated[
     Optional[str],
-    typer.Option("--layout", help="auto, deepseek_v3 or kvfold. Default: stock where it can say all, else ours."),
+    typer.Option(
+        "--layout",
+        help="auto, deepseek_v3 (mla), step3_text (mfa, vLLM only) or kvfold. Default: what transformers runs, stock first.",
+    ),
 ]
 PadFor = Annotated[
     Optional[str],
@@ -50,7 +54,10 @@ KvBudget = Annotated[
 ]
 Method = Annotated[
     Optional[str],
-    typer.Option(help="mean, first, random, align or pca. Default: pca with calibration text, align without; kvfold for mla."),
+    typer.Option(
+        help="mean, first, random, align or pca. Default: pca with calibration text, align without. For mla: kvfold, or for "
+        "comparison svd-split, svd-joint, partial-rope-high, -low, -uniform, -2norm, rorope, whitened. Default: kvfold."
+    ),
 ]
 Grouping = Annotated[
     Optional[str], typer.Option(help="Which heads share one: neighbours or similar. Default: similar for align and pca.")
@@ -130,6 +137,10 @@ def convert(
     ] = None,
     calibration_tokens: Annotated[Optional[int], typer.Option(help="Tokens to take from it. Default: 131072.")] = None,
     window: Annotated[Optional[int], typer.Option(help="Tokens in a window of calibration text. Default: 512.")] = None,
+    token_weights: Annotated[
+        Optional[str],
+        typer.Option(help="How much a calibration token counts: uniform, or nll, what the source finds surprising."),
+    ] = None,
     heal_steps: Annotated[Optional[int], typer.Option(help="Healing steps per layer; 0 turns it off. Default: 300.")] = None,
     heal_window: Annotated[Optional[int], typer.Option(help="Layers healed together. Default: 2.")] = None,
     heal_batch_tokens: Annotated[Optional[int], typer.Option(help="Tokens in a healing step. Default: 4096.")] = None,
@@ -152,7 +163,7 @@ def convert(
     """Fold a checkpoint into another one with a smaller KV cache."""
     flags = _given(
         locals(),
-        GEOMETRY + " grouping calibrate calibration_tokens window heal_steps "
+        GEOMETRY + " grouping calibrate calibration_tokens window token_weights heal_steps "
         "heal_window heal_batch_tokens heal_lr heal_dtype dtype device max_shard_size seed revision",
     )
     from kvfold.convert.pipeline import convert as run
@@ -271,6 +282,82 @@ def push(
 
 
 @app.command()
+def uptrain(
+    out: Annotated[str, typer.Argument(help="The folded checkpoint: local folder or Hub id.")],
+    healed: Annotated[Path, typer.Argument(help="Folder to write.")],
+    overrides: Annotated[Optional[list[str]], typer.Argument(help="Settings over the recipe's, as key=value.")] = None,
+    recipe: Annotated[str, typer.Option(help="A name that `kvfold recipes` lists, or a .yaml file.")] = "distill-lora",
+    data: Annotated[str, typer.Option(help="Text or tokens to train on, as --calibrate of convert; several with commas.")] = "",
+    held_out: Annotated[
+        Optional[str], typer.Option("--eval", help="Text to choose the best checkpoint by. Default: a share of the data.")
+    ] = None,
+    teacher: Annotated[Optional[str], typer.Option(help="The source. Default: what kvfold.json names.")] = None,
+    keep_adapter: Annotated[bool, typer.Option(help="Write a PEFT adapter of OUT instead of a merged checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on with HEALED.partial where it was interrupted.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace HEALED if it exists.")] = False,
+    json_path: Json = None,
+) -> None:
+    """Train a folded checkpoint end to end against its source. Also under `accelerate launch -m kvfold`."""
+    from kvfold.recipes.recipe import load_recipe
+
+    settings = load_recipe(recipe, overrides or [])
+    if not data:
+        raise UserError("--data is missing: give a text, a folder, a Hub dataset or tokens to train on")
+    from kvfold.recipes.uptrain import uptrain as run
+
+    def log(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    entry = run(out, healed, teacher, settings, data, held_out, keep_adapter, resume, overwrite, log)
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first tells
+        return
+    _write_json(json_path, entry)
+    if json_path != Path("-"):
+        first, best = entry["held_out"][0], min(entry["held_out"][1:], key=lambda row: row["loss"])
+        print(
+            f"{healed}: held-out loss {first['loss']:.4f} → {best['loss']:.4f} nats per token, "
+            f"{entry['tokens']:,} tokens in {entry['seconds']:.0f} s"
+        )
+
+
+recipes = typer.Typer(add_completion=False, help="List, show and copy the recipes of uptrain.")
+app.add_typer(recipes, name="recipes")
+
+
+@recipes.callback(invoke_without_command=True)
+def _list_recipes(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        from kvfold.recipes.recipe import headline, shipped
+
+        for name, path in shipped().items():
+            print(f"{name:20}{headline(path)}")
+
+
+@recipes.command("show")
+def _show_recipe(name: Annotated[str, typer.Argument(help="Name of a recipe.")]) -> None:
+    """Print a recipe."""
+    from kvfold.recipes.recipe import recipe_file
+
+    print(recipe_file(name).read_text(), end="")
+
+
+@recipes.command("copy")
+def _copy_recipe(
+    name: Annotated[str, typer.Argument(help="Name of a recipe.")],
+    path: Annotated[Optional[Path], typer.Argument(help="File to write. Default: NAME.yaml.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the file if it exists.")] = False,
+) -> None:
+    """Write a recipe to a file, to change it and give it to --recipe."""
+    from kvfold.recipes.recipe import recipe_file
+
+    text, path = recipe_file(name).read_text(), path or Path(f"{name}.yaml")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists: choose another name, or pass --overwrite to replace it")
+    path.write_text(text)
+    print(path)
+
+
+@app.command()
 def demo(
     directory: Annotated[Path, typer.Argument(help="Folder for the checkpoints and the report.")] = Path("kvfold-demo"),
 ) -> None:
@@ -294,7 +381,8 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Show the v
 
 
 def main() -> NoReturn:
-    """Run a verb. Exit 2 for what the user got wrong, 1 for what failed, with one line on standard error."""
+    """Run a verb. Exit 2 for what the user got wrong, 1 for what failed, 143 for a stop by SIGTERM, with one line on
+    standard error."""
     try:
         app(standalone_mode=True)
         sys.exit(0)
@@ -302,8 +390,10 @@ def main() -> NoReturn:
         _fail(str(error), 2)
     except ConversionError as error:
         _fail(str(error), 1)
+    except Stopped as stopped:
+        _fail(str(stopped), 143)
     except KeyboardInterrupt:
-        _fail("interrupted; a conversion goes on with --resume, an evaluation with the same command", 130)
+        _fail("interrupted; convert and uptrain go on with --resume, evaluate with the same command", 130)
     except OSError as error:
         _fail(f"{error.filename or 'input/output'}: {error.strerror or error}; check the path, its permissions and the disk", 1)
 

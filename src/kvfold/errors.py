@@ -1,4 +1,4 @@
-"""The two ways a command ends badly. Every message says what, where, and what to do."""
+"""The ways a command ends before it is done. Every message says what, where, and what to do."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class ConversionError(Exception):
     """What was asked for is right, but carrying it out failed: exit code 1."""
+
+
+class Stopped(Exception):
+    """A signal asked to stop and what was done is saved: exit code 143, as the shell reports SIGTERM."""

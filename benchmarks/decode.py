@@ -1,0 +1,135 @@
+"""Decoding speed and resident cache of our own layout against multi-head attention, over the context, in transformers.
+
+    python benchmarks/decode.py [--batch 8] [--contexts 512 1024 2048 4096 8192] [--device cpu] [--out DIR]
+
+A Llama of about 110M parameters (12 layers, 12 heads of 64) and its foldings at a quarter of the cache, of random weights:
+MLA 320 + 64, MFA 192, MFA-KR 384 and rebuilt keys 384. The cache is filled to the context, then tokens are decoded one at a
+time through transformers' default cache; models take turns, and the fastest of the repeats counts. Writes decode.json,
+decode.md and decode.png into DIR and prints the table.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from kvfold.convert.layouts.modeling_kvfold import KvfoldConfig, KvfoldForCausalLM
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "head_dim": 64,
+    "vocab_size": 32000,
+    "max_position_embeddings": 16384,
+    "sliding_window": None,
+}
+FOLDS: dict[str, dict[str, Any]] = {
+    "MLA 320 + 64": {"kv_lora_rank": 320, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64},
+    "MFA 192": {"kv_lora_rank": 192, "qk_rope_head_dim": 192, "qk_nope_head_dim": 0},
+    "MFA-KR 384": {"attention_design": "reused-key", "qk_rope_head_dim": 384},
+    "rebuilt keys 384": {"attention_design": "rebuilt-key", "kv_lora_rank": 384},
+}
+
+
+def models(device: str, dtype: torch.dtype) -> dict[str, PreTrainedModel]:
+    torch.manual_seed(0)
+    source = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in SHAPE.items() if k != "sliding_window"}))
+    folded = {name: KvfoldForCausalLM(KvfoldConfig(**SHAPE, **widths)) for name, widths in FOLDS.items()}
+    return {name: model.to(device, dtype).eval() for name, model in {"source (MHA)": source, **folded}.items()}
+
+
+@torch.no_grad()
+def decode(model: PreTrainedModel, context: int, batch: int, steps: int) -> tuple[float, int]:
+    """Seconds per step after `context` tokens, and bytes of the cache then."""
+    token = torch.ones(batch, 1, dtype=torch.long, device=model.device)
+    cache = DynamicCache(config=model.config)
+    model(token, past_key_values=cache, use_cache=True)
+    for layer in cache.layers:  # as many tokens as asked for, without running the prompt
+        layer.keys, layer.values = (torch.randn_like(t.expand(-1, -1, context, -1)) for t in (layer.keys, layer.values))
+    model(token, past_key_values=cache, use_cache=True)  # warm-up
+    if token.is_cuda:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(steps):
+        model(token, past_key_values=cache, use_cache=True)
+    if token.is_cuda:
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - started) / steps
+    return seconds, sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--out", type=Path, default=Path("."))
+    args = parser.parse_args()
+    built = models(args.device, getattr(torch, args.dtype))
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in built}
+    for context in args.contexts:
+        runs: dict[str, list[tuple[float, int]]] = {name: [] for name in built}
+        for _ in range(args.repeats):
+            for name, model in built.items():
+                runs[name].append(decode(model, context, args.batch, args.steps))
+        for name, ran in runs.items():
+            seconds, size = min(ran)
+            found[name].append({"context": context, "tokens_per_second": args.batch / seconds, "cache_bytes": size})
+        print(context, {name: f"{rows[-1]['tokens_per_second']:.1f}" for name, rows in found.items()}, flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    settings = {"batch": args.batch, "device": args.device, "dtype": args.dtype, "threads": torch.get_num_threads()}
+    (args.out / "decode.json").write_text(json.dumps({"settings": settings, "models": found}, indent=2) + "\n")
+    text = table(found, args.contexts)
+    (args.out / "decode.md").write_text(text)
+    plot(found, args.batch, args.out / "decode.png")
+    print(text)
+
+
+def table(found: dict[str, list[dict[str, float]]], contexts: list[int]) -> str:
+    """Tokens per second and their ratio to the source's, one row for a model."""
+    lines = [
+        "| | cache at the end | " + " | ".join(f"{c:,}" for c in contexts) + " |",
+        "|---|---:" + "|---:" * len(contexts) + "|",
+    ]
+    source = next(iter(found.values()))
+    for name, rows in found.items():
+        speeds = [
+            f"{row['tokens_per_second']:.1f} ({row['tokens_per_second'] / own['tokens_per_second']:.2f}×)"
+            for row, own in zip(rows, source, strict=True)
+        ]
+        lines.append(f"| {name} | {rows[-1]['cache_bytes'] / 2**20:,.0f} MiB | " + " | ".join(speeds) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(found: dict[str, list[dict[str, float]]], batch: int, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (speed, memory) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for name, rows in found.items():
+        contexts = [row["context"] for row in rows]
+        speed.plot(contexts, [row["tokens_per_second"] for row in rows], marker="o", label=name)
+        memory.plot(contexts, [row["cache_bytes"] / 2**20 for row in rows], marker="o", label=name)
+    for axes, quantity in ((speed, "tokens per second"), (memory, "cache, MiB")):
+        axes.set(xscale="log", yscale="log", xlabel=f"context, tokens (batch {batch})", ylabel=quantity)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.xaxis.set_minor_formatter("")
+        axes.grid(alpha=0.3)
+    speed.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Widths per layer under one total: more of the cache where a layer suffers more from having less.
+
+One pass over the source on the calibration tokens measures, for every layer alone, the error behind it at several widths of its
+latent (and, for MLA, splits between latent and rotary key); `allocate` then finds the widths of least summed error.
+"""
+
+from math import inf
+from pathlib import Path
+
+import torch
+
+from kvfold.convert.candidates import best_latent
+from kvfold.convert.checkpoint import CheckpointReader
+from kvfold.convert.data import Windows
+from kvfold.convert.job import Report
+from kvfold.convert.observe import observe
+from kvfold.convert.plan import ConversionPlan
+from kvfold.convert.stream import HiddenStates, SourceModel
+from kvfold.surgery.latent import full_rank
+
+SHARES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
+"""Multiples of the mean width that are measured."""
+SPLITS = (0.125, 0.25, 0.375, 0.5, 0.625)
+"""Shares of MLA's cache that its rotary key may take."""
+Widths = tuple[int, int]
+Curve = dict[int, tuple[float, Widths]]
+"""Of one layer: numbers cached per token → the error, and the widths of latent and shared key that have it."""
+
+
+def measured_widths(
+    plan: ConversionPlan, reader: CheckpointReader, device: torch.device, windows: Windows, scratch: Path, report: Report
+) -> tuple[Widths, ...]:
+    """Latent and shared key of every layer, whose mean over the layers is at most what the plan has for each.
+
+    `scratch` holds the hidden states where they do not fit into memory, and is removed.
+    """
+    source = SourceModel(reader, plan.family, device, windows.ids.shape[1])
+    on_disk = HiddenStates.needs_disk((*windows.ids.shape, plan.spec.hidden_size), copies=1)
+    original = source.embed(windows.ids, scratch if on_disk else None)
+    curves: list[Curve] = []
+    for layer in range(plan.spec.layers):
+        report(0.0, f"measuring layer {layer + 1}/{plan.spec.layers}")
+        seen = observe(plan, source, layer, source.block(layer), original)
+        curve: Curve = {}
+        for widths in widths_to_try(plan):
+            error = best_latent(plan, seen, *widths, search=False)[0]
+            curve[sum(widths)] = min(curve.get(sum(widths), (inf, widths)), (error, widths))
+        curves.append(curve)
+    scratch.unlink(missing_ok=True)
+    return allocate(curves, int(plan.cache_numbers) * plan.spec.layers)
+
+
+def widths_to_try(plan: ConversionPlan) -> list[Widths]:
+    """Every pair of widths that is measured."""
+    spec, mean = plan.spec, int(plan.cache_numbers)
+    full, widest = full_rank(spec.hidden_size, spec.kv_heads, spec.head_dim), spec.kv_heads * spec.head_dim
+    step = 4 if plan.settings.to == "mfa" else 2
+    totals = sorted({max(4, round(mean * share / step) * step) for share in SHARES})
+    tried: list[Widths] = []
+    for total in totals:
+        if plan.settings.to == "mfa":
+            tried += [(total // 2, total // 2)] if total // 2 <= min(widest, spec.hidden_size) else []
+        elif plan.design == "reused-key":
+            tried += [(0, total)] if total <= 2 * widest else []
+        elif plan.design == "rebuilt-key":
+            tried += [(total, 0)] if total <= full else []
+        else:
+            ropes = sorted({max(2, round(total * split / 2) * 2) for split in SPLITS})
+            tried += [(total - rope, rope) for rope in ropes if rope <= widest and 1 <= total - rope <= full]
+    return tried
+
+
+def allocate(curves: list[Curve], total: int) -> tuple[Widths, ...]:
+    """The widths of least summed error whose sum is at most `total`: a knapsack over the measured points, exact.
+
+    Raises:
+        ValueError: not even the smallest widths fit.
+    """
+    best: dict[int, tuple[float, tuple[Widths, ...]]] = {0: (0.0, ())}
+    for curve in curves:
+        grown: dict[int, tuple[float, tuple[Widths, ...]]] = {}
+        for used, (error, chosen) in best.items():
+            for numbers, (more, widths) in curve.items():
+                now = used + numbers
+                if now <= total and error + more < grown.get(now, (inf,))[0]:
+                    grown[now] = (error + more, (*chosen, widths))
+        best = grown
+    if not best:
+        raise ValueError(f"no widths of {len(curves)} layers sum to {total} or less")
+    return min(best.values())[1]

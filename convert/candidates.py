@@ -1,0 +1,74 @@
+"""What a method offers for one layer, and which of it is best: the bridge from a plan to the mathematics in surgery/."""
+
+import torch
+from torch import Tensor
+
+from kvfold.convert.observe import Observed
+from kvfold.convert.plan import ConversionPlan
+from kvfold.surgery import baselines, factorized, grouping, latent, rebuilt
+from kvfold.surgery.attention import AttentionWeights
+from kvfold.surgery.designs import FoldedWeights
+from kvfold.surgery.latent import Choice, Queried, Tries
+
+
+def alone(plan: ConversionPlan, weights: AttentionWeights, layer: int) -> tuple[str, AttentionWeights]:
+    """Fold a layer from its weights: a label and the result."""
+    ordered, generator = _grouped(plan, weights, layer, None)
+    return next(grouping.candidates(plan.method, ordered, plan.kv_heads, None, generator))
+
+
+def best(plan: ConversionPlan, seen: Observed, layer: int) -> tuple[float, str, FoldedWeights]:
+    """What the method offers for this layer that `seen.measure` finds least wrong: its error, a label, and the weights."""
+    if plan.design != "grouped":
+        return best_latent(plan, seen, *plan.layer_widths(layer))
+    ordered, generator = _grouped(plan, seen.weights, layer, seen.moment)
+    offered = grouping.candidates(plan.method, ordered, plan.kv_heads, seen.moment, generator)
+    return min(((seen.measure(folded), label, folded) for label, folded in offered), key=lambda entry: entry[0])
+
+
+def best_latent(
+    plan: ConversionPlan, seen: Observed, rank: int, rope_dim: int, search: bool = True
+) -> tuple[float, str, FoldedWeights]:
+    """The same for the designs whose cache is one latent, at these widths; without `search` only where it would begin."""
+    weights, moment = seen.weights, seen.moment
+
+    def thin(folded: Queried) -> Queried:
+        return folded if plan.q_rank is None else latent.low_rank_queries(folded, plan.q_rank, moment)
+
+    if plan.method in baselines.METHODS:
+        offered = baselines.METHODS[plan.method](weights, rank, rope_dim, moment, seen.sample)
+        thinned = ((label, thin(folded)) for label, folded in offered)
+        return min(((seen.measure(folded), label, folded) for label, folded in thinned), key=lambda entry: entry[0])
+
+    def fold(choice: Choice) -> FoldedWeights:
+        if plan.design == "rebuilt-key":
+            return thin(rebuilt.rebuilt(weights, rank, moment, choice))
+        if plan.design == "reused-key":
+            return thin(factorized.mfa_kr(weights, rope_dim, moment, seen.phase, choice))
+        absorbed = plan.settings.to == "mla"
+        return thin(latent.fold(weights, rank, rope_dim, moment, seen.phase, choice, position_free=absorbed))
+
+    start, tries = _search(plan)
+    error, choice, folded = latent.search(fold, seen.measure, start, tries if search else {})
+    return error, str(choice), folded
+
+
+def _search(plan: ConversionPlan) -> tuple[Choice, Tries]:
+    """Where the search for a layer's best choice begins, and what it tries."""
+    if plan.design == "rebuilt-key":
+        return rebuilt.START, rebuilt.TRIED
+    if plan.layout == "step3_text":
+        return factorized.STOCK_START, factorized.STOCK
+    if plan.settings.to != "mla":
+        return factorized.START[plan.settings.to], factorized.TRIED[plan.settings.to]
+    return latent.START, latent.STOCK if plan.layout == "deepseek_v3" else latent.FREE
+
+
+def _grouped(
+    plan: ConversionPlan, weights: AttentionWeights, layer: int, moment: Tensor | None
+) -> tuple[AttentionWeights, torch.Generator]:
+    if plan.grouping == "similar":
+        groups = grouping.similar(weights, plan.kv_heads, moment)
+    else:
+        groups = grouping.neighbours(plan.spec.kv_heads, plan.kv_heads)
+    return grouping.permute_heads(weights, groups), torch.Generator().manual_seed(plan.settings.seed * 100_003 + layer)

@@ -1,0 +1,260 @@
+"""A folded checkpoint as a model that can be trained, and back.
+
+Checkpoints scale their parts for the engines (the latent of the `deepseek_v3` layout by 2⁻¹⁹), which no optimizer would
+survive. So what is trained is the source's architecture with kvfold's designs in the place of its attention, whatever the
+layout.
+"""
+
+import json
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor, nn
+
+from kvfold.convert.checkpoint import CheckpointReader, CheckpointWriter, TensorSpec, read_json
+from kvfold.convert.layouts import Layout, layout_of
+from kvfold.convert.pipeline import RECORD
+from kvfold.convert.plan import ConversionPlan, make_plan
+from kvfold.convert.settings import ConvertSettings, parse_settings
+from kvfold.convert.source import build_on_meta, fetch_config
+from kvfold.convert.stream import FoldedAttention
+from kvfold.errors import UserError
+from kvfold.recipes.losses import Objective
+from kvfold.recipes.recipe import Recipe
+from kvfold.surgery.designs import design
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+DESIGN = ".self_attn.design."
+LEAST_SCALE = 1e-3
+"""Of a parameter's steps: what begins at zero has to move too."""
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A folded checkpoint: its tensors, what kvfold.json says of it, and the plan that it was made by."""
+
+    reader: CheckpointReader
+    record: dict[str, Any]
+    source_config: dict[str, Any]
+    plan: ConversionPlan
+
+    @property
+    def layout(self) -> Layout:
+        return layout_of(self.plan)
+
+    def specs(self) -> list[TensorSpec]:
+        """Every tensor, in the checkpoint's order."""
+        return [TensorSpec(name, entry.dtype, entry.shape) for name, entry in self.reader.entries.items()]
+
+    def tensor(self, name: str, meta: bool) -> Tensor:
+        """A tensor, or its shape without numbers."""
+        entry = self.reader.entry(name)
+        return torch.empty(entry.shape, dtype=entry.dtype, device="meta") if meta else self.reader.tensor(name)
+
+    def attention(self, layer: int, meta: bool) -> nn.Module:
+        """The design of a layer in float32."""
+        names = self.layout.names(layer, self.plan)
+        weights = self.layout.lift({name: self.tensor(name, meta) for name in names}, self.plan)
+        return design(weights.to(torch.float32))
+
+    def rest(self) -> Iterator[tuple[str, str, float]]:
+        """What is not attention: its name here, its name in the source's architecture, and the factor on it here."""
+        attention = {name for layer in range(self.plan.spec.layers) for name in self.layout.names(layer, self.plan)}
+        for name in self.reader.entries:
+            if name not in attention:
+                yield name, *self.layout.origin(name, self.plan)
+
+
+def open_folded(folder: Path, source: str | None) -> Folded:
+    """Read what `folder` is. The source's config is asked of `source` where kvfold.json does not hold it.
+
+    Raises:
+        UserError: no checkpoint, not one of kvfold's, an adapter, or of a version that folded otherwise.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{folder} is an adapter, not a checkpoint: merge it first "
+            "(AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW), and copy kvfold.json)"
+        )
+    reader = CheckpointReader(folder)
+    if not (folder / RECORD).exists():
+        raise UserError(f"{folder} has no {RECORD}: uptrain takes what `kvfold convert` wrote")
+    record = read_json(folder / RECORD)
+    try:
+        settings = parse_settings(ConvertSettings, record["settings"])
+        config = record.get("source_config") or fetch_config(source or record["source"], settings.revision)
+        recorded = record["target"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / RECORD} is damaged ({error}): convert again") from None
+    widths = recorded.get("widths", ()) if isinstance(recorded, dict) else ()
+    plan = replace(make_plan(config, settings), widths=tuple((rank, rope) for rank, rope in widths))
+    folded = Folded(reader, record, config, plan)
+    missing = [n for i in range(plan.spec.layers) for n in folded.layout.names(i, plan) if n not in reader.entries]
+    target = json.loads(json.dumps(plan.target()))
+    # the note is for people; a later version may word it otherwise, or record more
+    same = isinstance(recorded, dict) and all(recorded[key] == target.get(key) for key in recorded if key != "note")
+    if missing or not same:
+        raise UserError(f"{folder} holds another design than {RECORD} says: convert again with this version of kvfold")
+    return folded
+
+
+class Student(nn.Module):
+    """A causal language model whose forward pass gives the losses.
+
+    The whole step lies in `forward`, so that what wraps a module (DDP, FSDP, DeepSpeed, autocast) finds it whole.
+    """
+
+    def __init__(self, causal: Any, objective: Objective) -> None:
+        super().__init__()
+        self.causal, self.objective = causal, objective
+        self._no_split_modules = causal._no_split_modules  # what FSDP wraps one by one
+
+    def forward(
+        self, input_ids: Tensor, reference: Tensor | None = None, teacher_head: nn.Linear | None = None
+    ) -> dict[str, Tensor]:
+        """Token windows (B, T) and the teacher's last hidden states (B, T - 1, d') → `loss`, `kl` and `ce`."""
+        hidden = last_states(self.causal, input_ids)
+        return self.objective(hidden, self.causal.get_output_embeddings(), input_ids[:, 1:], reference, teacher_head)
+
+
+def last_states(causal: Any, input_ids: Tensor) -> Tensor:
+    """What the output embedding reads: (B, T) → (B, T - 1, d), the last position left out, for nothing follows it."""
+    return causal.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
+
+
+@dataclass
+class Trainee:
+    """A student and how it learns.
+
+    Attributes:
+        student: parameters that learn have `requires_grad`, and are float32.
+        adapters: peft's view of the same model, None without adapters.
+        scales: root mean square of every parameter that learns, by name: the measure of its steps.
+    """
+
+    student: Student
+    adapters: "PeftModel | None"
+    scales: dict[str, float]
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.student.named_parameters() if p.requires_grad}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Put trained parameters in, by name."""
+        with torch.no_grad():
+            for name, parameter in self.trained().items():
+                parameter.copy_(tensors[name])
+
+
+def build(folded: Folded, recipe: Recipe, frozen: torch.dtype | None, meta: bool = False) -> Trainee:
+    """The model that learns, on the CPU.
+
+    Args:
+        frozen: dtype of what is neither attention nor learns, None for the checkpoint's own.
+        meta: shapes without numbers, which costs no memory.
+    """
+    causal: Any = build_on_meta(folded.source_config)
+    base = causal.base_model
+    for layer in range(folded.plan.spec.layers):
+        base.layers[layer].self_attn = FoldedAttention(folded.attention(layer, meta))
+    base.rotary_emb = type(base.rotary_emb)(causal.config)  # the model's own is on the meta device
+    # A tensor that has two places in the checkpoint is taken from that without a factor.
+    for name, origin, factor in sorted(folded.rest(), key=lambda entry: entry[2] == 1.0):
+        tensor = folded.tensor(name, meta)
+        value = (tensor.float() / factor).to(frozen or tensor.dtype)
+        set_module_tensor_to_device(causal, origin, value.device, value=value, dtype=value.dtype)
+    causal.tie_weights()
+    causal.requires_grad_(False)
+
+    adapters: PeftModel | None = None
+    scales: dict[str, float] = {}
+    if recipe.train == "lora":
+        adapters, scales = _add_adapters(causal, recipe)
+    if recipe.gradient_checkpointing:
+        # transformers has renamed it and kept the settings
+        enable = getattr(causal, "activation_checkpointing_enable", None) or causal.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    for name, parameter in causal.named_parameters():
+        if _learns_in_full(name, parameter, recipe):
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_()
+            scales[name] = max(_size(parameter), LEAST_SCALE)
+    student = Student(causal, Objective(recipe.kl_weight, recipe.ce_weight, recipe.top_k))
+    return Trainee(student, adapters, {f"causal.{name}": scale for name, scale in scales.items()})
+
+
+def _size(tensor: Tensor) -> float:
+    """Root mean square."""
+    return 1.0 if tensor.is_meta else float(tensor.detach().square().mean().sqrt())
+
+
+def projections(causal: nn.Module) -> dict[str, nn.Linear]:
+    """The projections of the new attention, by name: every linear map inside a design."""
+    return {name: m for name, m in causal.named_modules() if DESIGN in name and isinstance(m, nn.Linear)}
+
+
+def _adapted(linear: nn.Linear, rank: int) -> bool:
+    """Whether an adapter of this rank is smaller than the matrix itself."""
+    return rank * (linear.in_features + linear.out_features) < linear.weight.numel()
+
+
+def _learns_in_full(name: str, parameter: nn.Parameter, recipe: Recipe) -> bool:
+    if recipe.train == "full":
+        return True
+    if DESIGN in name:
+        return not (".lora_" in name or name.endswith(".base_layer.weight"))
+    return recipe.norms and parameter.ndim == 1
+
+
+def _add_adapters(causal: nn.Module, recipe: Recipe) -> tuple["PeftModel | None", dict[str, float]]:
+    """Low-rank adapters on the projections that one makes smaller, and the measure of their steps.
+
+    The product B·A starts at zero. A's step is relative to A; B's is such that the product moves as the matrix itself
+    would in full training.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = {name: linear for name, linear in projections(causal).items() if _adapted(linear, recipe.lora_rank)}
+    if not targets:
+        return None, {}
+    sizes = {name: _size(linear.weight) for name, linear in targets.items()}
+    config = LoraConfig(r=recipe.lora_rank, lora_alpha=recipe.lora_rank, target_modules=list(targets))
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)  # A begins at random, and a resumed run measures its steps by the same
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks the model by a name that transformers has given up
+        adapters: Any = get_peft_model(causal, config)
+    scales = {}
+    for name, size in sizes.items():
+        module: Any = causal.get_submodule(name)
+        a = _size(module.lora_A["default"].weight)
+        scales[f"{name}.lora_A.default.weight"] = a
+        scales[f"{name}.lora_B.default.weight"] = size / (a * recipe.lora_rank**0.5)
+    return adapters, scales
+
+
+def write_folded(folded: Folded, causal: nn.Module, changed: Iterable[str], writer: CheckpointWriter) -> None:
+    """Write a model without adapters in the layout that `folded` has. What did not learn is copied byte for byte.
+
+    Args:
+        causal: the model of `build`, adapters merged.
+        changed: names of its parameters that learned.
+    """
+    modules: Any = causal
+    learned = set(changed)
+    for layer in range(folded.plan.spec.layers):
+        weights = modules.base_model.layers[layer].self_attn.design.weights()
+        for name, tensor in folded.layout.tensors(weights, layer, folded.plan).items():
+            writer.write(name, tensor)
+    for name, origin, factor in folded.rest():
+        if origin in learned:
+            tensor = causal.get_parameter(origin).detach()
+            writer.write(name, tensor if factor == 1.0 else tensor.float() * factor)
+        else:
+            writer.copy(name, folded.reader)

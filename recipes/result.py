@@ -1,0 +1,91 @@
+"""What an uptraining leaves behind: a checkpoint or an adapter, and its entry in kvfold.json."""
+
+import json
+import resource
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from transformers.trainer_callback import TrainerState
+
+import kvfold
+from kvfold.convert.checkpoint import CheckpointWriter, give_name
+from kvfold.convert.pipeline import RECORD, side_files
+from kvfold.convert.settings import parse_size
+from kvfold.recipes.adapter import write_adapter
+from kvfold.recipes.model import Folded, build, write_folded
+from kvfold.recipes.recipe import Recipe
+
+if TYPE_CHECKING:
+    from kvfold.recipes.trainer import Uptrainer
+
+TRAINED, LOGS = "trained.safetensors", "runs"
+REPORTS = ("report.json", "report.md", "report.html")
+"""What `evaluate` found out about the checkpoint before."""
+
+
+def entry_of(recipe: Recipe, trainer: "Uptrainer") -> dict[str, Any]:
+    """What kvfold.json says of an uptraining: losses in nats per token, `curve` as [tokens, loss]."""
+    state: TrainerState = trainer.state
+    window = trainer.held_out.shape[1]
+    tokens_per_step = recipe.batch * trainer.windows.window
+    held_out = [
+        {"tokens": log["step"] * tokens_per_step, **{key: log[f"eval_{key}"] for key in ("loss", "kl", "ce")}}
+        for log in state.log_history
+        if "eval_loss" in log
+    ]
+    entry = {
+        "version": kvfold.__version__,
+        "recipe": recipe.model_dump(),
+        "steps": state.global_step,
+        "best_step": state.best_global_step,
+        "tokens": state.global_step * tokens_per_step,
+        "distinct_tokens": len(set(trainer.windows.order)) * trainer.windows.window,
+        "held_out_tokens": len(trainer.held_out) * (window - 1),
+        "parameters_trained": sum(p.numel() for p in trainer.trainee.trained().values()),
+        "held_out": held_out,
+        "curve": [[log["step"] * tokens_per_step, log["loss"]] for log in state.log_history if "loss" in log],
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    if trainer.args.device.type == "cuda":
+        entry["peak_cuda_memory_bytes"] = torch.cuda.max_memory_allocated(trainer.args.device)
+    return entry
+
+
+def write_result(
+    folded: Folded, entry: dict[str, Any], recipe: Recipe, partial: Path, out: Path, overwrite: bool, base: str | None
+) -> None:
+    """Write the best step of the run in `partial` to `out`, in the layout of `folded`.
+
+    Args:
+        entry: is added to `uptraining` in kvfold.json.
+        base: the name of the folded checkpoint, to write an adapter of it; None merges adapters into the checkpoint.
+    """
+    trainee = build(folded, recipe, None)
+    trainee.load(load_file(partial / f"checkpoint-{entry['best_step']}" / TRAINED))
+    folder, target = folded.reader.folder, partial / "result"
+    record = {**folded.record, "uptraining": [*folded.record.get("uptraining", []), entry]}
+    texts = {RECORD: json.dumps(record, indent=2) + "\n"}
+    copies = [file for file in side_files(folder) if file.name not in REPORTS]
+    if base is not None:
+        shutil.rmtree(target, ignore_errors=True)  # no config.json in it: that would make it a model to transformers
+        target.mkdir()
+        write_adapter(folded, trainee, base, target)
+        (target / RECORD).write_text(texts[RECORD])
+        for file in copies:
+            shutil.copyfile(file, target / file.name)
+    else:
+        causal = trainee.student.causal
+        changed = [name.removeprefix("causal.") for name in trainee.trained()]
+        if trainee.adapters is not None:
+            trainee.adapters.merge_and_unload()
+        shard = parse_size(folded.plan.settings.max_shard_size)
+        with CheckpointWriter(target, folded.specs(), shard, {}, overwrite=True) as writer:
+            write_folded(folded, causal, changed, writer)
+            writer.commit(texts, [folder / "config.json", *copies])
+    if (partial / LOGS).is_dir():
+        shutil.copytree(partial / LOGS, target / LOGS)
+    give_name(target, out, overwrite)
+    shutil.rmtree(partial)

@@ -1,0 +1,261 @@
+"""`kvfold uptrain`: train a folded checkpoint end to end against its original, and write it back in its own layout."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import PartialState
+
+import kvfold
+from kvfold.convert.checkpoint import CheckpointReader, partial_folder, read_config, read_json, refuse_existing
+from kvfold.convert.data import load_tokenizer
+from kvfold.convert.pipeline import RECORD, pick_device
+from kvfold.convert.source import fetch_checkpoint
+from kvfold.errors import Stopped, UserError
+from kvfold.evaluation.evaluate import load_model, recorded_source
+from kvfold.recipes.adapter import refuse_unadaptable
+from kvfold.recipes.data import Windows, evaluation_windows, pack, training_order
+from kvfold.recipes.memory import needed_bytes, refuse_too_little
+from kvfold.recipes.model import Folded, build, open_folded
+from kvfold.recipes.recipe import Recipe
+from kvfold.recipes.result import LOGS, entry_of, write_result
+from kvfold.recipes.trainer import Log, Uptrainer, arguments, last_checkpoint, remove_torn_checkpoints
+
+RUN, DATA = "run.json", "data"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked for: the folded checkpoint, its teacher, recipe and texts."""
+
+    folded: Folded
+    teacher: Path | None
+    recipe: Recipe
+    data: str
+    held_out: str | None
+    out: Path
+
+    @property
+    def partial(self) -> Path:
+        return partial_folder(self.out)
+
+    @property
+    def frozen(self) -> torch.dtype | None:
+        """The dtype of what does not learn: its own where that can be, for it is never written."""
+        # FSDP takes one dtype in a layer, and without autocast float32 meets nothing else.
+        sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+        return None if self.recipe.bf16 and not sharded else torch.float32
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that began. The learning rate may be lowered on the way."""
+        recorded = (self.folded.reader.folder / RECORD).read_bytes()
+        return {
+            "kvfold": kvfold.__version__,
+            "design": {key: value for key, value in self.folded.plan.target().items() if key != "note"},
+            "checkpoint": hashlib.sha256(recorded).hexdigest(),
+            "teacher": None if self.teacher is None else str(self.teacher),
+            "data": self.data,
+            "eval": self.held_out,
+            **self.recipe.model_dump(exclude={"learning_rate", "device", "micro_batch", "log_every"}),
+        }
+
+
+def _silent(line: str) -> None:
+    """What processes other than the first have to say."""
+
+
+def uptrain(
+    checkpoint: str,
+    out: Path,
+    teacher: str | None,
+    recipe: Recipe,
+    data: str,
+    held_out: str | None = None,
+    keep_adapter: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    log: Log = _silent,
+) -> dict[str, Any]:
+    """Train the folded `checkpoint` by a recipe and write the result to `out`, in the layout that it has.
+
+    Args:
+        teacher: the original, local folder or Hub id; None takes what kvfold.json names. Not read without KL.
+        data, held_out: texts as `--calibrate` of convert takes them, `data` several with commas between.
+        keep_adapter: write the adapter by itself in place of the merged checkpoint.
+        log: called with a line at a time.
+
+    Returns:
+        The entry that was added to `uptraining` in kvfold.json: recipe, tokens seen, losses in nats per token.
+
+    Raises:
+        UserError: the checkpoint, teacher, recipe or text is unusable, too little memory, or `out` exists.
+        ConversionError: the loss is not finite; `OUT.partial` keeps the last good checkpoint for `resume`.
+        Stopped: SIGTERM came; the same.
+    """
+    started = time.time()
+    refuse_existing(out, overwrite)
+    if Path(checkpoint).exists() and out.resolve() == Path(checkpoint).resolve():
+        raise UserError(f"{out} is the folded checkpoint itself: choose another name")
+    if keep_adapter and recipe.train != "lora":
+        raise UserError(f"train={recipe.train} makes no adapter: leave --keep-adapter out, or take train=lora")
+    device = pick_device(recipe.device)
+    processes = PartialState(cpu=device.type == "cpu")
+    folder = fetch_checkpoint(checkpoint)
+    folded = open_folded(folder, teacher)
+    original = fetch_checkpoint(teacher or recorded_source(folder)) if recipe.kl_weight else None
+    job = Job(folded, original, recipe, data, held_out, out)
+    refuse(job, processes, keep_adapter)
+
+    with processes.main_process_first():
+        if processes.is_main_process:
+            begin(job, resume, overwrite)
+    if not processes.is_main_process:
+        log = _silent
+    try:
+        trainer = make_trainer(job, processes, log)
+    except UserError:
+        if processes.is_main_process and last_checkpoint(job.partial) is None:
+            shutil.rmtree(job.partial)  # a request that cannot be carried out leaves nothing
+        raise
+    resumed = run(trainer, job, log)
+    entry = entry_of(recipe, trainer)
+    entry |= {"teacher": original and str(original), "data": data, "eval": held_out}
+    entry |= {"resumed_from_step": resumed, "seconds": round(time.time() - started, 2)}
+    del trainer
+    if processes.is_main_process:
+        log("writing")
+        base = str(Path(checkpoint).resolve()) if Path(checkpoint).exists() else checkpoint
+        write_result(folded, entry, recipe, job.partial, out, overwrite, base if keep_adapter else None)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return entry
+
+
+def refuse(job: Job, processes: PartialState, keep_adapter: bool) -> None:
+    """Raise UserError for what cannot work, before any weight is read."""
+    recipe, plan = job.recipe, job.folded.plan
+    if recipe.batch % (recipe.micro_batch * processes.num_processes):
+        raise UserError(
+            f"batch={recipe.batch} does not divide into micro_batch={recipe.micro_batch} on {processes.num_processes} "
+            "processes: change one of them"
+        )
+    texts = [origin for origin in (*job.data.split(","), job.held_out) if origin and ".safetensors" not in origin]
+    if texts and recipe.window > plan.spec.reach:
+        raise UserError(
+            f"window={recipe.window} exceeds the {plan.spec.reach} tokens that the source attends over: "
+            f"give window={plan.spec.reach}"
+        )
+    teacher = 0
+    if job.teacher is not None:
+        refuse_other_vocabulary(job.folded.reader.folder, job.teacher)
+        teacher = sum(entry.size for entry in CheckpointReader(job.teacher).entries.values())
+    trainee = build(job.folded, recipe, job.frozen, meta=True)
+    if keep_adapter:
+        refuse_unadaptable(trainee)
+    cpu = processes.device.type == "cpu"
+    parts = needed_bytes(trainee, teacher, plan, recipe, recipe.window, cpu)
+    refuse_too_little(parts, processes.device, processes.num_processes)
+
+
+def refuse_other_vocabulary(student: Path, teacher: Path) -> None:
+    """Raise UserError when the two do not read and write the same tokens."""
+    remedy = "give the source that it was folded from, with --teacher"
+    sizes = [read_config(folder).get("vocab_size") for folder in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        raise UserError(f"{student} has {sizes[0]} tokens and the teacher {teacher} {sizes[1]}: {remedy}")
+    try:
+        words = [load_tokenizer(folder).get_vocab() for folder in (student, teacher)]
+    except UserError:
+        return  # one of them has no tokenizer, and the data will be tokens
+    if words[0] != words[1]:
+        raise UserError(f"the tokenizers of {student} and of the teacher {teacher} differ: {remedy}")
+
+
+def begin(job: Job, resume: bool, overwrite: bool) -> None:
+    """Make `OUT.partial` with the packed text in it, or check that what is there can be resumed."""
+    partial, run = job.partial, job.partial / RUN
+    wanted = json.loads(json.dumps(job.fingerprint()))
+    if resume and run.exists():
+        begun = read_json(run)
+        differ = sorted(key for key in wanted.keys() | begun.keys() if wanted.get(key) != begun.get(key))
+        if "design" in differ:
+            raise UserError(
+                f"{partial} holds an adapter of another design ({_geometry(begun['design'])}, "
+                f"the checkpoint has {_geometry(wanted['design'])}): "
+                "give the checkpoint that it was begun with, or start anew with --overwrite in place of --resume"
+            )
+        if differ:
+            raise UserError(
+                f"{partial} was begun with other settings ({', '.join(differ)}): repeat them exactly, "
+                "or start anew with --overwrite in place of --resume"
+            )
+        remove_torn_checkpoints(partial)
+        return
+    if partial.exists() and any(partial.iterdir()) and not overwrite:
+        raise UserError(f"{partial} holds an interrupted run: go on with --resume, or start anew with --overwrite")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        vocab = job.folded.plan.spec.vocab_size
+        pack(job.data, job.folded.reader.folder, job.recipe, vocab, partial / DATA)
+        _read(job, 1)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    run.write_text(json.dumps(wanted, indent=2) + "\n")
+
+
+def _geometry(design: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in design.items() if isinstance(value, (str, int)))
+
+
+def _read(job: Job, processes: int) -> tuple[Windows, torch.Tensor]:
+    """The windows in their order and the held-out ones."""
+    recipe, folder, spec = job.recipe, job.folded.reader.folder, job.folded.plan.spec
+    rows = datasets.load_from_disk(str(job.partial / DATA))
+    training, held_out = evaluation_windows(job.held_out, rows, recipe, folder, spec.vocab_size, processes)
+    length = len(rows[0]["input_ids"])
+    for where, size in (("data", length), ("eval", held_out.shape[1])):
+        if size > spec.reach:
+            raise UserError(f"--{where} has rows of {size} ids; the source attends over {spec.reach}: give shorter ones")
+    steps = math.ceil(recipe.tokens / (recipe.batch * length))
+    return Windows(rows, training_order(training, steps, recipe.batch, recipe.seed)), held_out
+
+
+def make_trainer(job: Job, processes: PartialState, log: Log) -> Uptrainer:
+    recipe = job.recipe
+    windows, held_out = _read(job, processes.num_processes)
+    cpu = processes.device.type == "cpu"
+    args = arguments(recipe, job.partial, processes.num_processes, cpu, len(windows) // recipe.batch)
+    trainee = build(job.folded, recipe, job.frozen)
+    teacher = None
+    if job.teacher is not None:
+        teacher = load_model(job.teacher, processes.device, "auto" if recipe.bf16 else "float32").requires_grad_(False)
+    learning, steps = sum(p.numel() for p in trainee.trained().values()), len(windows) // recipe.batch
+    log(f"{len(windows):,} windows of {windows.window} ids in {steps} steps, {learning:,} parameters learn")
+    return Uptrainer(trainee, teacher, windows, held_out, args, log, job.partial / LOGS)
+
+
+def run(trainer: Uptrainer, job: Job, log: Log) -> int:
+    """Train to the end, from the last whole checkpoint on if there is one, and return the step of that, or 0.
+
+    Raises Stopped when SIGTERM came.
+    """
+    last = last_checkpoint(job.partial)
+    trainer.args.eval_on_start = last is None
+    if last is not None:
+        log(f"going on from {last}")
+    with trainer.stop.listening():
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    state = trainer.state
+    if state.global_step < state.max_steps:
+        raise Stopped(f"stopped at step {state.global_step} of {state.max_steps}, saved: go on with --resume")
+    return 0 if last is None else int(last.name.rpartition("-")[2])

@@ -1,0 +1,86 @@
+"""Widths per layer: the best under a total, and a conversion that has them."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvfold.convert.budgets import Curve, allocate, widths_to_try
+from kvfold.convert.checkpoint import CheckpointReader
+from kvfold.convert.pipeline import convert
+from kvfold.convert.plan import make_plan
+from kvfold.convert.settings import ConvertSettings
+from tests.helpers import save_model, save_tokens
+from tests.test_convert import decoded_as_uncached, fold, load
+
+
+def test_the_allocation_is_the_best_of_all() -> None:
+    generator = torch.Generator().manual_seed(0)
+    curves: list[Curve] = [
+        {n: (float(torch.rand((), generator=generator)) / n, (n - 2, 2)) for n in (4, 6, 10, 16)} for _ in range(5)
+    ]
+    best = allocate(curves, 40)
+    every = [
+        (sum(curve[n][0] for curve, n in zip(curves, chosen, strict=True)), chosen)
+        for chosen in itertools.product((4, 6, 10, 16), repeat=5)
+        if sum(chosen) <= 40
+    ]
+    assert tuple(map(sum, best)) == min(every)[1]
+    with pytest.raises(ValueError, match="no widths of 5 layers sum to 19 or less"):
+        allocate(curves, 19)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"to": "mla", "kv_budget": "25%"},
+        {"to": "mla", "kv_rank": 16, "keys": "rebuilt"},
+        {"to": "mfa", "width": 12},
+        {"to": "mfa-kr", "width": 16},
+    ],
+)
+def test_measured_widths_keep_the_total_and_lose_less(settings: dict[str, Any], tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", "llama", num_hidden_layers=3)
+    shape = {**settings, "calibrate": save_tokens(tmp_path / "t.safetensors", 16, 40)}
+    uniform = fold(source, tmp_path / "uniform", **{"layout": "kvfold", **shape})
+    measured = fold(source, tmp_path / "measured", **shape, layer_budgets="measured")
+    widths = measured["target"]["widths"]
+    assert len({sum(pair) for pair in widths}) > 1
+    assert measured["cache_numbers_per_token_per_layer"] <= uniform["cache_numbers_per_token_per_layer"]
+    lost = [sum(layer["block_error"] for layer in record["layers"]) for record in (uniform, measured)]
+    assert lost[1] < lost[0]
+    model = load(tmp_path / "measured")
+    cache = decoded_as_uncached(model)
+    assert [layer.keys.shape[-1] for layer in cache.layers] == [sum(pair) for pair in widths]
+    plan = make_plan(CheckpointReader(source).config, ConvertSettings(**shape, layer_budgets="measured"))
+    assert all(sum(pair) >= 4 for pair in widths_to_try(plan))
+    assert not list(tmp_path.glob("*.hidden"))
+
+
+def test_resumed_with_measured_widths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted behind the first layer: the widths are measured again, and the files are those of a whole run."""
+    source = save_model(tmp_path / "source", "llama", num_hidden_layers=3)
+    tokens = save_tokens(tmp_path / "t.safetensors", 8, 40)
+    settings = ConvertSettings(
+        to="mfa-kr", width=16, layer_budgets="measured", calibrate=tokens, heal_steps=3, heal_batch_tokens=80
+    )
+    convert(str(source), tmp_path / "whole", settings)
+    from kvfold.convert import streamed
+
+    real = streamed._heal
+
+    def stops(*args: Any) -> dict[str, float]:
+        if args[1] == 1:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(streamed, "_heal", stops)
+    with pytest.raises(KeyboardInterrupt):
+        convert(str(source), tmp_path / "out", settings)
+    monkeypatch.setattr(streamed, "_heal", real)
+    assert json.loads((tmp_path / "out.partial" / "journal.jsonl").read_text().splitlines()[-1])["unit"] == "layer 0"
+    convert(str(source), tmp_path / "out", settings, resume=True)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
