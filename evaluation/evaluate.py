@@ -245,6 +245,11 @@ def _kept_so_far(keys: Sequence[str], kept: Unfinished) -> str:
 
 def load_model(folder: Path, device: torch.device, dtype: str) -> PreTrainedModel:
     """A checkpoint in transformers, `dtype` "auto" for its own. Raises UserError when it does not load."""
+    if read_config(folder).get("model_type") == "step3_text":
+        raise UserError(
+            f"{folder} is a step3_text checkpoint, which vLLM runs and transformers does not: measure the same fold "
+            "with --layout kvfold"
+        )
     transformers_logging.disable_progress_bar()  # ours says more
     chosen = dtype if dtype == "auto" else getattr(torch, str(normal_dtype(dtype)))
     try:

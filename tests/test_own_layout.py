@@ -22,7 +22,7 @@ from kvfold.evaluation.layers import measure_cache
 from kvfold.surgery import latent
 from kvfold.surgery.designs import LatentAttention
 from kvfold.surgery.rope import rotate
-from tests.helpers import FAMILIES, save_model, save_tokens
+from tests.helpers import FAMILIES, invoke, save_model, save_tokens
 from tests.test_convert import IDS, decoded_as_uncached, fold, load, logits
 
 SLIDING = ("mistral", {"sliding_window": 12})
@@ -116,6 +116,8 @@ def test_step3_text_says_what_mfa_says(
         got = step3_attention(list(tensors.values()), x, 8, config["rope_parameters"]["rope_theta"], config["rms_norm_eps"])
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(reader.tensor("lm_head.weight"), load(source).lm_head.weight.detach(), atol=0, rtol=0)
+    code, message = invoke("evaluate", tmp_path / "out", "--on", f"{tmp_path}/t.safetensors:calibration")
+    assert code == 2 and "measure the same fold with --layout kvfold" in message
 
 
 def test_one_key_head_comes_out_exact_in_step3_text(tmp_path: Path) -> None:

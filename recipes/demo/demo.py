@@ -16,7 +16,7 @@ from kvfold.recipes.recipe import load_recipe
 from kvfold.recipes.uptrain import uptrain
 
 MODEL = Path(__file__).parent / "model"
-CALIBRATION_TOKENS, EVALUATION_TOKENS, HEAL_STEPS = 32768, 32768, 60
+CALIBRATION_TOKENS, EVALUATION_TOKENS, HEAL_STEPS = 32768, 16384, 40
 PIECE = 4096
 """Characters in a piece of text."""
 FOLDS: dict[str, dict[str, Any]] = {
@@ -36,9 +36,9 @@ FOLDS: dict[str, dict[str, Any]] = {
     "mfa-kr-6": {"to": "mfa-kr", "kv_budget": "6.25%", "heal_steps": 0},
     "mfa-kr-6-healed": {"to": "mfa-kr", "kv_budget": "6.25%"},
 }
-UPTRAINED = ("gqa-2", "mqa", "mla-25", "mfa-25", "mfa-kr-12")
+UPTRAINED = ("gqa-2", "mla-25", "mfa-25", "mfa-kr-12")
 """Folds whose healed checkpoint is uptrained too."""
-RECIPE, OVERRIDES = "distill-attention", ["tokens=98304", "eval_tokens=4096"]
+RECIPE, OVERRIDES = "distill-attention", ["tokens=65536", "eval_tokens=4096"]
 
 
 def run_demo(directory: Path, report: Callable[[float, str], None] = lambda share, line: None) -> dict[str, Any]:
