@@ -123,9 +123,12 @@ class GroupedAttention(nn.Module):
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(B, H, T, D) queries over (B, G, T, D) keys and values → (B, H, T, D), scores over √D."""
+    """(B, H, T, D) queries over (B, G, T, D) keys and (B, G, T, V) values → (B, H, T, V), scores over √D."""
     if not (q.requires_grad and q.device.type == "cpu"):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        widest = max(q.shape[-1], v.shape[-1])  # PyTorch's fused kernels take one width only
+        scale, width = q.shape[-1] ** -0.5, v.shape[-1]
+        q, k, v = (F.pad(part, (0, widest - part.shape[-1])) for part in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=scale)[..., :width]
     # Written out, because the backward pass of PyTorch's fused CPU kernel takes twice as long in bf16.
     tokens, width = q.shape[2:]
     grouped = (q * width**-0.5).unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, G, H/G·T, D)

@@ -480,6 +480,7 @@ def test_latent_budget_picks_rank_and_rotary_width() -> None:
         ({}, {"to": "mfa"}, "--to mfa needs either --width or --kv-budget"),
         ({}, {"to": "mfa", "kv_budget": "0.02%"}, "leaves 1 numbers: the least is 0.05%"),
         ({}, {"to": "mfa", "width": 64, "layout": "deepseek_v3"}, "--layout deepseek_v3 belongs to --to mla, not mfa"),
+        ({}, {"to": "gqa", "kv_heads": 8, "layout": "kvfold"}, "--layout kvfold belongs to --to mla or mfa or mfa-kr, not gqa"),
         ({}, {"to": "mfa", "width": 64, "kv_rank": 8}, "--kv-rank belongs to --to mla, not mfa"),
         ({}, {"kv_rank": 5000}, "between 1 and the full rank 4096: the nearest is 4096"),
         ({}, {"kv_rank": 0}, "the nearest is 1"),

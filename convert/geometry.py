@@ -1,0 +1,137 @@
+"""The target's widths from what the user asked for: flags or a KV budget, with a refusal and the nearest choice that works."""
+
+import math
+
+from kvfold.convert.engines import LatentShape
+from kvfold.convert.families import AttentionSpec
+from kvfold.convert.settings import TARGETS, ConvertSettings, parse_budget
+from kvfold.errors import UserError
+from kvfold.surgery import baselines
+from kvfold.surgery.latent import full_rank
+
+
+def latent_widths(spec: AttentionSpec, settings: ConvertSettings, layout: str, refusals: list[str]) -> tuple[int, int]:
+    """Widths of the latent and of the shared key."""
+    width_flag = "--kv-rank" if settings.to == "mla" else "--width"
+    given = settings.kv_rank if settings.to == "mla" else settings.width
+    if (given is None) == (settings.kv_budget is None):
+        also = " (with --rope-dim)" if settings.to == "mla" and not rebuilds(settings) else ""
+        refusals.append(f"--to {settings.to} needs either {width_flag}{also} or --kv-budget")
+        return 1, 2
+    numbers, least = 0, {"mla": 1 if rebuilds(settings) else 4, "mfa": 4, "mfa-kr": 2}[settings.to]
+    if settings.kv_budget is not None:
+        try:
+            numbers = int(spec.cache_numbers * parse_budget(str(settings.kv_budget)))
+        except UserError as error:
+            refusals.append(str(error))
+            return 1, 2
+        if numbers < least:
+            refusals.append(
+                f"--kv-budget {settings.kv_budget} leaves {numbers} numbers: the least is {least / spec.cache_numbers:.2%}"
+            )
+            return 1, 2
+    if settings.to == "mla":
+        return _mla_widths(spec, settings, layout, numbers, refusals)
+    width = given if given is not None else (numbers // 4 * 2 if settings.to == "mfa" else numbers // 2 * 2)
+    # MFA-KR has room for all keys and, behind them, all values
+    widest = spec.kv_heads * spec.head_dim * (1 if settings.to == "mfa" else 2)
+    if width % 2 or not 2 <= width <= widest:
+        nearest = min(widest, max(2, width // 2 * 2))
+        refusals.append(f"--width {width} must be even and between 2 and the full width {widest}: the nearest is {nearest}")
+        width = nearest
+    return (min(width, spec.hidden_size), width) if settings.to == "mfa" else (0, width)
+
+
+def _mla_widths(
+    spec: AttentionSpec, settings: ConvertSettings, layout: str, numbers: int, refusals: list[str]
+) -> tuple[int, int]:
+    width, full = spec.head_dim, full_rank(spec.hidden_size, spec.kv_heads, spec.head_dim)
+    widest = width if layout == "deepseek_v3" else spec.kv_heads * width
+    if rebuilds(settings):
+        rank, rope_dim = settings.kv_rank or min(full, numbers), 0
+        if settings.rope_dim is not None:
+            flag = "--keys rebuilt" if settings.keys == "rebuilt" else f"--method {settings.method}"
+            refusals.append(f"{flag} has no rotary key of its own: leave --rope-dim out")
+    elif settings.kv_rank is not None:
+        rank, rope_dim = settings.kv_rank, settings.rope_dim or min(width, 64)
+    else:
+        # A frequency that turns by less than a radian over the whole context does without its rotation; at most half of the
+        # budget rotates, so that as much is left for the latent.
+        turning = sum(spec.rope.theta ** (-2 * i / width) * spec.reach >= 1 for i in range(width // 2))
+        rope_dim = settings.rope_dim or max(2, min(2 * turning, numbers // 4 * 2))
+        rank = min(full, numbers - rope_dim)
+    if not rebuilds(settings) and (rope_dim % 2 or not 2 <= rope_dim <= widest):
+        nearest = min(widest, max(2, rope_dim // 2 * 2))
+        refusals.append(f"--rope-dim {rope_dim} must be even and at most the source's {widest}: the nearest is {nearest}")
+    if not 1 <= rank <= full:
+        nearest = min(full, max(1, rank))
+        refusals.append(f"--kv-rank {rank} must lie between 1 and the full rank {full}: the nearest is {nearest}")
+    return rank, rope_dim
+
+
+def rebuilds(settings: ConvertSettings) -> bool:
+    """Whether keys are rebuilt from the latent, as the user or the method wants."""
+    return settings.keys == "rebuilt" or (settings.to == "mla" and settings.method in baselines.REBUILT)
+
+
+def baseline_widths(
+    spec: AttentionSpec, settings: ConvertSettings, rank: int, rope_dim: int, note: str, refusals: list[str]
+) -> tuple[int, int, str]:
+    """The widths of the same cache that a published method can have, and the note on them.
+
+    Its rotary width is the nearest below what was asked for, or its least; the latent takes what is left of the total.
+    """
+    method = str(settings.method)
+    if settings.layer_budgets == "measured":
+        refusals.append(f"--method {method} has the same widths in every layer: leave --layer-budgets out")
+    if method in baselines.REBUILT:
+        return rank, 0, note
+    if settings.keys == "rebuilt":
+        refusals.append(f"--method {method} rotates a part of its keys: leave --keys out, or use --method whitened")
+        return rank, rope_dim, note
+    total, rotary = rank + rope_dim, baselines.rotary_width(method, spec.kv_heads, spec.head_dim, rope_dim)
+    if rotary >= total:
+        least = math.ceil((rotary + 1) / spec.cache_numbers * 1e4) / 1e4
+        refusals.append(
+            f"--method {method} rotates at least {rotary} numbers, which leaves no latent of {total}: "
+            f"the least is --kv-rank 1 --rope-dim {rotary}, or --kv-budget {least:.2%}"
+        )
+        return rank, rope_dim, note
+    if rotary != rope_dim:
+        note += f"; {method} rotates {rotary} numbers in place of {rope_dim}, the latent has the rest of the {total}"
+    return min(total - rotary, full_rank(spec.hidden_size, spec.kv_heads, spec.head_dim)), rotary, note
+
+
+def refuse_query_rank(spec: AttentionSpec, settings: ConvertSettings, stored: LatentShape, refusals: list[str]) -> None:
+    full = min(spec.hidden_size, spec.heads * (stored.nope + stored.rope or spec.head_dim))
+    if settings.q_rank is not None and settings.q_rank > full:
+        refusals.append(f"--q-rank {settings.q_rank} is over the full rank {full} of the queries: the nearest is {full}")
+
+
+def target_heads(spec: AttentionSpec, settings: ConvertSettings, refusals: list[str]) -> int:
+    source = spec.kv_heads
+    if settings.to not in TARGETS:
+        return source
+    divisors = [g for g in range(1, source + 1) if source % g == 0]
+    ways = f"its {source} key heads divide into {', '.join(map(str, divisors))}"
+    if settings.to == "mqa":
+        if settings.kv_heads not in (None, 1) or settings.kv_budget is not None:
+            refusals.append("mqa has one key head: leave --kv-heads and --kv-budget out, or use --to gqa")
+        return 1
+    if (settings.kv_heads is None) == (settings.kv_budget is None):
+        refusals.append(f"--to gqa needs either --kv-heads or --kv-budget: {ways}")
+        return source
+    wanted: float
+    if settings.kv_heads is not None:
+        wanted, asked = settings.kv_heads, f"--kv-heads {settings.kv_heads}"
+    else:
+        try:
+            wanted, asked = source * parse_budget(str(settings.kv_budget)), f"--kv-budget {settings.kv_budget}"
+        except UserError as error:
+            refusals.append(str(error))
+            return source
+    if wanted in divisors:
+        return int(wanted)
+    nearest = min(divisors, key=lambda g: abs(g - wanted))
+    refusals.append(f"{asked} is not possible: {ways}; the nearest is --kv-heads {nearest}, a budget of {nearest / source:.3g}")
+    return nearest
