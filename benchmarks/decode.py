@@ -118,16 +118,19 @@ def plot(found: dict[str, list[dict[str, float]]], batch: int, path: Path) -> No
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, (speed, memory) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    contexts = [row["context"] for row in next(iter(found.values()))]
     for name, rows in found.items():
-        contexts = [row["context"] for row in rows]
         speed.plot(contexts, [row["tokens_per_second"] for row in rows], marker="o", label=name)
         memory.plot(contexts, [row["cache_bytes"] / 2**20 for row in rows], marker="o", label=name)
     for axes, quantity in ((speed, "tokens per second"), (memory, "cache, MiB")):
         axes.set(xscale="log", yscale="log", xlabel=f"context, tokens (batch {batch})", ylabel=quantity)
-        axes.xaxis.set_major_formatter("{x:.0f}")
-        axes.xaxis.set_minor_formatter("")
+        axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
+        axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:,.0f}")
         axes.grid(alpha=0.3)
     speed.legend(fontsize=8)
     figure.savefig(path, dpi=150)
