@@ -65,6 +65,9 @@ class Model:
         total = int(spec.cache_numbers * SHARES[share])
         if row in OURS:
             yield {**OURS[row], **({"kv_rank": total} if row == "rebuilt" else self.ours[share])}
+            if row == "own":  # which leaves the split as free
+                for rope in sorted({int(total * split) // 2 * 2 for split in self.splits}):
+                    yield {**OURS[row], "kv_rank": total - rope, "rope_dim": rope}
         elif row in REBUILT:
             yield {"method": row, "kv_rank": total}
         else:
