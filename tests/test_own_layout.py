@@ -167,6 +167,17 @@ def test_cached_is_uncached_padded_is_unpadded_and_the_cache_is_small(design: st
     assert load(source).num_parameters() - plan.parameters_saved == model.num_parameters()
 
 
+def test_mfa_kr_caches_its_key_before_the_rotation(tmp_path: Path) -> None:
+    _, out = folded(tmp_path, "mfa-kr")
+    model = load(out)
+    layer = model.model.layers[0]
+    with torch.no_grad():
+        cache = model(IDS, use_cache=True).past_key_values
+        key = layer.self_attn.k_proj(layer.input_layernorm(model.model.embed_tokens(IDS)))
+    torch.testing.assert_close(cache.layers[0].keys[:, 0], key)
+    assert cache.layers[0].values.numel() == 0
+
+
 @pytest.mark.parametrize("design", SMALL)
 def test_static_cache_beams_and_several_tokens_at_a_time(design: str, tmp_path: Path) -> None:
     _, out = folded(tmp_path, design)
