@@ -18,6 +18,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from kvfold.convert.layouts.modeling_kvfold import KvfoldConfig, KvfoldForCausalLM
+from kvfold.evaluation.layers import cached_tensors
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 768,
@@ -62,7 +63,7 @@ def decode(model: PreTrainedModel, context: int, batch: int, steps: int) -> tupl
     if token.is_cuda:
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - started) / steps
-    return seconds, sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    return seconds, sum(t.nbytes for t in cached_tensors(cache))
 
 
 def main() -> None:

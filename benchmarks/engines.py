@@ -19,15 +19,12 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from kvfold.convert.checkpoint import CheckpointReader, read_config
 from kvfold.convert.data import load_windows
-from kvfold.convert.layouts import step3_text
 from kvfold.convert.pipeline import convert
-from kvfold.convert.plan import make_plan
 from kvfold.convert.settings import ConvertSettings
 from kvfold.convert.stream import FoldedAttention
 from kvfold.recipes.demo.demo import MODEL, write_texts
-from kvfold.surgery.designs import LatentAttention
+from kvfold.recipes.model import open_folded
 
 NEW_TOKENS, TOLERANCE = 32, 1e-3
 FOLDS: dict[str, dict[str, Any]] = {
@@ -45,10 +42,9 @@ def load(folder: Path, choice: dict[str, Any]) -> Any:
     if choice.get("layout") != "step3_text":
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model: Any = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-    plan, reader = make_plan(read_config(MODEL), ConvertSettings(**choice)), CheckpointReader(folder)
+    folded = open_folded(folder, None)
     for layer, block in enumerate(model.model.layers):
-        tensors = {name: reader.tensor(name) for name in step3_text.names(layer, plan)}
-        block.self_attn = FoldedAttention(LatentAttention(step3_text.lift(tensors, plan)))
+        block.self_attn = FoldedAttention(folded.attention(layer, meta=False))
     return model
 
 

@@ -1,5 +1,7 @@
 """What a method offers for one layer, and which of it is best: the bridge from a plan to the mathematics in surgery/."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ def best(plan: ConversionPlan, seen: Observed, layer: int) -> tuple[float, str, 
         return best_latent(plan, seen, *plan.layer_widths(layer))
     ordered, generator = _grouped(plan, seen.weights, layer, seen.moment)
     offered = grouping.candidates(plan.method, ordered, plan.kv_heads, seen.moment, generator)
-    return min(((seen.measure(folded), label, folded) for label, folded in offered), key=lambda entry: entry[0])
+    return _least(seen, offered)
 
 
 def best_latent(
@@ -37,20 +39,24 @@ def best_latent(
 
     if plan.method in baselines.METHODS:
         offered = baselines.METHODS[plan.method](weights, rank, rope_dim, moment, seen.sample)
-        thinned = ((label, thin(folded)) for label, folded in offered)
-        return min(((seen.measure(folded), label, folded) for label, folded in thinned), key=lambda entry: entry[0])
+        return _least(seen, ((label, thin(folded)) for label, folded in offered))
 
     def fold(choice: Choice) -> FoldedWeights:
         if plan.design == "rebuilt-key":
             return thin(rebuilt.rebuilt(weights, rank, moment, choice))
         if plan.design == "reused-key":
             return thin(factorized.mfa_kr(weights, rope_dim, moment, seen.phase, choice))
-        absorbed = plan.settings.to == "mla"
-        return thin(latent.fold(weights, rank, rope_dim, moment, seen.phase, choice, position_free=absorbed))
+        if plan.settings.to == "mfa":
+            return thin(factorized.mfa(weights, rope_dim, moment, seen.phase, choice))
+        return thin(latent.fold(weights, rank, rope_dim, moment, seen.phase, choice))
 
     start, tries = _search(plan)
     error, choice, folded = latent.search(fold, seen.measure, start, tries if search else {})
     return error, str(choice), folded
+
+
+def _least(seen: Observed, offered: Iterable[tuple[str, FoldedWeights]]) -> tuple[float, str, FoldedWeights]:
+    return min(((seen.measure(folded), label, folded) for label, folded in offered), key=lambda entry: entry[0])
 
 
 def _search(plan: ConversionPlan) -> tuple[Choice, Tries]:

@@ -60,14 +60,19 @@ def load_windows(
             raise
         tokenizer = None  # tokens from a file need none
     ids = token_rows(origin, max_tokens) if from_tokens else _encode(origin, tokenizer, window, max_tokens, overlap)
-    for id_ in (int(ids.min()), int(ids.max())):
+    refuse_foreign_ids(origin, int(ids.min()), int(ids.max()), vocab_size)
+    size = None if tokenizer is None else _bytes_per_token(ids, tokenizer)
+    return Windows(ids, size or None, origin)  # a tokenizer that loads without its files knows no text
+
+
+def refuse_foreign_ids(origin: str, least: int, most: int, vocab_size: int | None) -> None:
+    """Raise UserError when a text's least or greatest token id is none of the model's."""
+    for id_ in (least, most):
         if id_ < 0 or (vocab_size is not None and id_ >= vocab_size):
             raise UserError(
                 f"{origin} holds token id {id_}, outside the model's vocabulary of {vocab_size}: "
                 "encode the text with the source's own tokenizer"
             )
-    size = None if tokenizer is None else _bytes_per_token(ids, tokenizer)
-    return Windows(ids, size or None, origin)  # a tokenizer that loads without its files knows no text
 
 
 def calibration_windows(

@@ -36,6 +36,9 @@ BELONGS = {
     "pad_for": ("mla", "mfa"),
     "width": ("mfa", "mfa-kr"),
     "q_rank": LATENT_TARGETS,
+    "keys": ("mla",),
+    "layer_budgets": LATENT_TARGETS,
+    "layout": LATENT_TARGETS,
 }
 """Settings that only some targets have."""
 
@@ -208,20 +211,11 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
         refusals.append(unknown("target", settings.to, TARGETS))
     else:
         for name, targets in BELONGS.items():
-            if getattr(settings, name) is not None and settings.to not in targets:
-                flag = f"--{name.replace('_', '-')}"
+            value = getattr(settings, name)
+            if value != ConvertSettings.model_fields[name].default and settings.to not in targets:
+                flag = f"--{name.replace('_', '-')}" + (f" {value}" if isinstance(value, str) else "")
                 refusals.append(f"{flag} belongs to --to {' or '.join(targets)}, not {settings.to}: leave it out")
     latent = settings.to in LATENT_TARGETS
-    if settings.layout != "auto" and not latent:
-        refusals.append(
-            f"--layout {settings.layout} belongs to --to {' or '.join(LATENT_TARGETS)}, not {settings.to}: leave it out"
-        )
-    if settings.layer_budgets == "measured" and not latent:
-        refusals.append(
-            f"--layer-budgets measured belongs to --to {' or '.join(LATENT_TARGETS)}, not {settings.to}: leave it out"
-        )
-    if settings.keys == "rebuilt" and settings.to != "mla":
-        refusals.append(f"--keys rebuilt belongs to --to mla, not {settings.to}: leave it out")
     layout, kv_heads, rank, rope_dim = "source", spec.kv_heads, 0, 0
     stored, note = NOTHING, ""
     if latent:

@@ -4,7 +4,7 @@ Figures are narrow, so that their letters stay readable on a phone. Colour is th
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -121,34 +121,33 @@ def damage(report: Data, colors: dict[str, str]) -> Figure:
 
 def positions(report: Data, colors: dict[str, str]) -> Figure:
     """Damage over the position in the window."""
-    figure = Figure(figsize=(WIDTH, 4.4))
-    axes = figure.add_subplot()
-    middles = [(a + b) / 2 for a, b in pairwise(report["position_edges"])]
-    shown = best_of_each(report)
-    for model in shown:
-        axes.plot(middles, model["damage_by_position"], marker=".", label=name_of(model), **_line(model))
-    _log_scale(axes, [value for model in shown for value in model["damage_by_position"]])
+    figure, axes = _curves(report, "damage_by_position", [(a + b) / 2 for a, b in pairwise(report["position_edges"])])
     axes.set_xlabel("tokens of context before the predicted token")
     axes.set_ylabel("damage, nats per token")
     axes.set_title("Damage by position in the context")
-    _legend(figure, *axes.get_legend_handles_labels())
     return figure
 
 
 def layers(report: Data, colors: dict[str, str]) -> Figure:
     """Relative error of every layer's attention output."""
-    figure = Figure(figsize=(WIDTH, 4.4))
-    axes = figure.add_subplot()
-    shown = best_of_each(report)
-    for model in shown:
-        axes.plot(model["attention_errors"], marker=".", label=name_of(model), **_line(model))
-    _log_scale(axes, [error for model in shown for error in model["attention_errors"]])
+    figure, axes = _curves(report, "attention_errors", range(len(report["models"][0]["attention_errors"])))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer, counted from 0")
     axes.set_ylabel("squared error / squared norm, ratio")
     axes.set_title("Error of each layer's attention output")
-    _legend(figure, *axes.get_legend_handles_labels())
     return figure
+
+
+def _curves(report: Data, key: str, places: Sequence[float]) -> tuple[Figure, Axes]:
+    """One line for each model that is shown, on a logarithmic axis."""
+    figure = Figure(figsize=(WIDTH, 4.4))
+    axes = figure.add_subplot()
+    shown = best_of_each(report)
+    for model in shown:
+        axes.plot(places, model[key], marker=".", label=name_of(model), **_line(model))
+    _log_scale(axes, [value for model in shown for value in model[key]])
+    _legend(figure, *axes.get_legend_handles_labels())
+    return figure, axes
 
 
 def speed(report: Data, colors: dict[str, str]) -> Figure:

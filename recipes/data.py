@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kvfold.convert.data import documents, load_tokenizer, load_windows, token_rows
+from kvfold.convert.data import documents, load_tokenizer, load_windows, refuse_foreign_ids, token_rows
 from kvfold.errors import UserError
 from kvfold.recipes.recipe import Recipe
 
@@ -40,11 +40,7 @@ def pack(origins: str, tokenizer_folder: Path, recipe: Recipe, vocab_size: int, 
         for origin in listed:
             rows = _windows(origin, tokenizer_folder, recipe.window, recipe.tokens)
             for row in rows:
-                if min(row) < 0 or max(row) >= vocab_size:
-                    raise UserError(
-                        f"{origin} holds a token id outside the model's vocabulary of {vocab_size}: "
-                        "encode the text with the source's own tokenizer"
-                    )
+                refuse_foreign_ids(origin, min(row), max(row), vocab_size)
                 length[0] = length[0] or len(row)
                 if len(row) != length[0]:
                     raise UserError(

@@ -66,6 +66,11 @@ class AttentionWeights(Weights):
 
         return join(self.q, self.q_bias), join(self.k, self.k_bias), join(self.v, self.v_bias)
 
+    def o_bias_with(self, values: Tensor) -> Tensor:
+        """The output's bias when every value head gains a constant (G, D): attention weights sum to one → (d,)."""
+        constant = torch.einsum("hdi,hi->d", self.o, values.repeat_interleave(self.heads // self.kv_heads, 0))
+        return constant if self.o_bias is None else self.o_bias + constant
+
     def with_augmented(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> "AttentionWeights":
         """These q, k, v (·, D, d + 1), `o`, and biases where this layer has them (they must be zero where it has not)."""
         return replace(

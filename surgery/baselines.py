@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.designs import LatentWeights, RebuiltKeyWeights
-from kvfold.surgery.lowrank import leading_directions
+from kvfold.surgery.lowrank import gauge, leading_directions
 
 DAMPING = 0.01
 """Of CARE's covariance, relative to its mean diagonal: `percdamp` of the authors' code. Their square root takes ten times as
@@ -261,19 +261,9 @@ def separate_directions(k: Tensor, v: Tensor, metric: Tensor, rank_k: int, rank_
     return down, torch.cat([bases[0], zeros[0]], 1), torch.cat([zeros[1], bases[1]], 1)
 
 
-def gauge(down: Tensor, moment: Tensor) -> Tensor:
-    """What to multiply a latent by for E|c|² = r, the size that healing's steps count on. Changes nothing else."""
-    energy = ((down @ moment) * down).sum() / len(down)
-    return energy.clamp_min(torch.finfo(energy.dtype).tiny).rsqrt()
-
-
 def output_bias(weights: AttentionWeights) -> Tensor | None:
-    """The values' bias through the output, as attention weights sum to one, with the output's own."""
-    if weights.v_bias is None:
-        return weights.o_bias
-    heads = weights.v_bias.repeat_interleave(weights.heads // weights.kv_heads, 0)
-    constant = torch.einsum("hdi,hi->d", weights.o, heads)
-    return constant if weights.o_bias is None else weights.o_bias + constant
+    """The output's bias with the values' own in it."""
+    return weights.o_bias if weights.v_bias is None else weights.o_bias_with(weights.v_bias)
 
 
 def absorbed(weights: AttentionWeights, rotary: Rotary, latent: Latent, moment: Tensor) -> LatentWeights:

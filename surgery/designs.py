@@ -5,6 +5,7 @@ carry the names under which a checkpoint of the `kvfold` layout stores them.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +37,11 @@ class LatentWeights(Weights):
     o_bias: Tensor | None = None
 
 
-class Queries(nn.Module):
-    """The queries of a design: `q_proj`, or `q_a_proj` and `q_b_proj` when they are of low rank."""
+class FoldedAttention(nn.Module):
+    """What the designs share: `q_proj`, or `q_a_proj` and `q_b_proj` when queries are of low rank, and `o_proj`."""
+
+    o_proj: nn.Linear
+    value_dim: int
 
     def __init__(self, heads: Tensor, down: Tensor | None, bias: Tensor | None) -> None:
         super().__init__()
@@ -52,16 +56,28 @@ class Queries(nn.Module):
         q = self.q_b_proj(self.q_a_proj(x)) if hasattr(self, "q_a_proj") else self.q_proj(x)
         return q.unflatten(-1, (-1, self.query_width)).transpose(1, 2)
 
-    def query_weights(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The inverse of the constructor, detached: heads (H, E, m), down, bias (H, E)."""
+    def output(self, heads: Tensor) -> Tensor:
+        """(B, H, T, D) → (B, T, d)."""
+        return self.o_proj(heads.transpose(1, 2).flatten(2))
+
+    def query_heads(self) -> Tensor:
+        """(H, E, m), detached."""
+        last = self.q_b_proj if hasattr(self, "q_a_proj") else self.q_proj
+        return last.weight.detach().unflatten(0, (-1, self.query_width))
+
+    def shared_weights(self) -> dict[str, Any]:
+        """Of the canonical form, what every design has beside its query heads, detached."""
         low_rank = hasattr(self, "q_a_proj")
-        last = self.q_b_proj if low_rank else self.q_proj
-        heads = last.weight.detach().unflatten(0, (-1, self.query_width))
-        bias = None if last.bias is None else last.bias.detach().unflatten(0, (-1, self.query_width))
-        return heads, self.q_a_proj.weight.detach() if low_rank else None, bias
+        bias = detached((self.q_b_proj if low_rank else self.q_proj).bias)
+        return {
+            "q_down": self.q_a_proj.weight.detach() if low_rank else None,
+            "q_bias": None if bias is None else bias.unflatten(0, (-1, self.query_width)),
+            "o": self.o_proj.weight.detach().unflatten(1, (-1, self.value_dim)).permute(1, 0, 2),  # (d, H·D) → (H, d, D)
+            "o_bias": detached(self.o_proj.bias),
+        }
 
 
-class LatentAttention(Queries):
+class LatentAttention(FoldedAttention):
     """MLA as DeepSeek-V3 lays it out, without its latent norm: what is cached is `kv_a_proj(x)`, r + R numbers per token."""
 
     rope_pairs: Tensor
@@ -72,7 +88,7 @@ class LatentAttention(Queries):
         self.rank, self.value_dim = weights.up_v.shape[2], weights.up_v.shape[1]
         self.kv_a_proj = linear(torch.cat([weights.down, weights.k_rope]), weights.kv_bias)  # (r + R, d)
         self.kv_b_proj = linear(torch.cat([weights.up_k, weights.up_v], 1).flatten(0, 1), None)  # (H·(N + D), r)
-        self.o_proj = output(weights.o, weights.o_bias)
+        self.o_proj = output_projection(weights.o, weights.o_bias)
         self.register_buffer("rope_pairs", weights.pairs)
 
     def forward(self, x: Tensor, rope: Rope) -> Tensor:
@@ -86,11 +102,11 @@ class LatentAttention(Queries):
         q_rope, key = (rotate(part, tables).to(v) for part in (q_rope, key[:, None]))
         k = torch.cat([k, key.expand(-1, k.shape[1], -1, -1)], dim=-1)
         out = causal_attention(torch.cat([q_nope, q_rope], dim=-1), k, v)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.output(out)
 
     def weights(self) -> LatentWeights:
         """The canonical form of the current parameters, detached: the inverse of the constructor."""
-        heads, q_down, q_bias = self.query_weights()
+        heads = self.query_heads()
         down, k_rope = self.kv_a_proj.weight.detach().split([self.rank, self.rope_dim])
         up = self.kv_b_proj.weight.detach().unflatten(0, (-1, self.nope + self.value_dim))
         return LatentWeights(
@@ -100,12 +116,9 @@ class LatentAttention(Queries):
             k_rope=k_rope,
             up_k=up[:, : self.nope],
             up_v=up[:, self.nope :],
-            o=output_heads(self.o_proj, self.value_dim),
             pairs=self.rope_pairs,
-            q_down=q_down,
-            q_bias=q_bias,
             kv_bias=detached(self.kv_a_proj.bias),
-            o_bias=detached(self.o_proj.bias),
+            **self.shared_weights(),
         )
 
 
@@ -131,7 +144,7 @@ class ReusedKeyWeights(Weights):
     o_bias: Tensor | None = None
 
 
-class ReusedKeyAttention(Queries):
+class ReusedKeyAttention(FoldedAttention):
     """MFA-KR: what is cached is `k_proj(x)`, C numbers per token."""
 
     rope_pairs: Tensor
@@ -143,7 +156,7 @@ class ReusedKeyAttention(Queries):
         self.reuse_proj = linear(weights.reuse, None)  # (C, C)
         self.alpha = nn.Parameter(weights.alpha)
         self.v_b_proj = linear(weights.up_v.flatten(0, 1), None)  # (H·D, C)
-        self.o_proj = output(weights.o, weights.o_bias)
+        self.o_proj = output_projection(weights.o, weights.o_bias)
         self.register_buffer("rope_pairs", weights.pairs)
 
     def forward(self, x: Tensor, rope: Rope) -> Tensor:
@@ -153,23 +166,19 @@ class ReusedKeyAttention(Queries):
         v = self.v_b_proj(value).unflatten(-1, (-1, self.value_dim)).transpose(1, 2)  # (B, H, T, D)
         q, k = (rotate(part, tables).to(v) for part in (self.queries(x), key[:, None]))
         out = causal_attention(q, k.expand(-1, v.shape[1], -1, -1), v)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.output(out)
 
     def weights(self) -> ReusedKeyWeights:
         """The canonical form of the current parameters, detached: the inverse of the constructor."""
-        heads, q_down, q_bias = self.query_weights()
         return ReusedKeyWeights(
-            q=heads,
+            q=self.query_heads(),
             key=self.k_proj.weight.detach(),
             pairs=self.rope_pairs,
             reuse=self.reuse_proj.weight.detach(),
             alpha=self.alpha.detach(),
             up_v=self.v_b_proj.weight.detach().unflatten(0, (-1, self.value_dim)),
-            o=output_heads(self.o_proj, self.value_dim),
-            q_down=q_down,
-            q_bias=q_bias,
             k_bias=detached(self.k_proj.bias),
-            o_bias=detached(self.o_proj.bias),
+            **self.shared_weights(),
         )
 
 
@@ -193,39 +202,35 @@ class RebuiltKeyWeights(Weights):
     o_bias: Tensor | None = None
 
 
-class RebuiltKeyAttention(Queries):
+class RebuiltKeyAttention(FoldedAttention):
     """What is cached is `kv_a_proj(x)`, r numbers per token; every read rebuilds all keys, r·G·D products per token."""
 
     def __init__(self, weights: RebuiltKeyWeights) -> None:
         super().__init__(weights.q, weights.q_down, weights.q_bias)
-        self.head_dim = weights.up_k.shape[1]
+        self.value_dim = weights.up_k.shape[1]
         self.kv_a_proj = linear(weights.down, weights.kv_bias)  # (r, d)
         self.k_b_proj = linear(weights.up_k.flatten(0, 1), weights.k_bias)  # (G·D, r)
         self.v_b_proj = linear(weights.up_v.flatten(0, 1), None)  # (G·D, r)
-        self.o_proj = output(weights.o, weights.o_bias)
+        self.o_proj = output_projection(weights.o, weights.o_bias)
 
     def forward(self, x: Tensor, rope: Rope) -> Tensor:
         """(B, T, d) → (B, T, d)."""
         latent = self.kv_a_proj(x)
-        k, v = (proj(latent).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in (self.k_b_proj, self.v_b_proj))
+        k, v = (proj(latent).unflatten(-1, (-1, self.value_dim)).transpose(1, 2) for proj in (self.k_b_proj, self.v_b_proj))
         out = causal_attention(rotate(self.queries(x), rope).to(v), rotate(k, rope).to(v), v)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.output(out)
 
     def weights(self) -> RebuiltKeyWeights:
         """The canonical form of the current parameters, detached: the inverse of the constructor."""
-        heads, q_down, q_bias = self.query_weights()
         k_bias = detached(self.k_b_proj.bias)
         return RebuiltKeyWeights(
-            q=heads,
+            q=self.query_heads(),
             down=self.kv_a_proj.weight.detach(),
-            up_k=self.k_b_proj.weight.detach().unflatten(0, (-1, self.head_dim)),
-            up_v=self.v_b_proj.weight.detach().unflatten(0, (-1, self.head_dim)),
-            o=output_heads(self.o_proj, self.head_dim),
-            q_down=q_down,
-            q_bias=q_bias,
+            up_k=self.k_b_proj.weight.detach().unflatten(0, (-1, self.value_dim)),
+            up_v=self.v_b_proj.weight.detach().unflatten(0, (-1, self.value_dim)),
             kv_bias=detached(self.kv_a_proj.bias),
-            k_bias=None if k_bias is None else k_bias.unflatten(0, (-1, self.head_dim)),
-            o_bias=detached(self.o_proj.bias),
+            k_bias=None if k_bias is None else k_bias.unflatten(0, (-1, self.value_dim)),
+            **self.shared_weights(),
         )
 
 
@@ -247,13 +252,8 @@ def design(weights: FoldedWeights) -> Design:
     return GroupedAttention(weights)
 
 
-def output(o: Tensor, bias: Tensor | None) -> nn.Linear:
+def output_projection(o: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear(o.permute(1, 0, 2).flatten(1), bias)  # (H, d, D) → (d, H·D)
-
-
-def output_heads(projection: nn.Linear, width: int) -> Tensor:
-    """The inverse of `output`, detached: (d, H·D) → (H, d, D)."""
-    return projection.weight.detach().unflatten(1, (-1, width)).permute(1, 0, 2)
 
 
 def detached(parameter: Tensor | None) -> Tensor | None:

@@ -75,7 +75,6 @@ def mfa_kr(
     up_v = regression(values, key, spread)  # (G, D, C)
     mean = (values - up_v @ key) @ moment[:, -1]  # (G, D)
     per = weights.heads // weights.kv_heads
-    constant = torch.einsum("hdi,hi->d", weights.o, mean.repeat_interleave(per, 0))
 
     absorbed = assemble(weights, slots, down, up_k, up_k, phase, position_free=still > 0)
     scale = (width / (absorbed.q_nope.shape[1] + turning)) ** 0.5  # of the new softmax's root against that of `assemble`
@@ -96,7 +95,7 @@ def mfa_kr(
         o=weights.o,
         q_bias=bias,
         k_bias=key[:, -1] if key[:, -1].any() else None,
-        o_bias=constant if weights.o_bias is None else weights.o_bias + constant,
+        o_bias=weights.o_bias_with(mean),
     )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.designs import LatentWeights, RebuiltKeyWeights, ReusedKeyWeights
-from kvfold.surgery.lowrank import leading_directions, power_and_inverse
+from kvfold.surgery.lowrank import gauge, leading_directions, power_and_inverse
 from kvfold.surgery.rope import Rope, from_complex, rotate, to_complex
 
 
@@ -155,7 +155,9 @@ def fold(
         choice = replace(choice, balance=0.0)
     down, up_k, up_v = joint_latent(weights, slots.rest, weights.augmented()[2], rank, moment, phase, choice)
     folded = assemble(weights, slots, down, up_k, up_v, phase, position_free)
-    return with_value_mean(folded, weights, moment) if choice.centred else folded
+    # What a centred latent leaves out of the values is their mean.
+    mean = weights.augmented()[2] @ moment[:, -1]
+    return replace(folded, o_bias=weights.o_bias_with(mean)) if choice.centred else folded
 
 
 def full_rank(hidden: int, kv_heads: int, head_dim: int) -> int:
@@ -219,24 +221,39 @@ def joint_latent(
         down (r, n), up_k (G, D, r), up_v (G, D, r).
     """
     per, width = weights.heads // weights.kv_heads, weights.head_dim
-    q, k, v = weights.augmented()
-    queries = from_complex(phase[..., None] * to_complex(q))  # (H, D, n)
+    queries = from_complex(phase[..., None] * to_complex(weights.augmented()[0]))  # (H, D, n)
     reading = (queries @ moment @ queries.mT).unflatten(0, (-1, per)).sum(1) / width  # (G, D, D)
-    importance = (weights.o.mT @ weights.o).unflatten(0, (-1, per)).sum(1)
-    root_k, inverse_k = power_and_inverse(reading, 0.5)
-    root_v, inverse_v = power_and_inverse(importance, choice.values / 2)
+    return weighted_latent(weights, from_complex(rest), values, power_and_inverse(reading, 0.5), rank, moment, choice)
+
+
+def weighted_latent(
+    weights: AttentionWeights,
+    keys: Tensor,
+    values: Tensor,
+    reading: tuple[Tensor, Tensor],
+    rank: int,
+    moment: Tensor,
+    choice: Choice,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One latent for what is asked of keys and of values (G, D, n each): see `joint_latent`.
+
+    Args:
+        reading: the keys' metric (G, D, D) and its inverse.
+    """
+    _, k, v = weights.augmented()
+    importance = (weights.o.mT @ weights.o).unflatten(0, (weights.kv_heads, -1)).sum(1)
+    (root_k, inverse_k), (root_v, inverse_v) = reading, power_and_inverse(importance, choice.values / 2)
     metric = covariance(moment) if choice.centred else moment
     # Against the energy of the whole keys, so that a rest of nothing is given nothing.
     energies = [((x @ metric) * x).sum().clamp_min(torch.finfo(x.dtype).tiny) for x in (root_k @ k, root_v @ v)]
     balance = (choice.balance * energies[1] / energies[0]).sqrt()
-    stacked = torch.cat([balance * root_k @ from_complex(rest), root_v @ values]).flatten(0, 1)  # (2·G·D, n)
+    stacked = torch.cat([balance * root_k @ keys, root_v @ values]).flatten(0, 1)  # (2·G·D, n)
     basis = leading_directions(stacked, metric, rank)  # (2·G·D, r)
-    up_k, up_v = basis.unflatten(0, (2, -1, width))  # (G, D, r) each
+    up_k, up_v = basis.unflatten(0, (2, -1, weights.head_dim))  # (G, D, r) each
     down = basis.mT @ stacked
     if choice.centred:
         down[:, -1] -= down @ moment[:, -1]
-    energy = ((down @ moment) * down).sum() / rank
-    level = energy.clamp_min(torch.finfo(energy.dtype).tiny).rsqrt()  # a gauge: E|c|² = r, which the layouts count on
+    level = gauge(down, moment)
     up_k = inverse_k @ up_k / (balance if choice.balance else 1.0)
     return down * level, up_k / level, inverse_v @ up_v / level
 
@@ -279,13 +296,6 @@ def assemble(
     )
 
 
-def with_value_mean(folded: LatentWeights, weights: AttentionWeights, moment: Tensor) -> LatentWeights:
-    """Give the output what a centred latent leaves out, the constant `Σ_h W_O,h E[v_h]`: attention weights sum to one."""
-    mean = (weights.augmented()[2] @ moment[:, -1]).repeat_interleave(weights.heads // weights.kv_heads, 0)  # (H, D)
-    constant = torch.einsum("hdi,hi->d", weights.o, mean)
-    return replace(folded, o_bias=constant if folded.o_bias is None else folded.o_bias + constant)
-
-
 def low_rank_queries(folded: Queried, rank: int, moment: Tensor) -> Queried:
     """Queries of rank `m` (2405.04434, 2412.19255): the best map through `m` numbers of the input under its second moment.
 
@@ -297,7 +307,7 @@ def low_rank_queries(folded: Queried, rank: int, moment: Tensor) -> Queried:
     metric = moment[:-1, :-1] if folded.q_bias is None else covariance(moment)[:-1, :-1]
     basis = leading_directions(stacked, metric, rank)  # (H·E, m)
     down = basis.mT @ stacked
-    level = ((down @ moment[:-1, :-1]) * down).sum().clamp_min(1e-30).div(rank).rsqrt()  # a gauge: E|c|² = m
+    level = gauge(down, moment[:-1, :-1])
     parts = (basis / level).unflatten(0, heads.shape[:2]).split([getattr(folded, name).shape[1] for name in fields], 1)
     bias = folded.q_bias
     if bias is not None:

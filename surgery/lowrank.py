@@ -58,6 +58,12 @@ def leading_directions(rows: Tensor, moment: Tensor, rank: int) -> Tensor:
     return torch.linalg.qr(seen @ top_eigenvectors(seen.mT @ seen, rank)).Q
 
 
+def gauge(down: Tensor, moment: Tensor) -> Tensor:
+    """What to multiply a latent (r, n) by for E|c|² = r, the size that layouts and healing's steps count on."""
+    energy = ((down @ moment) * down).sum() / len(down)
+    return energy.clamp_min(torch.finfo(energy.dtype).tiny).rsqrt()
+
+
 def regression(target: Tensor, source: Tensor, moment: Tensor, ridge: float = 1e-9) -> Tensor:
     """The map (..., a, b) of least `E|target z - map source z|²`, ridge relative to the source's mean energy.
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kvfold.convert.checkpoint import CheckpointReader, TensorSpec
-from kvfold.convert.layouts.source import in_place_of_attention
+from kvfold.convert.layouts.source import in_place_of_attention, written_dtype
 from kvfold.convert.plan import ConversionPlan
 from kvfold.surgery.designs import LatentWeights
 
@@ -33,7 +33,6 @@ def config(source: dict[str, Any], plan: ConversionPlan, dtype: torch.dtype | No
     spec = plan.spec
     carried = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
     ids = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "initializer_range", "use_cache")
-    stated = str(source.get("dtype") or source.get("torch_dtype") or "float32")
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
@@ -60,7 +59,7 @@ def config(source: dict[str, Any], plan: ConversionPlan, dtype: torch.dtype | No
         "norm_topk_prob": True,
         "routed_scaling_factor": 1.0,
         "num_nextn_predict_layers": 0,
-        "dtype": stated if dtype is None else str(dtype).removeprefix("torch."),
+        "dtype": written_dtype(source, dtype),
     }
 
 
@@ -78,12 +77,17 @@ def tensor_specs(reader: CheckpointReader, plan: ConversionPlan, dtype: torch.dt
     def of_layer(layer: int, kind: torch.dtype) -> list[TensorSpec]:
         return [TensorSpec(n, kind, shapes[part]) for part, n in zip(shapes, names(layer, plan), strict=True)]
 
-    specs = in_place_of_attention(reader, plan, dtype, of_layer)
-    embedding = next(s for s in specs if s.name == EMBEDDING)
-    return [*specs, replace(embedding, name="lm_head.weight")] if spec.tied else specs
+    return with_output_embedding(in_place_of_attention(reader, plan, dtype, of_layer))
 
 
-EMBEDDING = "model.embed_tokens.weight"
+def with_output_embedding(specs: list[TensorSpec]) -> list[TensorSpec]:
+    """These, and where a source ties it the output embedding, in the input embedding's shape."""
+    if any(spec.name == HEAD for spec in specs):
+        return specs
+    return [*specs, replace(next(spec for spec in specs if spec.name == EMBEDDING), name=HEAD)]
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def names(layer: int, plan: ConversionPlan) -> list[str]:
@@ -151,7 +155,7 @@ def residual_scale(plan: ConversionPlan) -> float:
 
 def origin(name: str, plan: ConversionPlan) -> tuple[str, float]:
     """The embedding and down_proj write the residual stream; a tied output embedding is the embedding without its factor."""
-    if name == "lm_head.weight" and plan.spec.tied:
+    if name == HEAD and plan.spec.tied:
         return EMBEDDING, 1.0
     writes = name == EMBEDDING or name.endswith("mlp.down_proj.weight")
     return name, residual_scale(plan) if writes else 1.0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvfold.convert.checkpoint import CheckpointReader, TensorSpec
-from kvfold.convert.layouts.source import in_place_of_attention
+from kvfold.convert.layouts.source import in_place_of_attention, written_dtype
 from kvfold.convert.plan import ConversionPlan
 from kvfold.surgery.designs import Design, FoldedWeights, LatentWeights, RebuiltKeyWeights, ReusedKeyWeights, design
 
@@ -27,7 +27,6 @@ def config(source: dict[str, Any], plan: ConversionPlan, dtype: torch.dtype | No
     """The source's config under our model type, with the widths of the design."""
     spec, latent = plan.spec, plan.design != "reused-key"
     ranks, ropes = ([plan.layer_widths(layer)[part] for layer in range(spec.layers)] for part in (0, 1))
-    stated = str(source.get("dtype") or source.get("torch_dtype") or "float32")
     return {
         "architectures": ["KvfoldForCausalLM"],
         "model_type": "kvfold",
@@ -42,7 +41,7 @@ def config(source: dict[str, Any], plan: ConversionPlan, dtype: torch.dtype | No
         "qk_nope_head_dim": plan.stored.nope if plan.design == "latent" else None,
         "q_lora_rank": plan.q_rank,
         "query_bias": spec.qkv_bias,
-        "dtype": stated if dtype is None else str(dtype).removeprefix("torch."),
+        "dtype": written_dtype(source, dtype),
     }
 
 

@@ -69,13 +69,14 @@ def pick(position_embeddings: Tables, pairs: Tensor) -> Tables:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Queries (B, H, T, E) over keys (B, G, S, E) and values (B, G, S, F) → (B, H, T, F), scores times `scale`.
 
-    No head's keys are repeated. `mask` is transformers': boolean or additive, (B, 1, T, S), None for a plain causal one.
+    The keys of a single head are not repeated. `mask` is transformers': boolean or additive, (B, 1, T, S), None for causal.
     """
     batch, heads, tokens, width = q.shape
     if tokens > 1:
-        k = k.repeat_interleave(heads // k.shape[1], 1) if k.shape[1] > 1 else k.expand(-1, heads, -1, -1)
         padded = F.pad(v, (0, width - v.shape[-1])) if v.shape[-1] < width else v  # fused kernels want one width
-        padded = padded.repeat_interleave(heads // v.shape[1], 1) if v.shape[1] > 1 else padded.expand(-1, heads, -1, -1)
+        k, padded = (
+            t.repeat_interleave(heads // t.shape[1], 1) if t.shape[1] > 1 else t.expand(-1, heads, -1, -1) for t in (k, padded)
+        )
         return F.scaled_dot_product_attention(q, k, padded, mask, is_causal=mask is None, scale=scale)[..., : v.shape[-1]]
     grouped = (q * scale).view(batch, k.shape[1], -1, width)  # (B, H, 1, E) → (B, G, H/G, E)
     scores = (grouped @ k.mT).float()
@@ -117,6 +118,21 @@ class FoldedAttention(nn.Module):
         q = self.q_b_proj(self.q_a_proj(x)) if hasattr(self, "q_a_proj") else self.q_proj(x)
         return q.unflatten(-1, (-1, self.query_width)).transpose(1, 2)
 
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Tables,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        out = self.heads(hidden_states, position_embeddings, attention_mask, past_key_values)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+    def heads(self, x: Tensor, tables: Tables, mask: Tensor | None, cache: Any) -> Tensor:
+        """The heads' outputs: (B, T, d), the rotary tables of its tokens, mask and cache → (B, H, T, D)."""
+        raise NotImplementedError
+
     def cached(self, states: Tensor, cache: Any) -> Tensor:
         """Put (B, 1, T, E) into the cache, as keys without values → (B, 1, S, E)."""
         return states if cache is None else cache.update(states, states[..., :0], self.layer_idx)[0]
@@ -135,33 +151,24 @@ class LatentAttention(FoldedAttention):
         self.kv_b_proj = nn.Linear(self.rank, config.num_attention_heads * (self.nope + self.value), bias=False)
         self.register_buffer("rope_pairs", torch.arange(self.rope // 2) % (config.head_dim // 2))
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: Tables,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        cos, sin = pick(position_embeddings, self.rope_pairs)
-        q_nope, q_rope = self.queries(hidden_states).split([self.nope, self.rope], dim=-1)  # (B, H, T, N), (B, H, T, R)
-        latent, key = self.kv_a_proj(hidden_states)[:, None].split([self.rank, self.rope], dim=-1)
+    def heads(self, x: Tensor, tables: Tables, mask: Tensor | None, cache: Any) -> Tensor:
+        cos, sin = pick(tables, self.rope_pairs)
+        q_nope, q_rope = self.queries(x).split([self.nope, self.rope], dim=-1)  # (B, H, T, N), (B, H, T, R)
+        latent, key = self.kv_a_proj(x)[:, None].split([self.rank, self.rope], dim=-1)
         q_rope, key = rotate(q_rope, cos, sin), rotate(key, cos, sin)
-        keys = self.cached(torch.cat([latent, key], -1), past_key_values)  # (B, 1, S, r + R)
-        up_k, up_v = matrix(self.kv_b_proj).unflatten(0, (-1, self.nope + self.value)).split([self.nope, self.value], 1)
+        keys = self.cached(torch.cat([latent, key], -1), cache)  # (B, 1, S, r + R)
         # Products per key and head: in the latent T·(2r + R), expanded T·(N + R + D) and once r·(N + D).
-        tokens = hidden_states.shape[1]
+        tokens = x.shape[1]
         if self.nope == 0 or tokens * (2 * self.rank - self.nope - self.value) <= self.rank * (self.nope + self.value):
+            up_k, up_v = matrix(self.kv_b_proj).unflatten(0, (-1, self.nope + self.value)).split([self.nope, self.value], 1)
             q = torch.cat([q_nope @ up_k, q_rope], -1) if self.nope else q_rope  # (B, H, T, r + R), or R
             read = keys if self.nope else keys[..., self.rank :]
-            out = attend(q, read, keys[..., : self.rank], attention_mask, self.scale) @ up_v.mT  # (B, H, T, r) → (B, H, T, D)
-        else:
-            latent, key = keys.split([self.rank, self.rope], dim=-1)
-            expanded = self.kv_b_proj(latent[:, 0]).unflatten(-1, (-1, self.nope + self.value)).transpose(1, 2)
-            k, v = expanded.split([self.nope, self.value], dim=-1)
-            k = torch.cat([k, key.expand(-1, k.shape[1], -1, -1)], -1)
-            out = attend(torch.cat([q_nope, q_rope], -1), k, v, attention_mask, self.scale)
-        return self.o_proj(out.transpose(1, 2).flatten(2)), None
+            return attend(q, read, keys[..., : self.rank], mask, self.scale) @ up_v.mT  # (B, H, T, r) → (B, H, T, D)
+        latent, key = keys.split([self.rank, self.rope], dim=-1)
+        expanded = self.kv_b_proj(latent[:, 0]).unflatten(-1, (-1, self.nope + self.value)).transpose(1, 2)
+        k, v = expanded.split([self.nope, self.value], dim=-1)
+        k = torch.cat([k, key.expand(-1, k.shape[1], -1, -1)], -1)
+        return attend(torch.cat([q_nope, q_rope], -1), k, v, mask, self.scale)
 
 
 class ReadTimeRotation(FoldedAttention):
@@ -180,10 +187,8 @@ class ReadTimeRotation(FoldedAttention):
         states, tokens = self.cached(states, cache), states.shape[2]
         slots = torch.arange(states.shape[2], device=states.device)
         cos, sin = self.rotary_emb(states, slots[None])
-        before = torch.as_tensor(before, device=states.device).clamp(
-            max=states.shape[2] - tokens
-        )  # a sliding cache drops the oldest
-        new = before + slots[:tokens]
+        # A sliding cache drops the oldest.
+        new = torch.as_tensor(before, device=states.device).clamp(max=states.shape[2] - tokens) + slots[:tokens]
         return states, (cos[:, new], sin[:, new]), (cos, sin)
 
 
@@ -202,21 +207,13 @@ class ReusedKeyAttention(ReadTimeRotation):
         self.v_b_proj = nn.Linear(width, config.num_attention_heads * self.value, bias=False)
         self.register_buffer("rope_pairs", torch.arange(width // 2) % (config.head_dim // 2))
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: Tables,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        key = self.k_proj(hidden_states)[:, None]
-        key, new, every = self.extended(key, position_embeddings, past_key_values)
-        q = rotate(self.queries(hidden_states), *pick(new, self.rope_pairs))
-        mixed = attend(q, rotate(key, *pick(every, self.rope_pairs)), key, attention_mask, self.scale)  # (B, H, T, C)
+    def heads(self, x: Tensor, tables: Tables, mask: Tensor | None, cache: Any) -> Tensor:
+        key = self.k_proj(x)[:, None]
+        key, new, every = self.extended(key, tables, cache)
+        q = rotate(self.queries(x), *pick(new, self.rope_pairs))
+        mixed = attend(q, rotate(key, *pick(every, self.rope_pairs)), key, mask, self.scale)  # (B, H, T, C)
         mixed = mixed + self.alpha * self.reuse_proj(mixed)
-        out = mixed @ matrix(self.v_b_proj).unflatten(0, (-1, self.value)).mT  # (B, H, T, D)
-        return self.o_proj(out.transpose(1, 2).flatten(2)), None
+        return mixed @ matrix(self.v_b_proj).unflatten(0, (-1, self.value)).mT  # (B, H, T, D)
 
 
 class RebuiltKeyAttention(ReadTimeRotation):
@@ -229,19 +226,11 @@ class RebuiltKeyAttention(ReadTimeRotation):
         self.k_b_proj = nn.Linear(rank, config.num_key_value_heads * self.width, bias=True)
         self.v_b_proj = nn.Linear(rank, config.num_key_value_heads * self.width, bias=False)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: Tables,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        latent, new, every = self.extended(self.kv_a_proj(hidden_states)[:, None], position_embeddings, past_key_values)
+    def heads(self, x: Tensor, tables: Tables, mask: Tensor | None, cache: Any) -> Tensor:
+        latent, new, every = self.extended(self.kv_a_proj(x)[:, None], tables, cache)
         k, v = (proj(latent[:, 0]).unflatten(-1, (-1, self.width)).transpose(1, 2) for proj in (self.k_b_proj, self.v_b_proj))
         (new_cos, new_sin), (cos, sin) = ((c[:, None], s[:, None]) for c, s in (new, every))
-        out = attend(rotate(self.queries(hidden_states), new_cos, new_sin), rotate(k, cos, sin), v, attention_mask, self.scale)
-        return self.o_proj(out.transpose(1, 2).flatten(2)), None
+        return attend(rotate(self.queries(x), new_cos, new_sin), rotate(k, cos, sin), v, mask, self.scale)
 
 
 DESIGNS = {"latent": LatentAttention, "reused-key": ReusedKeyAttention, "rebuilt-key": RebuiltKeyAttention}

@@ -37,6 +37,12 @@ def tensor_specs(reader: CheckpointReader, plan: ConversionPlan, dtype: torch.dt
     return specs
 
 
+def written_dtype(source: dict[str, Any], dtype: torch.dtype | None) -> str:
+    """What a target's config.json says of its dtype: the source's, unless another is asked for."""
+    stated = str(source.get("dtype") or source.get("torch_dtype") or "float32")
+    return stated if dtype is None else str(dtype).removeprefix("torch.")
+
+
 def in_place_of_attention(
     reader: CheckpointReader,
     plan: ConversionPlan,

@@ -8,15 +8,14 @@
 """
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvfold.convert.checkpoint import CheckpointReader, TensorSpec
-from kvfold.convert.layouts.deepseek_v3 import EMBEDDING, LATENT, pad
-from kvfold.convert.layouts.source import in_place_of_attention
+from kvfold.convert.layouts.deepseek_v3 import EMBEDDING, HEAD, LATENT, pad, with_output_embedding
+from kvfold.convert.layouts.source import in_place_of_attention, written_dtype
 from kvfold.convert.plan import ConversionPlan
 from kvfold.surgery.designs import LatentWeights
 
@@ -26,7 +25,6 @@ def config(source: dict[str, Any], plan: ConversionPlan, dtype: torch.dtype | No
     spec, width = plan.spec, plan.stored.rope
     carried = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
     ids = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache")
-    stated = str(source.get("dtype") or source.get("torch_dtype") or "float32")
     return {
         "architectures": ["Step3TextForCausalLM"],
         "model_type": "step3_text",
@@ -43,7 +41,7 @@ def config(source: dict[str, Any], plan: ConversionPlan, dtype: torch.dtype | No
         },
         "moe_layers_enum": str(spec.layers + 9999),
         "tie_word_embeddings": False,
-        "dtype": stated if dtype is None else str(dtype).removeprefix("torch."),
+        "dtype": written_dtype(source, dtype),
     }
 
 
@@ -62,9 +60,7 @@ def tensor_specs(reader: CheckpointReader, plan: ConversionPlan, dtype: torch.dt
     def of_layer(layer: int, kind: torch.dtype) -> list[TensorSpec]:
         return [TensorSpec(n, kind, shape) for shape, n in zip(shapes, names(layer, plan), strict=True)]
 
-    specs = in_place_of_attention(reader, plan, dtype, of_layer)
-    embedding = next(s for s in specs if s.name == EMBEDDING)
-    return [*specs, replace(embedding, name="lm_head.weight")] if spec.tied else specs
+    return with_output_embedding(in_place_of_attention(reader, plan, dtype, of_layer))
 
 
 def names(layer: int, plan: ConversionPlan) -> list[str]:
@@ -122,7 +118,7 @@ def unpad_halves(rows: Tensor, width: int) -> Tensor:
 
 def origin(name: str, plan: ConversionPlan) -> tuple[str, float]:
     """All else is the source's own; a tied output embedding is the embedding."""
-    return (EMBEDDING if name == "lm_head.weight" and plan.spec.tied else name), 1.0
+    return (EMBEDDING if name == HEAD and plan.spec.tied else name), 1.0
 
 
 def files() -> dict[str, str]:
