@@ -83,13 +83,14 @@ def models(folder: Path) -> list[Model]:
     calibration, heldout = write_texts(folder)
     demo = demo_settings({}, calibration)
     own = {share: {"kv_budget": share} for share in SHARES}
-    found = [Model("demo", MODEL, demo, EvaluateSettings(on=str(heldout), max_tokens=EVALUATION_TOKENS), (0.25, 0.5), own)]
+    evaluation = EvaluateSettings(on=str(heldout), max_tokens=EVALUATION_TOKENS, detail="damage")
+    found = [Model("demo", MODEL, demo, evaluation, (0.25, 0.5), own)]
     shared = Path(os.environ.get("KVFOLD_SHARED", "../shared"))
     if (path := shared / "models/stories260k").is_dir():
         tokens = f"{path}/tokens.safetensors"
         splits = {"50%": (24, 8), "25%": (8, 8), "12.5%": (4, 4)}
         own = {share: {"kv_rank": rank, "rope_dim": rope} for share, (rank, rope) in splits.items()}
-        evaluation = EvaluateSettings(on=f"{tokens}:evaluation", batch=32)
+        evaluation = EvaluateSettings(on=f"{tokens}:evaluation", batch=32, detail="damage")
         found.insert(0, Model("stories260k", path, {"calibrate": f"{tokens}:calibration"}, evaluation, (0.25, 0.5, 0.75), own))
     return found
 

@@ -67,7 +67,7 @@ def recover(folds: list[str], out: Path, tokens: int, second: Path) -> list[dict
         made = [fold, f"{fold}-healed", *(f"{fold}-{recipe}" for recipe in RECIPES)]
         damage = {}
         for label, text in (("held-out", heldout), ("second", second)):
-            settings = EvaluateSettings(on=str(text), max_tokens=EVALUATED)
+            settings = EvaluateSettings(on=str(text), max_tokens=EVALUATED, detail="damage")
             result = evaluate([str(out / name) for name in made], str(MODEL), settings)
             damage[label] = {Path(m["path"]).name: m["damage_nats"] for m in result["models"]}
         rows.append({"fold": fold, "damage": damage, "uptraining": entries})

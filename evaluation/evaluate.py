@@ -34,7 +34,7 @@ Report = Callable[[float, str], None]
 
 
 class EvaluateSettings(BaseModel):
-    """All that decides what a report says. `detail` is how finely retrieval and speed are sampled."""
+    """All that decides what a report says. `detail` is how finely retrieval and speed are sampled, `damage` not at all."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -44,7 +44,7 @@ class EvaluateSettings(BaseModel):
     batch: int = Field(8, ge=1)
     device: str = "auto"
     dtype: str = "float32"
-    detail: Literal["quick", "normal", "full"] = "normal"
+    detail: Literal["damage", "quick", "normal", "full"] = "normal"
     tasks: list[str] = []
     include_path: str | None = None
     limit: int | None = Field(None, gt=0)
@@ -179,11 +179,12 @@ class _Bench:
         ids, detail, asked = self.windows.ids, self.settings.detail, self.settings.tasks
         prompt = ids[:1, : max(2, ids.shape[1] // 2)]
         numbers, size = measure_cache(model, prompt)
-        needles = retrieval.find_needles(
-            model, ids, retrieval.GRIDS[detail], lambda: self._progress(0.6, f"{folder.name}: needles")
-        )
-        self._progress(0.75, f"{folder.name}: decoding")
-        decoding = on_main(lambda: speed.measure_speed(model, ids.shape[1], speed.GRIDS[detail], size))
+        needles, decoding = None, []
+        if detail != "damage":
+            self._progress(0.6, f"{folder.name}: needles")
+            needles = retrieval.find_needles(model, ids, retrieval.GRIDS[detail])
+            self._progress(0.75, f"{folder.name}: decoding")
+            decoding = on_main(lambda: speed.measure_speed(model, ids.shape[1], speed.GRIDS[detail], size))
         self._progress(0.85, f"{folder.name}: {', '.join(asked)}")
         settings = self.settings
         return {

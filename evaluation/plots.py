@@ -226,8 +226,7 @@ FIGURES: dict[str, tuple[Callable[[Data, dict[str, str]], Figure], str]] = {
 
 def figures(report: Data, colors: dict[str, str]) -> dict[str, Figure]:
     """All figures that the report has numbers for."""
-    has_needles = report["source"]["needles"] is not None
-    wanted = [name for name in FIGURES if name != "needles" or has_needles]
+    wanted = [name for name in FIGURES if report["source"].get(name, True)]
     return {name: FIGURES[name][0](report, colors) for name in wanted}
 
 

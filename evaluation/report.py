@@ -216,7 +216,7 @@ def _speed(result: Row) -> Row:
         "title": "Decoding",
         "note": f"Tokens per second over the batch, greedy decoding by transformers, and {memory} in parentheses.",
         "header": ["model", *(f"{context:,} × {batch}" for context, batch in columns)],
-        "rows": [[name, *(cell(row) for row in m["speed"])] for name, m in _named(result)],
+        "rows": [[name, *(cell(row) for row in m["speed"])] for name, m in _named(result)] if columns else [],
     }
 
 

@@ -6,7 +6,6 @@ needle, not random tokens, works with any tokenizer and also for models too smal
 they would have guessed without the needle is measured too, with another passage in its place.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,9 +37,7 @@ GRIDS = {
 
 
 @torch.no_grad()
-def find_needles(
-    model: PreTrainedModel, windows: Tensor, grid: NeedleGrid, report: Callable[[], None]
-) -> dict[str, Any] | None:
+def find_needles(model: PreTrainedModel, windows: Tensor, grid: NeedleGrid) -> dict[str, Any] | None:
     """Hide needles in `windows` (rows, T) and ask for them.
 
     Returns:
@@ -58,7 +55,6 @@ def find_needles(
     asked = [(n, depth) for n in sorted(lengths) for depth in (None, *grid.depths)]
 
     def ask(number: int, cell: tuple[int, float | None]) -> tuple[float, float]:
-        report()
         rows = _with_needles(windows, trials, *cell, key, value)
         return _score(model, rows, value)
 

@@ -36,7 +36,7 @@ def folded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = folder / "gqa4"
     convert(str(source), out, ConvertSettings(to="gqa", kv_heads=4, max_shard_size="200KB"))
     tokens = save_tokens(folder / "t.safetensors", 6, 40, 258)
-    report.write(evaluate([str(out)], None, EvaluateSettings(on=tokens, detail="quick")), out)
+    report.write(evaluate([str(out)], None, EvaluateSettings(on=tokens, detail="damage")), out)
     return out
 
 

@@ -92,17 +92,17 @@ def test_needles_are_found_by_what_can_find_them() -> None:
     """Windows of tokens that repeat nowhere: copying finds all within its reach and nothing beyond, nor without the needle."""
     windows = torch.stack([torch.randperm(128, generator=torch.Generator().manual_seed(row))[:96] for row in range(6)])
     grid = retrieval.NeedleGrid((0.0, 0.5, 1.0), 1, 4)
-    sees_all = retrieval.find_needles(Copier(96), windows, grid, lambda: None)  # type: ignore[arg-type]
+    sees_all = retrieval.find_needles(Copier(96), windows, grid)  # type: ignore[arg-type]
     assert sees_all is not None
     assert (sees_all["key_tokens"], sees_all["value_tokens"], sees_all["trials"]) == (8, 16, 4)
     assert [cell["recall"] for cell in sees_all["cells"]] == [1.0, 1.0, 1.0]
     assert all(cell["blind"] < 0.1 and cell["gain_nats"] > 3 for cell in sees_all["cells"])
-    near = retrieval.find_needles(Copier(30), windows, grid, lambda: None)  # type: ignore[arg-type]
+    near = retrieval.find_needles(Copier(30), windows, grid)  # type: ignore[arg-type]
     assert near is not None
     recalls = {cell["depth"]: cell["recall"] for cell in near["cells"]}
     assert recalls[1.0] == 1.0 and recalls[0.0] < 0.1
-    assert retrieval.find_needles(Copier(9), windows[:2], grid, lambda: None) is None  # type: ignore[arg-type]
-    assert retrieval.find_needles(Copier(9), windows[:, :20], grid, lambda: None) is None  # type: ignore[arg-type]
+    assert retrieval.find_needles(Copier(9), windows[:2], grid) is None  # type: ignore[arg-type]
+    assert retrieval.find_needles(Copier(9), windows[:, :20], grid) is None  # type: ignore[arg-type]
 
 
 def test_the_demo_model_finds_needles(demo_model: Path, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_the_demo_model_finds_needles(demo_model: Path, tmp_path: Path) -> None:
 
     windows = load_windows(str(write_texts(tmp_path)[1]), demo_model, 256, 8192, overlap=1).ids
     model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
-    found = retrieval.find_needles(model, windows, retrieval.NeedleGrid((0.0, 1.0), 1, 16), lambda: None)
+    found = retrieval.find_needles(model, windows, retrieval.NeedleGrid((0.0, 1.0), 1, 16))
     assert found is not None
     far, near = found["cells"]
     assert near["recall"] > far["recall"] > far["blind"]
@@ -186,6 +186,22 @@ def test_without_matplotlib_the_numbers_are_still_written(
     monkeypatch.setattr(report, "find_spec", lambda name: None)
     assert [path.name for path in report.write(measured["result"], tmp_path)] == ["report.json", "report.md"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
+
+
+def test_damage_alone(measured: dict[str, Any], tmp_path: Path) -> None:
+    """The same damage as with everything else, and a report of what was measured."""
+    code, _ = invoke(
+        *("evaluate", measured["names"][0], "--against", measured["names"][2], "--on", measured["tokens"], "--batch", 2),
+        *("--damage-only", "--report", tmp_path),
+    )
+    assert code == 0
+    result = schema.read_report(tmp_path)
+    for key in ("nll", "damage_interval", "kl", "cache_bytes_per_token", "attention_errors"):
+        assert result["models"][0][key] == measured["result"]["models"][0][key]
+    assert result["source"]["needles"] is None and result["source"]["speed"] == []
+    text = (tmp_path / "report.md").read_text()
+    assert "## Damage by position" in text and "## Needles" not in text and "## Decoding" not in text
+    assert sorted(path.stem for path in (tmp_path / report.PLOTS).iterdir()) == ["damage", "layers", "positions"]
 
 
 def test_an_interrupted_evaluation_goes_on(measured: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ def damage(shared: Path, out: Path, **settings: Any) -> float:
         settings["calibrate"] = f"{source}/tokens.safetensors:calibration"
     convert(str(source), out, ConvertSettings(**settings))
     tokens = f"{source}/tokens.safetensors:evaluation"
-    result = evaluate([str(out)], str(source), EvaluateSettings(on=tokens, batch=32, detail="quick"))
+    result = evaluate([str(out)], str(source), EvaluateSettings(on=tokens, batch=32, detail="damage"))
     assert result["source"]["nll"] == pytest.approx(1.2733, abs=1e-3)
     assert result["models"][0]["cache_numbers_per_token_per_layer"] <= 32
     return result["models"][0]["damage_nats"]

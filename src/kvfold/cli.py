@@ -190,6 +190,7 @@ def evaluate(
     batch: Annotated[int, typer.Option(help="Windows in a forward pass.")] = 8,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's own.")] = "float32",
+    damage_only: Annotated[bool, typer.Option("--damage-only", help="Leave retrieval and decoding speed out.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Sample retrieval and decoding speed coarsely.")] = False,
     full: Annotated[
         bool, typer.Option("--full", help="Sample them finely, and decode up to the model's last position.")
@@ -213,10 +214,11 @@ def evaluate(
 
     if dtype != "auto":
         normal_dtype(dtype)
-    if quick and full:
-        raise UserError("--quick and --full exclude each other: give one of them")
+    asked = [name for name, given in (("damage", damage_only), ("quick", quick), ("full", full)) if given]
+    if len(asked) > 1:
+        raise UserError("--damage-only, --quick and --full exclude each other: give one of them")
     values = _given(locals(), "on window max_tokens batch device dtype include_path limit")
-    values["detail"] = "quick" if quick else "full" if full else "normal"
+    values["detail"] = (asked or ["normal"])[0]
     if tasks is not None:
         values["tasks"] = _listed("--tasks", tasks)
     settings = parse_settings(EvaluateSettings, values)
