@@ -1,7 +1,8 @@
-"""Widths per layer under one total: more of the cache where a layer suffers more from having less.
+"""Widths per layer by what they break: how latent and rotary key share a layer's cache, and the layers the whole cache.
 
-One pass over the source on the calibration tokens measures, for every layer alone, the error behind it at several widths of its
-latent (and, for MLA, splits between latent and rotary key); `allocate` then finds the widths of least summed error.
+One pass over the source on the calibration tokens measures, for every layer alone, the error behind it at several splits of its
+cache between latent and rotary key (MLA) and, with `--layer-budgets measured`, at several totals; `allocate` then finds the
+widths of least summed error.
 """
 
 from math import inf
@@ -19,7 +20,7 @@ from kvfold.convert.stream import HiddenStates, SourceModel
 from kvfold.surgery.latent import full_rank
 
 SHARES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
-"""Multiples of the mean width that are measured."""
+"""Multiples of the mean width that are measured where budgets differ."""
 LAST = 3.0
 """How much more the last layer's error counts than the first one's, with those between in line: healing lets later layers
 repair what earlier ones broke, and nothing repairs the last."""
@@ -55,12 +56,13 @@ def measured_widths(
 
 
 def widths_to_try(plan: ConversionPlan) -> list[Widths]:
-    """Every pair of widths that is measured."""
+    """Every pair of widths that is measured, the plan's own among them."""
     spec, mean = plan.spec, int(plan.cache_numbers)
     full, widest = full_rank(spec.hidden_size, spec.kv_heads, spec.head_dim), spec.kv_heads * spec.head_dim
-    step = 4 if plan.settings.to == "mfa" else 2
-    totals = sorted({max(4, round(mean * share / step) * step) for share in SHARES})
-    tried: list[Widths] = []
+    step = {"mfa": 4, "mfa-kr": 2, "mla": 1}[plan.settings.to]
+    shares = SHARES if plan.settings.layer_budgets == "measured" else (1.0,)
+    totals = sorted({max(4, int(mean * share) // step * step) for share in shares})
+    tried: list[Widths] = [(plan.kv_rank, plan.rope_dim)] if plan.design == "latent" else []
     for total in totals:
         if plan.settings.to == "mfa":
             tried += [(total // 2, total // 2)] if total // 2 <= min(widest, spec.hidden_size) else []
@@ -71,7 +73,7 @@ def widths_to_try(plan: ConversionPlan) -> list[Widths]:
         else:
             ropes = sorted({max(2, round(total * split / 2) * 2) for split in SPLITS})
             tried += [(total - rope, rope) for rope in ropes if rope <= widest and 1 <= total - rope <= full]
-    return tried
+    return list(dict.fromkeys(tried))
 
 
 def allocate(curves: list[Curve], total: int) -> tuple[Widths, ...]:

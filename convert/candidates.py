@@ -67,7 +67,7 @@ def _search(plan: ConversionPlan) -> tuple[Choice, Tries]:
         return factorized.STOCK_START, factorized.STOCK
     if plan.settings.to != "mla":
         return factorized.START[plan.settings.to], factorized.TRIED[plan.settings.to]
-    return latent.START, latent.STOCK if plan.layout == "deepseek_v3" else latent.FREE
+    return (latent.START, latent.STOCK) if plan.layout == "deepseek_v3" else (latent.FREE_START, latent.FREE)
 
 
 def _grouped(

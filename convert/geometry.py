@@ -55,10 +55,11 @@ def _mla_widths(
     elif settings.kv_rank is not None:
         rank, rope_dim = settings.kv_rank, settings.rope_dim or min(width, 64)
     else:
-        # A frequency that turns by less than a radian over the whole context does without its rotation; at most half of the
-        # budget rotates, so that as much is left for the latent.
+        # At most half of the budget rotates, so that as much is left for the latent. In deepseek_v3 a frequency that turns by
+        # less than a radian over the whole context does without its rotation.
         turning = sum(spec.rope.theta ** (-2 * i / width) * spec.reach >= 1 for i in range(width // 2))
-        rope_dim = settings.rope_dim or max(2, min(2 * turning, numbers // 4 * 2))
+        most = 2 * turning if layout == "deepseek_v3" else widest
+        rope_dim = settings.rope_dim or max(2, min(most, numbers // 4 * 2))
         rank = min(full, numbers - rope_dim)
     if not rebuilds(settings) and (rope_dim % 2 or not 2 <= rope_dim <= widest):
         nearest = min(widest, max(2, rope_dim // 2 * 2))

@@ -65,7 +65,7 @@ def convert(
     reader = CheckpointReader(folder)
     refuse_mismatch(reader)
     windows = calibration_windows(plan, folder, device, lambda line: report(0.0, line))
-    if settings.layer_budgets == "measured" and windows is not None:
+    if plan.measures_widths and windows is not None:
         plan = replace(plan, widths=measured_widths(plan, reader, device, windows, out.with_name(out.name + ".hidden"), report))
 
     dtype = getattr(torch, name) if (name := normal_dtype(settings.dtype)) else None

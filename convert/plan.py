@@ -1,6 +1,6 @@
 """What a conversion would do: target geometry, KV-budget arithmetic, every refusal with its reason. Reads no tensors."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from kvfold.convert.engines import (
@@ -96,6 +96,13 @@ class ConversionPlan:
         if self.settings.q_rank is None and self.layout == "step3_text":
             return min(self.spec.hidden_size, self.spec.heads * self.rope_dim)
         return self.settings.q_rank
+
+    @property
+    def measures_widths(self) -> bool:
+        """Whether the layers' widths wait for the calibration text: their budgets, or how latent and rotary key share one."""
+        free = self.settings.kv_budget is not None and self.settings.rope_dim is None
+        shared = free and self.settings.to == "mla" and self.design == "latent" and self.layout == "kvfold"
+        return self.settings.layer_budgets == "measured" or (shared and self.method == "kvfold")
 
     def layer_widths(self, layer: int) -> tuple[int, int]:
         """Latent and shared key of a layer."""
@@ -260,9 +267,10 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
             check(value)
         except UserError as error:
             refusals.append(str(error))
-    return ConversionPlan(
+    plan = ConversionPlan(
         family, spec, settings, layout, kv_heads, method, grouping, rank, rope_dim, stored, note=note, refusals=refusals
     )
+    return replace(plan, note=f"{note}; widths are measured on the calibration text") if plan.measures_widths else plan
 
 
 def _layout(config: dict[str, Any], spec: AttentionSpec, settings: ConvertSettings, refusals: list[str]) -> tuple[str, str]:

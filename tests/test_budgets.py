@@ -14,6 +14,7 @@ from kvfold.convert.checkpoint import CheckpointReader
 from kvfold.convert.pipeline import convert
 from kvfold.convert.plan import make_plan
 from kvfold.convert.settings import ConvertSettings
+from kvfold.surgery import latent
 from tests.helpers import save_model, save_tokens
 from tests.test_convert import decoded_as_uncached, fold, load
 
@@ -62,6 +63,27 @@ def test_measured_widths_keep_the_total_and_lose_less(
     plan = make_plan(CheckpointReader(source).config, ConvertSettings(**shape, layer_budgets="measured"))
     assert all(sum(pair) >= 4 for pair in widths_to_try(plan))
     assert not list(tmp_path.glob("*.hidden"))
+
+
+def test_a_budget_is_split_by_what_each_layer_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all splits of the same cache each layer takes one that loses no more than the half and half of the plan."""
+    monkeypatch.setattr(latent, "FREE", {})  # what comes behind the split may tip the scales
+    source = save_model(tmp_path / "source", "llama", num_hidden_layers=3)
+    shape = {"to": "mla", "layout": "kvfold", "calibrate": save_tokens(tmp_path / "t.safetensors", 16, 40)}
+    plan = make_plan(CheckpointReader(source).config, ConvertSettings(**shape, kv_budget="50%"))
+    assert plan.measures_widths and "widths are measured" in plan.note
+    assert plan.kv_rank == plan.rope_dim == plan.cache_numbers / 2
+    assert {sum(pair) for pair in widths_to_try(plan)} == {plan.cache_numbers}
+    measured = fold(source, tmp_path / "measured", **shape, kv_budget="50%")
+    halves = fold(source, tmp_path / "halves", **shape, kv_rank=plan.kv_rank, rope_dim=plan.rope_dim)
+    assert measured["cache_numbers_per_token_per_layer"] == halves["cache_numbers_per_token_per_layer"]
+    assert all(sum(pair) == plan.cache_numbers for pair in measured["target"]["widths"])
+    assert any(tuple(pair) != (plan.kv_rank, plan.rope_dim) for pair in measured["target"]["widths"])
+    pairs = zip(measured["layers"], halves["layers"], strict=True)
+    assert all(ours["block_error"] <= theirs["block_error"] for ours, theirs in pairs)
+    decoded_as_uncached(load(tmp_path / "measured"))
+    for fixed in ({"kv_budget": "50%", "rope_dim": 8}, {"kv_rank": 8}, {"kv_budget": "50%", "method": "svd-joint"}):
+        assert not make_plan(CheckpointReader(source).config, ConvertSettings(**shape, **fixed)).measures_widths
 
 
 def test_resumed_with_measured_widths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

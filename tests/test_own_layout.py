@@ -69,6 +69,7 @@ def test_full_width_is_the_source(family: str, changes: dict[str, Any], design: 
 def test_the_same_factors_in_both_layouts_agree(
     changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(latent, "FREE_START", latent.START)
     monkeypatch.setattr(latent, "FREE", latent.STOCK)
     source = save_model(tmp_path / "source", "llama", **changes)
     shape = {"to": "mla", "kv_rank": 24, "rope_dim": 4, "calibrate": save_tokens(tmp_path / "t.safetensors", 8, 40)}
