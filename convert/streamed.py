@@ -28,7 +28,7 @@ from kvfold.convert.settings import ConvertSettings
 from kvfold.convert.stream import Block, HiddenStates, SourceModel, check_finite
 from kvfold.errors import ConversionError
 from kvfold.surgery.designs import WEIGHTS, FoldedWeights, design
-from kvfold.surgery.healing import heal
+from kvfold.surgery.healing import heal, relative_error
 
 
 @dataclass
@@ -123,7 +123,10 @@ def _heal(
     device: torch.device,
     report: Callable[[int, float], None],
 ) -> dict[str, float]:
-    """Train the waiting layers so that the folded stream meets the original behind them; the error before and after."""
+    """Train the waiting layers so that the folded stream meets the original behind them; the error before and after.
+
+    Both are measured on the same tokens; where the error did not fall, the layers stay as they were.
+    """
     rows, tokens, _ = folded.data.shape
     generator = torch.Generator().manual_seed(settings.seed * 100_003 + layer)
     size = min(rows, max(1, settings.heal_batch_tokens // tokens))
@@ -135,13 +138,25 @@ def _heal(
 
     blocks = [item.block for item in waiting]
     parameters = [p for item in waiting for p in item.design.parameters()]
+
+    @torch.no_grad()
+    def error() -> float:
+        hidden = folded.data[:size].to(device)
+        for block in blocks:
+            hidden = block(hidden)
+        return float(relative_error(hidden, original.data[:size].to(device)))
+
+    before, kept = error(), [p.detach().clone() for p in parameters]
     try:
         autocast = torch.bfloat16 if settings.heal_dtype == "bfloat16" else None
-        curve = heal(blocks, parameters, batches(), settings.heal_steps, settings.heal_lr, autocast=autocast, report=report)
-    except FloatingPointError as error:
-        raise ConversionError(f"layer {layer}: {error}; lower --heal-lr, or turn healing off with --heal-steps 0") from None
-    tail = curve[-max(1, len(curve) // 20) :]
-    return {"before": curve[0], "after": sum(tail) / len(tail)}
+        heal(blocks, parameters, batches(), settings.heal_steps, settings.heal_lr, autocast=autocast, report=report)
+    except FloatingPointError as found:
+        raise ConversionError(f"layer {layer}: {found}; lower --heal-lr, or turn healing off with --heal-steps 0") from None
+    after = error()
+    if not after < before:
+        for parameter, value in zip(parameters, kept, strict=True):
+            parameter.data.copy_(value)
+    return {"before": before, "after": min(after, before)}
 
 
 def _waiting_file(job: Job, layer: int) -> Path:

@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+COARSE = 0.03
+"""The relative error from which on healing takes full steps. What steps of a size break by themselves grows with its square."""
+
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
     """The squared error of each token's hidden state over that token's own energy, averaged: (..., d), (..., d) → ().
@@ -35,7 +38,8 @@ def heal(
     Args:
         window: the blocks in order, each (B, T, d) → (B, T, d).
         parameters: what is trained. Adam's step is `learning_rate` times each parameter's root mean square, so that one
-            setting fits projections of every scale; warm-up over 5 % of the steps, then cosine to zero.
+            setting fits projections of every scale; warm-up over 5 % of the steps, then cosine to zero. Steps are smaller
+            where there is less to repair, by the root of the first loss over `COARSE`.
         batches: pairs of the window's input and target; `steps` of them are drawn.
         autocast: dtype of the matrix products, None for the tensors' own. bfloat16 is several times as fast where the
             processor has it; parameters, their gradients and the hidden states between blocks stay as they are.
@@ -46,12 +50,8 @@ def heal(
     """
     trained = list(parameters)
     sizes = [float(p.detach().square().mean().sqrt().clamp_min(1e-8)) for p in trained]
-    groups = [{"params": [p], "lr": learning_rate * size} for p, size in zip(trained, sizes, strict=True)]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam([{"params": [p]} for p in trained], betas=(0.9, 0.99))
     warmup = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
-    )
     losses: list[float] = []
     for step, (hidden, target) in zip(range(steps), batches, strict=False):
         with torch.autocast(hidden.device.type, autocast, enabled=autocast is not None):
@@ -61,13 +61,16 @@ def heal(
         value = float(error.detach())
         if not math.isfinite(value):
             raise FloatingPointError(f"healing diverged at step {step + 1} of {steps}: loss {value}")
+        losses.append(value)
+        rate = learning_rate * min(1.0, (losses[0] / COARSE) ** 0.5)
+        rate *= min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
+        for group, size in zip(optimizer.param_groups, sizes, strict=True):
+            group["lr"] = rate * size
         optimizer.zero_grad(set_to_none=True)
         # Blocks may hold frozen weights; only what is trained needs a gradient.
         for p, g in zip(trained, torch.autograd.grad(error, trained), strict=True):
             p.grad = g
         optimizer.step()
-        schedule.step()
-        losses.append(value)
         if report is not None:
             report(step, value)
     return losses

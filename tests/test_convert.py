@@ -246,6 +246,16 @@ def test_healing_brings_every_window_nearer_to_the_original(tmp_path: Path) -> N
         assert layer["window_error"]["after"] < layer["window_error"]["before"]
 
 
+def test_healing_that_does_not_help_is_undone(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", "llama")
+    settings = {"kv_heads": 2, "calibrate": save_tokens(tmp_path / "t.safetensors", 8, 32), "heal_steps": 4}
+    record = fold(source, tmp_path / "torn", **settings, heal_lr=1e3)
+    closed = fold(source, tmp_path / "closed", **{**settings, "heal_steps": 0})
+    assert all(layer["window_error"]["after"] == layer["window_error"]["before"] for layer in record["layers"])
+    assert [layer["choice"] for layer in record["layers"]] == [layer["choice"] for layer in closed["layers"]]
+    assert _weights(tmp_path / "torn") == _weights(tmp_path / "closed")
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_surprise_is_the_sources_own_loss(tied: bool, tmp_path: Path) -> None:
     source = save_model(tmp_path / "source", "llama", tie_word_embeddings=tied)

@@ -266,6 +266,18 @@ def test_healing_brings_a_broken_layer_back() -> None:
     assert len(losses) == 200 and losses[-1] < losses[0] / 30
 
 
+def test_healing_of_what_is_almost_exact_takes_small_steps() -> None:
+    """A hundredth of the noise leaves a ten-thousandth of the error: full steps would begin by breaking more than there is."""
+    weights, x = random_weights(), inputs(rows=16)
+    target = outputs(weights, x)
+    parts = (weights.q, weights.k, weights.v, weights.o)
+    generator = torch.Generator().manual_seed(0)
+    noisy = AttentionWeights(*(t + 0.001 * torch.randn(t.shape, dtype=t.dtype, generator=generator) for t in parts))
+    design, rope = GroupedAttention(noisy), rope_tables()
+    losses = heal([lambda h: design(h, rope)], design.parameters(), ((x, target) for _ in range(40)), steps=40)
+    assert losses[-1] < losses[0] / 3 and max(losses) < 1.5 * losses[0]
+
+
 def test_healing_stops_at_a_loss_that_is_not_finite() -> None:
     design, rope = GroupedAttention(random_weights()), rope_tables()
     x = inputs() * torch.nan
