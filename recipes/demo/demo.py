@@ -102,7 +102,7 @@ def write_texts(directory: Path) -> tuple[Path, Path]:
     """
     folders = directory / "calibration", directory / "heldout"
     for folder, modules in zip(folders, (CALIBRATION, HELDOUT), strict=True):
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         pieces = [text[i : i + PIECE] for text in standard_library(modules) for i in range(0, len(text), PIECE)]
         random.Random(0).shuffle(pieces)
         for number, text in enumerate(pieces):
