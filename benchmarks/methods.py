@@ -49,7 +49,7 @@ class Model:
 
     Attributes:
         splits: shares of the cache that may rotate, for methods that leave it free.
-        ours: widths of ours, per share of the source's cache.
+        stock: widths of ours in `deepseek_v3`, per share of the source's cache.
     """
 
     name: str
@@ -57,17 +57,17 @@ class Model:
     calibration: dict[str, Any]
     evaluation: EvaluateSettings
     splits: tuple[float, ...]
-    ours: dict[str, dict[str, Any]]
+    stock: dict[str, dict[str, Any]]
 
     def forms(self, row: str, share: str) -> Iterable[dict[str, Any]]:
         """Every split with which a row is tried at a share of the cache."""
         spec = family_of(config := CheckpointReader(self.path).config).spec(config)
         total = int(spec.cache_numbers * SHARES[share])
         if row in OURS:
-            yield {**OURS[row], **({"kv_rank": total} if row == "rebuilt" else self.ours[share])}
-            if row == "own":  # which leaves the split as free
-                for rope in sorted({int(total * split) // 2 * 2 for split in self.splits}):
-                    yield {**OURS[row], "kv_rank": total - rope, "rope_dim": rope}
+            widths: dict[str, Any] = {"rebuilt": {"kv_rank": total}, "own": {"kv_budget": share}, "stock": self.stock[share]}[
+                row
+            ]
+            yield {**OURS[row], **widths}
         elif row in REBUILT:
             yield {"method": row, "kv_rank": total}
         else:
@@ -82,16 +82,18 @@ class Model:
 def models(folder: Path) -> list[Model]:
     calibration, heldout = write_texts(folder)
     demo = demo_settings({}, calibration)
-    own = {share: {"kv_budget": share} for share in SHARES}
+    stock: dict[str, dict[str, Any]] = {share: {"kv_budget": share} for share in SHARES}
     evaluation = EvaluateSettings(on=str(heldout), max_tokens=EVALUATION_TOKENS, detail="damage")
-    found = [Model("demo", MODEL, demo, evaluation, (0.25, 0.5), own)]
+    found = [Model("demo", MODEL, demo, evaluation, (0.25, 0.5), stock)]
     shared = Path(os.environ.get("KVFOLD_SHARED", "../shared"))
     if (path := shared / "models/stories260k").is_dir():
         tokens = f"{path}/tokens.safetensors"
         splits = {"50%": (24, 8), "25%": (8, 8), "12.5%": (4, 4)}
-        own = {share: {"kv_rank": rank, "rope_dim": rope} for share, (rank, rope) in splits.items()}
+        stock = {share: {"kv_rank": rank, "rope_dim": rope} for share, (rank, rope) in splits.items()}
         evaluation = EvaluateSettings(on=f"{tokens}:evaluation", batch=32, detail="damage")
-        found.insert(0, Model("stories260k", path, {"calibrate": f"{tokens}:calibration"}, evaluation, (0.25, 0.5, 0.75), own))
+        found.insert(
+            0, Model("stories260k", path, {"calibrate": f"{tokens}:calibration"}, evaluation, (0.25, 0.5, 0.75), stock)
+        )
     return found
 
 
@@ -104,7 +106,7 @@ def measure(model: Model, form: dict[str, Any], healed: bool, folder: Path) -> d
     target = done.record["target"]
     return {
         "form": form,
-        "split": f"{target['kv_rank']} + {target['rope_dim']}",
+        "split": "measured" if "widths" in target else f"{target['kv_rank']} + {target['rope_dim']}",
         "cache": result["cache_numbers_per_token_per_layer"],
         "damage": result["damage_nats"],
         "choices": [layer["choice"] for layer in done.record["layers"]],
