@@ -1,4 +1,4 @@
-"""Every way to MLA at the same cache: damage in nats on the demo model and, where it lies at hand, on stories260k.
+"""Every target and every way to MLA at the same cache: damage in nats on the demo model and, where it is, on stories260k.
 
     python benchmarks/methods.py FOLDER [--healed] [--only MODEL] [--rows ROW,…] [--print]
 
@@ -25,7 +25,7 @@ from kvfold.evaluation.evaluate import EvaluateSettings, evaluate
 from kvfold.recipes.demo.demo import EVALUATION_TOKENS, MODEL, demo_settings, write_texts
 from kvfold.surgery.baselines import METHODS, REBUILT, rotary_width
 
-SHARES = {"50%": 0.5, "25%": 0.25, "12.5%": 0.125}
+SHARES = {"50%": 0.5, "25%": 0.25, "12.5%": 0.125, "6.25%": 0.0625}
 SOURCES = {
     "svd-split": "MHA2MLA, split SVD",
     "svd-joint": "MHA2MLA, joint SVD",
@@ -35,12 +35,24 @@ SOURCES = {
     "partial-rope-2norm": "MHA2MLA, pairs by norm",
     "rorope": "TransMLA",
     "whitened": "CARE, rebuilt keys",
-    "stock": "ours, `deepseek_v3`",
-    "own": "ours, own layout",
-    "rebuilt": "ours, rebuilt keys",
+    "stock": "MLA, `deepseek_v3`",
+    "own": "MLA, own layout",
+    "budgets": "MLA, own layout, `--layer-budgets measured`",
+    "rebuilt": "MLA, `--keys rebuilt`",
+    "gqa": "GQA, MQA",
+    "mfa": "MFA",
+    "mfa-kr": "MFA-KR",
 }
-"""The rows of a table: methods, and ours in three forms."""
-OURS: dict[str, dict[str, Any]] = {"stock": {}, "own": {"layout": "kvfold"}, "rebuilt": {"keys": "rebuilt"}}
+"""The rows of a table: published methods, and ours."""
+OURS: dict[str, dict[str, Any]] = {
+    "stock": {},
+    "own": {"layout": "kvfold"},
+    "budgets": {"layer_budgets": "measured"},
+    "rebuilt": {"keys": "rebuilt"},
+    "gqa": {"to": "gqa"},
+    "mfa": {"to": "mfa"},
+    "mfa-kr": {"to": "mfa-kr"},
+}
 
 
 @dataclass(frozen=True)
@@ -64,10 +76,10 @@ class Model:
         spec = family_of(config := CheckpointReader(self.path).config).spec(config)
         total = int(spec.cache_numbers * SHARES[share])
         if row in OURS:
-            widths: dict[str, Any] = {"rebuilt": {"kv_rank": total}, "own": {"kv_budget": share}, "stock": self.stock[share]}[
-                row
-            ]
-            yield {**OURS[row], **widths}
+            if row != "gqa" or spec.kv_heads * SHARES[share] >= 1:
+                yield {**OURS[row], **(self.stock[share] if row == "stock" else {"kv_budget": share})}
+        elif share == "6.25%":
+            return  # the published ways have lost all there is long before
         elif row in REBUILT:
             yield {"method": row, "kv_rank": total}
         else:
@@ -88,7 +100,7 @@ def models(folder: Path) -> list[Model]:
     shared = Path(os.environ.get("KVFOLD_SHARED", "../shared"))
     if (path := shared / "models/stories260k").is_dir():
         tokens = f"{path}/tokens.safetensors"
-        splits = {"50%": (24, 8), "25%": (8, 8), "12.5%": (4, 4)}
+        splits = {"50%": (24, 8), "25%": (8, 8), "12.5%": (4, 4), "6.25%": (2, 2)}
         stock = {share: {"kv_rank": rank, "rope_dim": rope} for share, (rank, rope) in splits.items()}
         evaluation = EvaluateSettings(on=f"{tokens}:evaluation", batch=32, detail="damage")
         found.insert(
@@ -97,7 +109,7 @@ def models(folder: Path) -> list[Model]:
     return found
 
 
-def measure(model: Model, form: dict[str, Any], healed: bool, folder: Path) -> dict[str, Any]:
+def measure(model: Model, row: str, form: dict[str, Any], healed: bool, folder: Path) -> dict[str, Any]:
     """Fold, evaluate, and say what came of it."""
     started = time.time()
     settings = {"to": "mla", **model.calibration, **form, **({} if healed else {"heal_steps": 0})}
@@ -106,7 +118,7 @@ def measure(model: Model, form: dict[str, Any], healed: bool, folder: Path) -> d
     target = done.record["target"]
     return {
         "form": form,
-        "split": "measured" if "widths" in target else f"{target['kv_rank']} + {target['rope_dim']}",
+        "split": f"{target['kv_rank']} + {target['rope_dim']}" if row in METHODS or row == "stock" else "",
         "cache": result["cache_numbers_per_token_per_layer"],
         "damage": result["damage_nats"],
         "choices": [layer["choice"] for layer in done.record["layers"]],
@@ -123,7 +135,8 @@ def table(model: str, kept: dict[str, dict[str, Any]]) -> str:
         for share in SHARES:
             found = best(kept, model, row, share)
             healed = kept.get(f"{model} {row} {share} healed")
-            cells.append("–" if found is None else f"{found['damage']:.3f} ({found['split']})")
+            split = f" ({found['split']})" if found and found["split"] else ""
+            cells.append("–" if found is None else f"{found['damage']:.3f}{split}")
             cells.append("–" if healed is None else f"{healed['damage']:.3f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -146,9 +159,9 @@ def main() -> None:
     file = args.folder / "methods.json"
     kept: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
 
-    def keep(key: str, model: Model, form: dict[str, Any], healed: bool) -> None:
+    def keep(key: str, model: Model, row: str, form: dict[str, Any], healed: bool) -> None:
         if key not in kept:
-            kept[key] = measure(model, form, healed, args.folder)
+            kept[key] = measure(model, row, form, healed, args.folder)
             print(f"{key}: {kept[key]['damage']:.4f} in {kept[key]['seconds']:.0f} s", flush=True)
             file.write_text(json.dumps(kept, indent=1))
 
@@ -161,9 +174,9 @@ def main() -> None:
                         found = best(kept, model.name, row, share)
                         if not healed:
                             for form in model.forms(row, share):
-                                keep(f"{model.name} {row} {share} {json.dumps(form)}", model, form, False)
+                                keep(f"{model.name} {row} {share} {json.dumps(form)}", model, row, form, False)
                         elif found:
-                            keep(f"{model.name} {row} {share} healed", model, found["form"], True)
+                            keep(f"{model.name} {row} {share} healed", model, row, found["form"], True)
     for model in chosen:
         print(f"\n{model.name}\n\n{table(model.name, kept)}")
 
