@@ -553,6 +553,16 @@ def test_evaluate_truncated_weights(tmp_path: Path, source: Path, folded: Path, 
     assert str(broken) in text
 
 
+def test_evaluate_with_a_tensor_missing(tmp_path: Path, source: Path, folded: Path, tokens: str) -> None:
+    """transformers would fill it with random numbers and go on."""
+    torn = Path(shutil.copytree(folded, tmp_path / "torn"))
+    tensors = load_file(torn / "model.safetensors")
+    del tensors["model.layers.1.self_attn.o_proj.weight"]
+    save_file(tensors, torn / "model.safetensors", {"format": "pt"})
+    text = refused(tmp_path / "report", "evaluate", torn, "--against", source, "--on", tokens)
+    assert f"{torn} lacks model.layers.1.self_attn.o_proj.weight: convert" in text
+
+
 def test_evaluate_on_ids_outside_the_vocabulary(tmp_path: Path, folded: Path) -> None:
     large = save_tokens(tmp_path / "large.safetensors", 4, 24, vocab=1000)
     text = refused(tmp_path / "report", "evaluate", folded, "--on", large, "--report", tmp_path / "report")
