@@ -30,4 +30,4 @@ if __name__ == "__main__":
         tokens = list(output.outputs[0].token_ids)
         steps = output.outputs[0].logprobs
         found.append({"tokens": tokens, "logprobs": [step[t].logprob for step, t in zip(steps, tokens, strict=True)]})
-    print(json.dumps(found))
+    print(json.dumps({"found": found}))

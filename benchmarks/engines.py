@@ -1,10 +1,12 @@
-"""Serve folded checkpoints in an unmodified engine and compare with transformers, token by token.
+"""Serve folded checkpoints in unmodified engines and compare with transformers, token by token.
 
-    python benchmarks/engines.py PYTHON [DIR]
+    python benchmarks/engines.py PYTHON [vllm] [llama_cpp]
 
-PYTHON is the interpreter of an environment with vLLM's CPU build (`make engines` makes it). The demo model is folded in several
-ways, unhealed, in float32; each checkpoint continues the same prompts greedily in transformers and in vLLM. Prints a table:
-how many greedy tokens agree, and the largest difference of their log-probabilities. Exit code 1 when any differ.
+PYTHON is the interpreter of an environment with the engines, vLLM's CPU build and llama-cpp-python (`make engines` makes it).
+The demo model and, where it lies at hand, stories260k are folded in several ways, unhealed, in float32; each checkpoint
+continues the same prompts greedily in transformers and in an engine. Prints a table: how many greedy tokens agree, and the
+largest difference of their log-probabilities; and, of GGUF files, how many texts are read as the same tokens. Exit code 1 when
+any differ.
 """
 
 import json
@@ -19,21 +21,25 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from kvfold.convert.data import load_windows
+from kvfold.convert.data import load_tokenizer, load_windows
+from kvfold.convert.gguf import write_gguf
 from kvfold.convert.pipeline import convert
 from kvfold.convert.settings import ConvertSettings
 from kvfold.convert.stream import FoldedAttention
 from kvfold.recipes.demo.demo import MODEL, write_texts
 from kvfold.recipes.model import open_folded
 
-NEW_TOKENS, TOLERANCE = 32, 1e-3
-FOLDS: dict[str, dict[str, Any]] = {
-    "gqa-4": {"to": "gqa", "kv_heads": 4},
-    "mqa": {"to": "mqa"},
-    "mla 256 + 32 stored as 512 + 64": {"to": "mla", "kv_rank": 256, "rope_dim": 32, "pad_for": "vllm-cpu"},
-    "mfa 32": {"to": "mfa", "width": 32, "layout": "step3_text"},
-    "mfa 24 stored as 32": {"to": "mfa", "width": 24, "layout": "step3_text", "q_rank": 128},
-    "mla 64 + 16 stored as 512 + 64": {"to": "mla", "kv_rank": 64, "rope_dim": 16, "pad_for": "vllm-cpu"},
+NEW_TOKENS, TOLERANCE, TEXTS = 32, 1e-3, 200
+STORIES = Path(os.environ.get("KVFOLD_SHARED", "../shared")) / "models/stories260k"
+FOLDS: dict[str, tuple[str, Path, dict[str, Any]]] = {
+    "gqa-4": ("vllm", MODEL, {"to": "gqa", "kv_heads": 4}),
+    "mqa": ("vllm", MODEL, {"to": "mqa"}),
+    "mla 256 + 32 stored as 512 + 64": ("vllm", MODEL, {"to": "mla", "kv_rank": 256, "rope_dim": 32, "pad_for": "vllm-cpu"}),
+    "mla 64 + 16 stored as 512 + 64": ("vllm", MODEL, {"to": "mla", "kv_rank": 64, "rope_dim": 16, "pad_for": "vllm-cpu"}),
+    "mfa 32": ("vllm", MODEL, {"to": "mfa", "width": 32, "layout": "step3_text"}),
+    "mfa 24 stored as 32": ("vllm", MODEL, {"to": "mfa", "width": 24, "layout": "step3_text", "q_rank": 128}),
+    "mla 106 + 22": ("llama_cpp", MODEL, {"to": "mla", "kv_budget": "25%"}),
+    "stories260k, mla 24 + 8": ("llama_cpp", STORIES, {"to": "mla", "kv_rank": 24, "rope_dim": 8}),
 }
 
 
@@ -61,42 +67,58 @@ def in_transformers(model: Any, prompts: list[list[int]]) -> list[dict[str, Any]
     return found
 
 
-def in_vllm(python: str, folder: Path, prompts: Path) -> list[dict[str, Any]]:
-    script = Path(__file__).with_name("engine_vllm.py")
+def in_engine(engine: str, python: str, folder: Path, prompts: Path) -> dict[str, Any]:
+    script, target = Path(__file__).with_name(f"engine_{engine}.py"), folder
+    if engine == "llama_cpp":
+        target = folder.with_suffix(".gguf")
+        write_gguf(folder, target)
     env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    ran = subprocess.run([python, str(script), str(folder), str(prompts)], capture_output=True, text=True, env=env)
+    ran = subprocess.run([python, str(script), str(target), str(prompts)], capture_output=True, text=True, env=env)
     if ran.returncode:
-        sys.exit(f"vLLM failed on {folder}:\n{ran.stderr[-4000:]}")
+        sys.exit(f"{engine} failed on {target}:\n{ran.stderr[-4000:]}")
     return json.loads(ran.stdout.strip().splitlines()[-1])
 
 
+def compare(name: str, python: str, root: Path) -> bool:
+    """Fold, run in both, print a row of the table; whether they agree."""
+    engine, source, choice = FOLDS[name]
+    calibration, heldout = write_texts(root)
+    texts = [path.read_text() for path in sorted(heldout.iterdir())[:TEXTS]]
+    windows = load_windows(str(heldout), source, 64, 512).ids.tolist()
+    prompts = root / "prompts.json"
+    prompts.write_text(json.dumps({"ids": windows, "new_tokens": NEW_TOKENS, "texts": texts}))
+    text = {"calibrate": str(calibration)} if source == MODEL else {"calibrate": f"{source}/tokens.safetensors:calibration"}
+    settings = ConvertSettings(**choice, **text, calibration_tokens=16384, heal_steps=0, dtype="float32")
+    out = root / "fold"
+    record = convert(str(source), out, settings, overwrite=True).record
+    ours, theirs = in_transformers(load(out, choice), windows), in_engine(engine, python, out, prompts)
+    pairs = [
+        (a, b, abs(x - y))
+        for mine, other in zip(ours, theirs["found"], strict=True)
+        for a, b, x, y in zip(mine["tokens"], other["tokens"], mine["logprobs"], other["logprobs"], strict=True)
+    ]
+    same, apart = sum(a == b for a, b, _ in pairs), max(difference for _, _, difference in pairs)
+    cells = [name, record["target"]["architecture"], engine, f"{same} of {len(pairs)}", f"{apart:.1e}"]
+    read = 0
+    if "texts" in theirs:
+        tokenizer = load_tokenizer(source)
+        read = sum(tokenizer(text)["input_ids"] == tokens for text, tokens in zip(texts, theirs["texts"], strict=True))
+        cells.append(f"{read} of {TEXTS}")
+    print(f"| {' | '.join(cells)} |" + " |" * ("texts" not in theirs), flush=True)
+    return same == len(pairs) and apart <= TOLERANCE and ("texts" not in theirs or read == TEXTS)
+
+
 def main() -> None:
-    python, where = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None
-    failed = False
+    python, *engines = sys.argv[1:]
     logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory(dir=where) as scratch:
-        root = Path(scratch)
-        calibration, heldout = write_texts(root)
-        windows = load_windows(str(heldout), MODEL, 64, 512)
-        prompts = root / "prompts.json"
-        prompts.write_text(json.dumps({"ids": windows.ids.tolist(), "new_tokens": NEW_TOKENS}))
-        print("| checkpoint | architecture | greedy tokens that agree | largest difference of log-probabilities |")
-        print("|---|---|---:|---:|")
-        for name, choice in FOLDS.items():
-            out = root / name.replace(" ", "")
-            settings = ConvertSettings(
-                **choice, calibrate=str(calibration), calibration_tokens=16384, heal_steps=0, dtype="float32"
-            )
-            record = convert(str(MODEL), out, settings).record
-            ours, theirs = in_transformers(load(out, choice), windows.ids.tolist()), in_vllm(python, out, prompts)
-            same = sum(a == b for x, y in zip(ours, theirs, strict=True) for a, b in zip(x["tokens"], y["tokens"], strict=True))
-            total = NEW_TOKENS * len(ours)
-            apart = max(
-                abs(a - b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x["logprobs"], y["logprobs"], strict=True)
-            )
-            print(f"| {name} | {record['target']['architecture']} | {same} of {total} | {apart:.1e} |", flush=True)
-            failed |= same != total or apart > TOLERANCE
-    sys.exit(failed)
+    print("| checkpoint | architecture | engine | greedy tokens that agree | largest difference of log-probabilities | texts |")
+    print("|---|---|---|---:|---:|---:|")
+    agreed = True
+    for name, (engine, source, _) in FOLDS.items():
+        if engine in (engines or ("vllm", "llama_cpp")) and source.is_dir():
+            with tempfile.TemporaryDirectory() as scratch:
+                agreed &= compare(name, python, Path(scratch))
+    sys.exit(not agreed)
 
 
 if __name__ == "__main__":

@@ -255,16 +255,17 @@ def load_model(folder: Path, device: torch.device, dtype: str) -> PreTrainedMode
     chosen = dtype if dtype == "auto" else getattr(torch, str(normal_dtype(dtype)))
     try:
         # sdpa, because per-layer errors are taken without a mask and eager attention would then not be causal
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=chosen, attn_implementation="sdpa", output_loading_info=True
         )
     except torch.OutOfMemoryError as error:
         raise ConversionError(f"{folder} does not fit on {device} ({error}): use --dtype bf16 or another --device") from None
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"{folder} does not load in transformers: {str(error).strip().splitlines()[0]}") from None
-    if missing := sorted(found["missing_keys"]):  # transformers makes them up
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):  # transformers makes them up
         raise UserError(f"{folder} lacks {', '.join(missing[:3])}{' …' * (len(missing) > 3)}: convert or copy it again")
-    return model.to(device).eval()  # type: ignore[arg-type]
+    return model.to(device).eval()
 
 
 def recorded_source(folder: Path) -> str:

@@ -284,6 +284,23 @@ def push(
 
 
 @app.command()
+def gguf(
+    out: Annotated[Path, typer.Argument(help="Folded checkpoint in the deepseek_v3 layout.")],
+    file: Annotated[Path, typer.Argument(help="File to write, .gguf.")],
+    pre: Annotated[
+        Optional[str], typer.Option(help="llama.cpp's name for the pre-tokenizer. Default: known from tokenizer.json.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace FILE if it exists.")] = False,
+) -> None:
+    """Write an MLA checkpoint as a GGUF file for llama.cpp."""
+    from kvfold.convert.gguf import write_gguf
+
+    with _progress(f"{out} → {file}") as report:
+        write_gguf(out, file, pre, overwrite, report)
+    print(f"{file}: {file.stat().st_size / 1e6:,.1f} MB")
+
+
+@app.command()
 def uptrain(
     out: Annotated[str, typer.Argument(help="The folded checkpoint: local folder or Hub id.")],
     healed: Annotated[Path, typer.Argument(help="Folder to write.")],
