@@ -64,7 +64,7 @@ def test_help_is_quick_and_version_is_told() -> None:
         start = time.perf_counter()
         result = subprocess.run([sys.executable, "-m", "kvfold", "--help"], capture_output=True, text=True, check=True)
         times.append(time.perf_counter() - start)
-    verbs = ("plan", "convert", "evaluate", "uptrain", "recipes", "push", "demo")
+    verbs = ("plan", "convert", "evaluate", "uptrain", "recipes", "push", "gguf", "demo")
     assert all(verb in result.stdout for verb in verbs)
     assert min(times) < 0.5
     version = subprocess.run([sys.executable, "-m", "kvfold", "--version"], capture_output=True, text=True, check=True)
