@@ -68,9 +68,12 @@ def step3_text_obstacles(config: dict[str, Any], spec: AttentionSpec, settings: 
 
 def deepseek_v3_obstacles(config: dict[str, Any], spec: AttentionSpec, settings: ConvertSettings) -> list[str]:
     """What the stock deepseek_v3 architecture cannot say of this conversion, each in a line."""
+    plain = spec.rope.plain_pairs(spec.head_dim)
+    slowed = f"rope type {spec.rope.type} slows all frequencies but the first {plain}, so --rope-dim {2 * plain} at most"
     found = {
         "the source has attention biases, which deepseek_v3 engines drop": spec.qkv_bias or spec.o_bias,
-        f"rope type {spec.rope.type} is none that deepseek_v3 engines keep": spec.rope.type != "default",
+        f"rope type {spec.rope.type} is none that deepseek_v3 engines keep": plain == 0,
+        slowed: 0 < 2 * plain < min(settings.rope_dim or 0, spec.head_dim),
         **_shared_obstacles(config, spec, settings, "deepseek_v3"),
         f"a rotary key wider than {spec.head_dim} repeats frequencies": (settings.rope_dim or 0) > spec.head_dim,
         "low-rank queries stand behind a norm in deepseek_v3": settings.q_rank is not None,

@@ -46,19 +46,19 @@ def _mla_widths(
     spec: AttentionSpec, settings: ConvertSettings, layout: str, numbers: int, refusals: list[str]
 ) -> tuple[int, int]:
     width, full = spec.head_dim, full_rank(spec.hidden_size, spec.kv_heads, spec.head_dim)
-    widest = width if layout == "deepseek_v3" else spec.kv_heads * width
+    widest = (2 * spec.rope.plain_pairs(width) or width) if layout == "deepseek_v3" else spec.kv_heads * width
     if rebuilds(settings):
         rank, rope_dim = settings.kv_rank or min(full, numbers), 0
         if settings.rope_dim is not None:
             flag = "--keys rebuilt" if settings.keys == "rebuilt" else f"--method {settings.method}"
             refusals.append(f"{flag} has no rotary key of its own: leave --rope-dim out")
     elif settings.kv_rank is not None:
-        rank, rope_dim = settings.kv_rank, settings.rope_dim or min(width, 64)
+        rank, rope_dim = settings.kv_rank, settings.rope_dim or min(width, widest, 64)
     else:
         # At most half of the budget rotates, so that as much is left for the latent. In deepseek_v3 a frequency that turns by
         # less than a radian over the whole context does without its rotation.
         turning = sum(spec.rope.theta ** (-2 * i / width) * spec.reach >= 1 for i in range(width // 2))
-        most = 2 * turning if layout == "deepseek_v3" else widest
+        most = min(2 * turning, widest) if layout == "deepseek_v3" else widest
         rope_dim = settings.rope_dim or max(2, min(most, numbers // 4 * 2))
         rank = min(full, numbers - rope_dim)
     if not rebuilds(settings) and (rope_dim % 2 or not 2 <= rope_dim <= widest):

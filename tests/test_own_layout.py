@@ -22,7 +22,7 @@ from kvfold.evaluation.layers import measure_cache
 from kvfold.surgery import latent
 from kvfold.surgery.designs import LatentAttention
 from kvfold.surgery.rope import rotate
-from tests.helpers import FAMILIES, invoke, save_model, save_tokens
+from tests.helpers import FAMILIES, LLAMA3_ROPE, invoke, save_model, save_tokens
 from tests.test_convert import IDS, decoded_as_uncached, fold, load, logits
 
 SLIDING = ("mistral", {"sliding_window": 12})
@@ -65,7 +65,13 @@ def test_full_width_is_the_source(family: str, changes: dict[str, Any], design: 
     torch.testing.assert_close(logits(tmp_path / "out"), logits(source), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}])
+SLOWED = {**LLAMA3_ROPE, "original_max_position_embeddings": 1024}
+"""Leaves the first two of four frequencies as they are."""
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}, {"rope_parameters": SLOWED}], ids=str
+)
 def test_the_same_factors_in_both_layouts_agree(
     changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -544,6 +544,23 @@ def test_what_deepseek_v3_cannot_say_goes_to_our_own_layout(
     assert any(reason in refusal and "use --layout kvfold" in refusal for refusal in plan.refusals)
 
 
+def test_llama3_is_said_in_deepseek_v3_by_its_plain_frequencies() -> None:
+    """Of Llama 3.1's 64 pairs 29 have wavelengths below 8192 / 4 tokens; 58 + 6 zeros is the 64 that vLLM's kernels take."""
+    family_spec = make_plan(LLAMA_31_8B, ConvertSettings(to="mqa")).spec
+    assert family_spec.rope.plain_pairs(128) == 29
+    for settings, widths in (
+        ({"kv_rank": 512}, (512, 58)),
+        ({"kv_rank": 512, "rope_dim": 32}, (512, 32)),
+        ({"kv_budget": "25%"}, (454, 58)),
+    ):
+        plan = make_plan(LLAMA_31_8B, ConvertSettings(to="mla", **settings))
+        assert (plan.layout, plan.refusals, plan.kv_rank, plan.rope_dim) == ("deepseek_v3", [], *widths)
+    plan = make_plan(LLAMA_31_8B, ConvertSettings(to="mla", kv_rank=512, pad_for="vllm"))
+    assert plan.stored == LatentShape(512, 64, 128, 128)
+    plan = make_plan(LLAMA_31_8B, ConvertSettings(to="mla", kv_rank=512, rope_dim=64))
+    assert plan.layout == "kvfold" and "slows all frequencies but the first 29, so --rope-dim 58 at most" in plan.note
+
+
 def test_budgets_of_mfa_and_its_like() -> None:
     """2·32·128 = 8192 numbers in the source; the 93.7 % of 2412.19255 is a key of 512 for 32 heads of 128."""
     for to, budget, widths in (("mfa", "25%", (1024, 1024)), ("mfa-kr", "12.5%", (0, 1024)), ("mfa-kr", "6.25%", (0, 512))):

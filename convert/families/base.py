@@ -1,5 +1,6 @@
 """What a family file says, and what kvfold reads out of a config.json with it."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,18 @@ class Rope:
     type: str
     theta: float
     parameters: dict[str, Any]
+
+    def plain_pairs(self, head_dim: int) -> int:
+        """How many pairs, from the fastest on, turn by `theta^(-2i/D)` exactly: none where the type changes them all.
+
+        Type `llama3` leaves wavelengths below `original_max_position_embeddings / high_freq_factor` tokens as they are.
+        """
+        if self.type == "default":
+            return head_dim // 2
+        original, factor = (self.parameters.get(key) for key in ("original_max_position_embeddings", "high_freq_factor"))
+        if self.type != "llama3" or not original or not factor:
+            return 0
+        return sum(2 * math.pi * self.theta ** (2 * i / head_dim) < original / factor for i in range(head_dim // 2))
 
 
 @dataclass(frozen=True)
