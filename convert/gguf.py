@@ -6,6 +6,7 @@ need nothing of this: their architecture is the source's, and `convert_hf_to_ggu
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,7 @@ def _pre_tokenizer(file: Path, tokenizer: dict[str, Any]) -> str:
 def _add_vocabulary(writer: Any, vocabulary: dict[str, Any], folder: Path, size: int) -> None:
     from gguf import SpecialVocab
 
+    logging.getLogger("gguf").setLevel(logging.ERROR)  # it would warn of templates for pairs of texts
     writer.add_tokenizer_model(vocabulary["model"])
     writer.add_tokenizer_pre(vocabulary["pre"])
     writer.add_token_list(vocabulary["tokens"])
