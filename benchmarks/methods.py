@@ -27,14 +27,14 @@ from kvfold.surgery.baselines import METHODS, REBUILT, rotary_width
 
 SHARES = {"50%": 0.5, "25%": 0.25, "12.5%": 0.125, "6.25%": 0.0625}
 SOURCES = {
-    "svd-split": "MHA2MLA, split SVD",
-    "svd-joint": "MHA2MLA, joint SVD",
-    "partial-rope-high": "MHA2MLA, fast pairs",
-    "partial-rope-low": "MHA2MLA, slow pairs",
-    "partial-rope-uniform": "MHA2MLA, every k-th pair",
-    "partial-rope-2norm": "MHA2MLA, pairs by norm",
+    "svd-split": "MHA2MLA",
+    "svd-joint": "MHA2MLA",
+    "partial-rope-high": "MHA2MLA",
+    "partial-rope-low": "MHA2MLA",
+    "partial-rope-uniform": "MHA2MLA",
+    "partial-rope-2norm": "MHA2MLA",
     "rorope": "TransMLA",
-    "whitened": "CARE, rebuilt keys",
+    "whitened": "CARE, keys rebuilt",
     "stock": "MLA, `deepseek_v3`",
     "own": "MLA, own layout",
     "budgets": "MLA, own layout, `--layer-budgets measured`",
@@ -127,17 +127,15 @@ def measure(model: Model, row: str, form: dict[str, Any], healed: bool, folder: 
 
 
 def table(model: str, kept: dict[str, dict[str, Any]]) -> str:
-    """The rows of one model: the best closed form of each method with its split, and the same healed."""
-    head = ["method", *(f"{share}{healed}" for share in SHARES for healed in ("", ", healed"))]
-    lines = [f"| {' | '.join(head)} |", "|---|---|" + "---:|---|" * (len(SHARES) - 1) + "---:|"]
+    """The rows of one model: the best closed form of each method → the same healed, with its split where there is a choice."""
+    lines = [f"| | {' | '.join(SHARES)} |", "|---|" + "---:|" * len(SHARES)]
     for row, source in SOURCES.items():
         cells = [f"`{row}` ({source})" if row in METHODS else source]
         for share in SHARES:
-            found = best(kept, model, row, share)
-            healed = kept.get(f"{model} {row} {share} healed")
-            split = f" ({found['split']})" if found and found["split"] else ""
-            cells.append("–" if found is None else f"{found['damage']:.3f}{split}")
-            cells.append("–" if healed is None else f"{healed['damage']:.3f}")
+            found, healed = best(kept, model, row, share), kept.get(f"{model} {row} {share} healed")
+            cell = "" if found is None else f"{found['damage']:.3f}"
+            cell += "" if healed is None else f" → {healed['damage']:.3f}"
+            cells.append(cell + (f" ({found['split']})" if found and found["split"] else ""))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
