@@ -18,8 +18,8 @@ from kvfold.surgery.healing import relative_error
 from kvfold.surgery.lowrank import SecondMoment
 from kvfold.surgery.rope import Rope
 
-MEASURED_TOKENS = 8192
-"""Calibration tokens on which the candidates of a layer are compared."""
+MEASURED_TOKENS = (2048, 8192)
+"""Calibration tokens on which the candidates of a layer are compared: an eighth of all, between these two."""
 
 
 def read_attention(
@@ -67,7 +67,9 @@ def observe(plan: ConversionPlan, source: SourceModel, layer: int, block: Block,
     for rows in original.batches():
         weights = None if original.weights is None else original.weights[rows].to(source.device)
         moment.add(block.attention_input(original.data[rows].to(source.device)), weights)
-    measured = slice(0, max(1, MEASURED_TOKENS // original.data.shape[1]))
+    windows, tokens, _ = original.data.shape
+    least, most = MEASURED_TOKENS
+    measured = slice(0, max(1, min(most, max(least, windows * tokens // 8)) // tokens))
     before = original.data[measured].clone().to(source.device)  # the stream moves on in place
     with torch.no_grad():
         inputs = block.attention_input(before)
