@@ -33,11 +33,11 @@ def test_the_block_on_the_demo_runs(tmp_path: Path) -> None:
 
 
 def test_every_flag_that_the_readme_names_exists() -> None:
-    ours = re.sub(r"accelerate launch .*? -m kvfold", "kvfold", README)
-    ours = re.sub(r"python benchmarks/[^`\n]*", "", ours)  # they have flags of their own
+    ours = re.sub(r"accelerate launch .*?-m\s+kvfold", "kvfold", README, flags=re.DOTALL)
+    ours = re.sub(r"(python benchmarks/|llama-quantize )[^`\n]*", "", ours)  # they have flags of their own
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours))
     helps = ""
-    for verb in ("plan", "convert", "evaluate", "uptrain", "push", "demo"):
+    for verb in ("plan", "convert", "evaluate", "uptrain", "gguf", "push", "demo"):
         command = [sys.executable, "-m", "kvfold", verb, "--help"]
         helps += subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert named <= set(re.findall(r"--[a-z][a-z-]+", helps))
