@@ -19,7 +19,7 @@ from kvfold.convert.plan import ConversionPlan
 from kvfold.convert.stream import HiddenStates, SourceModel
 from kvfold.surgery.latent import full_rank
 
-SHARES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
+SHARES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 3.0)
 """Multiples of the mean width that are measured where budgets differ."""
 LAST = 3.0
 """How much more the last layer's error counts than the first one's, with those between in line: healing lets later layers
