@@ -93,12 +93,15 @@ def table(rows: list[dict[str, Any]]) -> str:
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(rows), figsize=(5 * len(rows), 3.5), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(rows), figsize=(2.8 * len(rows), 3), sharey=True, squeeze=False)
     for axis, row in zip(axes[0], rows, strict=True):
         for recipe, entry in row["uptraining"].items():
-            axis.plot([p["tokens"] for p in entry["held_out"]], [p["kl"] for p in entry["held_out"]], label=recipe)
-        axis.set(title=row["fold"], xlabel="tokens", ylabel="KL from the source on held-out windows, nats", ylim=(0, None))
-        axis.legend()
+            points = entry["held_out"]
+            axis.plot([p["tokens"] / 1e6 for p in points], [p["kl"] for p in points], label=recipe)
+        axis.set(title=row["fold"], xlabel="million tokens", ylim=(0, None))
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("KL from the source, nats")
+    axes[0][-1].legend()
     figure.tight_layout()
     figure.savefig(file, dpi=120)
 
