@@ -102,7 +102,8 @@ def compare(name: str, python: str, root: Path) -> bool:
     read = 0
     if "texts" in theirs:
         tokenizer = load_tokenizer(source)
-        read = sum(tokenizer(text, verbose=False)["input_ids"] == tokens for text, tokens in zip(texts, theirs["texts"], strict=True))
+        mine = (tokenizer(text, verbose=False)["input_ids"] for text in texts)  # some are longer than the model's context
+        read = sum(ids == tokens for ids, tokens in zip(mine, theirs["texts"], strict=True))
         cells.append(f"{read} of {len(texts)}")
     print(f"| {' | '.join(cells)} |" + " |" * ("texts" not in theirs), flush=True)
     return same == len(pairs) and apart <= TOLERANCE and ("texts" not in theirs or read == len(texts))
