@@ -118,7 +118,7 @@ def measure(model: Model, row: str, form: dict[str, Any], healed: bool, folder: 
     target = done.record["target"]
     return {
         "form": form,
-        "split": f"{target['kv_rank']} + {target['rope_dim']}" if row in METHODS or row == "stock" else "",
+        "split": f"{target['kv_rank']} + {target['rope_dim']}" if row == "stock" or row in METHODS.keys() - REBUILT else "",
         "cache": result["cache_numbers_per_token_per_layer"],
         "damage": result["damage_nats"],
         "choices": [layer["choice"] for layer in done.record["layers"]],
