@@ -53,6 +53,8 @@ OURS: dict[str, dict[str, Any]] = {
     "mfa": {"to": "mfa"},
     "mfa-kr": {"to": "mfa-kr"},
 }
+SPLIT = {"stock", *METHODS} - {*REBUILT}
+"""The rows that say how latent and rotary key share the cache."""
 
 
 @dataclass(frozen=True)
@@ -109,16 +111,15 @@ def models(folder: Path) -> list[Model]:
     return found
 
 
-def measure(model: Model, row: str, form: dict[str, Any], healed: bool, folder: Path) -> dict[str, Any]:
+def measure(model: Model, form: dict[str, Any], healed: bool, folder: Path) -> dict[str, Any]:
     """Fold, evaluate, and say what came of it."""
     started = time.time()
     settings = {"to": "mla", **model.calibration, **form, **({} if healed else {"heal_steps": 0})}
     done = convert(str(model.path), folder / "out", ConvertSettings(**settings), overwrite=True)
     result = evaluate([str(folder / "out")], str(model.path), model.evaluation)["models"][0]
-    target = done.record["target"]
     return {
         "form": form,
-        "split": f"{target['kv_rank']} + {target['rope_dim']}" if row == "stock" or row in METHODS.keys() - REBUILT else "",
+        "target": done.record["target"],
         "cache": result["cache_numbers_per_token_per_layer"],
         "damage": result["damage_nats"],
         "choices": [layer["choice"] for layer in done.record["layers"]],
@@ -135,7 +136,9 @@ def table(model: str, kept: dict[str, dict[str, Any]]) -> str:
             found, healed = best(kept, model, row, share), kept.get(f"{model} {row} {share} healed")
             cell = "" if found is None else f"{found['damage']:.3f}"
             cell += "" if healed is None else f" → {healed['damage']:.3f}"
-            cells.append(cell + (f" ({found['split']})" if found and found["split"] else ""))
+            if found and row in SPLIT:
+                cell += f" ({found['target']['kv_rank']} + {found['target']['rope_dim']})"
+            cells.append(cell)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -157,9 +160,9 @@ def main() -> None:
     file = args.folder / "methods.json"
     kept: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
 
-    def keep(key: str, model: Model, row: str, form: dict[str, Any], healed: bool) -> None:
+    def keep(key: str, model: Model, form: dict[str, Any], healed: bool) -> None:
         if key not in kept:
-            kept[key] = measure(model, row, form, healed, args.folder)
+            kept[key] = measure(model, form, healed, args.folder)
             print(f"{key}: {kept[key]['damage']:.4f} in {kept[key]['seconds']:.0f} s", flush=True)
             file.write_text(json.dumps(kept, indent=1))
 
@@ -172,9 +175,9 @@ def main() -> None:
                         found = best(kept, model.name, row, share)
                         if not healed:
                             for form in model.forms(row, share):
-                                keep(f"{model.name} {row} {share} {json.dumps(form)}", model, row, form, False)
+                                keep(f"{model.name} {row} {share} {json.dumps(form)}", model, form, False)
                         elif found:
-                            keep(f"{model.name} {row} {share} healed", model, row, found["form"], True)
+                            keep(f"{model.name} {row} {share} healed", model, found["form"], True)
     for model in chosen:
         print(f"\n{model.name}\n\n{table(model.name, kept)}")
 

@@ -121,9 +121,15 @@ class CheckpointReader:
         else:
             raise UserError(f"{folder} holds no {SINGLE} and no {INDEX}: give a folder with safetensors weights")
 
-    def tensor(self, name: str, check_finite: bool = True) -> Tensor:
-        """Read one tensor. Raises UserError when the checkpoint lacks it or it holds NaN or infinity."""
+    def tensor(self, name: str, check_finite: bool = True, meta: bool = False) -> Tensor:
+        """Read one tensor, with `meta` its shape without numbers.
+
+        Raises:
+            UserError: the checkpoint lacks it, or it holds NaN or infinity.
+        """
         entry = self.entry(name)
+        if meta:
+            return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
         tensor = torch.empty(entry.size // entry.dtype.itemsize, dtype=entry.dtype)
         with entry.file.open("rb", buffering=0) as file:
             file.seek(entry.start)

@@ -7,7 +7,7 @@ need nothing of this: their architecture is the source's, and `convert_hf_to_ggu
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvfold.convert.checkpoint import CheckpointReader, read_json
+from kvfold.convert.job import Report
 from kvfold.errors import UserError
 
 RENAMED = {
@@ -48,7 +49,7 @@ def write_gguf(
     out: Path,
     pre: str | None = None,
     overwrite: bool = False,
-    report: Callable[[float, str], None] = lambda share, line: None,
+    report: Report = lambda share, line: None,
 ) -> None:
     """Write the checkpoint in `folder` to the file `out`, matrices in their own dtype, norms in float32.
 
@@ -139,18 +140,13 @@ def _add_geometry(writer: Any, config: dict[str, Any]) -> None:
 def _tensors(reader: CheckpointReader, config: dict[str, Any], meta: bool) -> Iterator[tuple[str, Tensor]]:
     """llama.cpp's names and tensors, one after the other; with `meta` shapes and dtypes without numbers."""
     nope, value = config["qk_nope_head_dim"], config["v_head_dim"]
-
-    def read(name: str) -> Tensor:
-        entry = reader.entry(name)
-        return torch.empty(entry.shape, dtype=entry.dtype, device="meta") if meta else reader.tensor(name)
-
     for name, renamed in RENAMED.items():
-        yield renamed, read(name)
+        yield renamed, reader.tensor(name, meta=meta)
     for layer in range(config["num_hidden_layers"]):
         for name, renamed in RENAMED_IN_LAYER.items():
-            yield f"blk.{layer}.{renamed}.weight", read(f"model.layers.{layer}.{name}.weight")
-        up = read(f"model.layers.{layer}.self_attn.kv_b_proj.weight").unflatten(0, (-1, nope + value))  # (H, N + D, r)
-        up_k, up_v = up.split([nope, value], 1)
+            yield f"blk.{layer}.{renamed}.weight", reader.tensor(f"model.layers.{layer}.{name}.weight", meta=meta)
+        up = reader.tensor(f"model.layers.{layer}.self_attn.kv_b_proj.weight", meta=meta)  # (H·(N + D), r)
+        up_k, up_v = up.unflatten(0, (-1, nope + value)).split([nope, value], 1)
         yield f"blk.{layer}.attn_k_b.weight", up_k.mT  # (H, r, N): the query is multiplied by it
         yield f"blk.{layer}.attn_v_b.weight", up_v
 

@@ -32,8 +32,7 @@ def read_attention(
     """
     tensors = {}
     for role, name in plan.family.names(layer, plan.spec).items():
-        entry = reader.entry(name)
-        tensors[role] = torch.empty(entry.shape, device="meta") if role in unread else reader.tensor(name)
+        tensors[role] = reader.tensor(name, meta=role in unread)
     return plan.family.lift(tensors, plan.spec)
 
 

@@ -53,15 +53,10 @@ class Folded:
         """Every tensor, in the checkpoint's order."""
         return [TensorSpec(name, entry.dtype, entry.shape) for name, entry in self.reader.entries.items()]
 
-    def tensor(self, name: str, meta: bool) -> Tensor:
-        """A tensor, or its shape without numbers."""
-        entry = self.reader.entry(name)
-        return torch.empty(entry.shape, dtype=entry.dtype, device="meta") if meta else self.reader.tensor(name)
-
     def attention(self, layer: int, meta: bool) -> nn.Module:
         """The design of a layer in float32."""
         names = self.layout.names(layer, self.plan)
-        weights = self.layout.lift({name: self.tensor(name, meta) for name in names}, self.plan)
+        weights = self.layout.lift({name: self.reader.tensor(name, meta=meta) for name in names}, self.plan)
         return design(weights.to(torch.float32))
 
     def rest(self) -> Iterator[tuple[str, str, float]]:
@@ -167,7 +162,7 @@ def build(folded: Folded, recipe: Recipe, frozen: torch.dtype | None, meta: bool
     base.rotary_emb = type(base.rotary_emb)(causal.config)  # the model's own is on the meta device
     # A tensor that has two places in the checkpoint is taken from that without a factor.
     for name, origin, factor in sorted(folded.rest(), key=lambda entry: entry[2] == 1.0):
-        tensor = folded.tensor(name, meta)
+        tensor = folded.reader.tensor(name, meta=meta)
         value = (tensor.float() / factor).to(frozen or tensor.dtype)
         set_module_tensor_to_device(causal, origin, value.device, value=value, dtype=value.dtype)
     causal.tie_weights()
