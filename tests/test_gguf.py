@@ -17,6 +17,7 @@ from kvfold.convert.gguf import UNREACHABLE, read_vocabulary, write_gguf
 from kvfold.errors import UserError
 from kvfold.recipes.demo.demo import MODEL
 from tests.helpers import invoke, save_model, save_tokens
+from tests.test_bad_input import refused
 from tests.test_convert import fold
 
 
@@ -128,24 +129,22 @@ def test_pre_tokenizers(steps: Any, name: str | None, tmp_path: Path) -> None:
 def test_refusals_leave_nothing(folded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = folded.parent / "source"
 
-    def refused(words: str, folder: Path = folded, out: Path = tmp_path / "m.gguf") -> None:
-        before = sorted(path.name for path in tmp_path.iterdir())
-        code, text = invoke("gguf", folder, out)
-        assert code == 2 and words in text, text
-        assert sorted(path.name for path in tmp_path.iterdir()) == before
+    def said(folder: Path) -> str:
+        return refused(tmp_path / "m.gguf", "gguf", folder, tmp_path / "m.gguf")
 
-    refused("is a llama checkpoint: llama.cpp's own convert_hf_to_gguf.py", source)
+    assert "is a llama checkpoint: llama.cpp's own convert_hf_to_gguf.py" in said(source)
     bare = Path(shutil.copytree(folded, tmp_path / "bare"))
     (bare / "tokenizer.json").unlink()
-    refused("has no tokenizer.json", bare)
+    assert "has no tokenizer.json" in said(bare)
     shutil.copyfile(folded / "tokenizer.json", bare / "tokenizer.json")
     config = json.loads((bare / "config.json").read_text())
     (bare / "config.json").write_text(json.dumps({**config, "model_type": "kvfold"}))
-    refused("fold with --layout deepseek_v3", bare)
+    assert "fold with --layout deepseek_v3" in said(bare)
     (bare / "config.json").write_text(json.dumps({**config, "q_lora_rank": 64}))
-    refused("was not folded by kvfold", bare)
+    assert "was not folded by kvfold" in said(bare)
     (tmp_path / "there.gguf").write_text("kept")
-    refused("exists: choose another name, or pass --overwrite", out=tmp_path / "there.gguf")
+    text = refused(tmp_path / "m.gguf", "gguf", folded, tmp_path / "there.gguf")
+    assert "exists: choose another name, or pass --overwrite" in text
     monkeypatch.setattr("gguf.GGUFWriter.write_tensor_data", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_gguf(folded, tmp_path / "there.gguf", overwrite=True)
