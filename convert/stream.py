@@ -5,6 +5,7 @@ turn. Everything runs in float32, whatever the checkpoint's dtype.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,20 @@ class Block(nn.Module):
 
     def set_attention(self, design: nn.Module) -> None:
         self.layer.self_attn = FoldedAttention(design)
+
+    @contextmanager
+    def attention(self, design: nn.Module) -> Iterator[None]:
+        """A design in the attention's place for a while."""
+        before = self.layer.self_attn
+        self.set_attention(design)
+        try:
+            yield
+        finally:
+            self.layer.self_attn = before
+
+    def attend(self, x: Tensor) -> Tensor:
+        """The attention's output on its normed inputs: (B, T, d) → (B, T, d)."""
+        return self.layer.self_attn(hidden_states=x, attention_mask=None, position_embeddings=self.rope)[0]
 
     def attention_input(self, hidden: Tensor) -> Tensor:
         """What the attention reads: the layer's input after its norm."""

@@ -23,12 +23,16 @@ from torch import Tensor
 from kvfold.convert.candidates import best
 from kvfold.convert.data import Windows
 from kvfold.convert.job import Job, Report
-from kvfold.convert.observe import observe
+from kvfold.convert.observe import observe, refit_output
 from kvfold.convert.settings import ConvertSettings
 from kvfold.convert.stream import Block, HiddenStates, SourceModel, check_finite
 from kvfold.errors import ConversionError
 from kvfold.surgery.designs import WEIGHTS, FoldedWeights, design
 from kvfold.surgery.healing import heal, relative_error
+
+
+REFITTED = ("kvfold", "pca")
+"""Methods whose output projection is fitted to the folded heads; the others are left as they were published."""
 
 
 @dataclass
@@ -111,6 +115,13 @@ def _open_layer(job: Job, source: SourceModel, layer: int, original: HiddenState
     error, label, folded = best(job.plan, seen, layer)
     if error == math.inf:
         raise ConversionError(f"folding layer {layer} gave no finite result: check the source's weights there")
+    if job.plan.method in REFITTED:
+        refitted = refit_output(folded, block, original, bias=job.plan.layout == "kvfold")
+        refitted_error = seen.measure(refitted)
+        if refitted_error < error:
+            error, folded = refitted_error, refitted
+    block.advance(original)
+    check_finite(original.data, f"source layer {layer}")
     return _OpenLayer(block, folded, label, error)
 
 
