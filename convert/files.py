@@ -24,11 +24,14 @@ def sync(path: Path) -> None:
 def write_whole(path: Path, data: str | bytes) -> None:
     """Write a file by way of another one: a kill or a power cut leaves the old file or the new one."""
     fresh = path.with_name(f".{path.name}.new")
-    with fresh.open("wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
+    try:
+        with fresh.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
     sync(path.parent)
 
 

@@ -64,14 +64,12 @@ class Partial:
                 continue
             except OSError as error:
                 raise UserError(f"{self.folder} cannot be written ({error.strerror}): choose another place") from None
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _lock(lock):
                 holder = os.pread(lock.fileno(), 20, 0).decode(errors="replace") or "unknown"
                 lock.close()
                 raise UserError(
                     f"{self.folder} is being written by another kvfold, process {holder}: wait for it, or choose another name"
-                ) from None
+                )
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock.fileno()), (self.folder / LOCK).stat()):
                     lock.truncate(0)
@@ -81,12 +79,14 @@ class Partial:
 
     def _refuse_foreign(self) -> None:
         """Raise UserError when the folder is there and not one that kvfold made."""
-        if not os.path.lexists(self.folder):
+        try:
+            held = None if self.folder.is_symlink() else os.listdir(self.folder)
+        except FileNotFoundError:
             return
-        folder = self.folder.is_dir() and not self.folder.is_symlink()
-        with suppress(FileNotFoundError):
-            if not folder or (not (self.folder / LOCK).is_file() and any(self.folder.iterdir())):
-                raise UserError(f"{self.folder} is in the way and none of kvfold's: move it, or choose another name")
+        except NotADirectoryError:
+            held = None
+        if held is None or (held and LOCK not in held):
+            raise UserError(f"{self.folder} is in the way and none of kvfold's: move it, or choose another name")
 
     def _open(self, resume: bool) -> None:
         for file, kind in KINDS.items():
@@ -207,6 +207,31 @@ def resumable(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConversionError(f"{explain(error, folder)}; then repeat with --resume") from error
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Make a file that no other process writes meanwhile, and remove it when something fails.
+
+    Raises UserError when another one is writing it.
+    """
+    with path.open("ab") as file:
+        if not _lock(file):
+            raise UserError(f"{path} is being written by another kvfold: wait for it, or choose another name")
+        try:
+            yield
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Whether this process has the file now, until it is closed."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _identity(folder: Path) -> str:
