@@ -216,9 +216,7 @@ def test_another_job_is_not_resumed_and_loses_nothing(tmp_path: Path) -> None:
     before = journal.read_text()
     other = {"settings": {"source": "here", "seed": 1}}
     with (
-        pytest.raises(
-            UserError, match=r"with other settings \(seed\): repeat it with the same, or start anew with --overwrite"
-        ),
+        pytest.raises(UserError, match=r"other settings \(seed\): repeat it with the same, or start anew with --overwrite"),
         writing(tmp_path / "out", specs_of(TEN_KB), job=other, resume=True),
     ):
         pass
