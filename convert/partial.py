@@ -84,7 +84,7 @@ class Partial:
         except FileNotFoundError:
             return
         except NotADirectoryError:
-            held = None
+            held = None if os.path.lexists(self.folder) else []
         if held is None or (held and LOCK not in held):
             raise UserError(f"{self.folder} is in the way and none of kvfold's: move it, or choose another name")
 
