@@ -12,15 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
+from kvfold.convert.files import write_whole
 from kvfold.convert.partial import JOURNAL, LOCK, RUN, Partial, exchange
-from kvfold.convert.pipeline import convert
-from kvfold.convert.settings import ConvertSettings
 from kvfold.convert.writer import CheckpointWriter
 from kvfold.errors import ConversionError, UserError
-from kvfold.evaluation import report as reports
 from tests.helpers import invoke, save_model, save_tokens
 
 
@@ -105,14 +102,12 @@ def test_a_kill_while_names_change_leaves_one_checkpoint_whole(
 
 
 def test_what_appears_at_out_meanwhile_costs_nothing(tmp_path: Path) -> None:
-    with (
-        pytest.raises(ConversionError, match="out exists.*then repeat with --resume"),
-        Partial(tmp_path / "out", JOURNAL) as partial,
-    ):
+    out = tmp_path / "out"
+    with pytest.raises(ConversionError, match="out exists.*then repeat with --resume"), Partial(out, JOURNAL) as partial:
         (partial.folder / JOURNAL).write_text("{}")
-        checkpoint(tmp_path / "out", "another")
+        checkpoint(out, "another")
         partial.give_name(checkpoint(partial.folder / "result", "ours"))
-    assert (tmp_path / "out" / "config.json").read_text() == "another"
+    assert (out / "config.json").read_text() == "another"
     assert (tmp_path / "out.partial" / "result" / "config.json").read_text() == "ours"
 
 
@@ -265,3 +260,92 @@ def test_resume_refuses_a_changed_source_and_says_what_changed(begun: Path, tmp_
     assert "or start anew with --overwrite in place of --resume" in text
     before.pop(LOCK)
     assert {name: raw for name, raw in files(root / "out.partial").items() if name != LOCK} == before
+
+
+# Signals and what the system refuses
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        ("convert", "what is finished is kept, repeat with --resume to go on"),
+        ("uptrain", "repeat with --resume to go on from the last checkpoint"),
+        ("evaluate", "repeat the command to go on behind the models that are measured"),
+        ("gguf", "repeat the command"),
+    ],
+)
+def test_a_signal_says_how_to_go_on(
+    begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int, verb: str, words: str
+) -> None:
+    tokens = f"{begun}/tokens.safetensors:calibration"
+    step = {
+        "convert": ("kvfold.convert.pipeline.fold_alone", ["convert", begun / "source", tmp_path / "out", "--to", "mqa"]),
+        "uptrain": ("kvfold.recipes.uptrain.open_folded", ["uptrain", begun / "whole", tmp_path / "out", "--data", tokens]),
+        "evaluate": ("kvfold.evaluation.evaluate.evaluate", ["evaluate", begun / "whole", "--on", tokens]),
+        "gguf": ("kvfold.convert.gguf.write_gguf", ["gguf", begun / "whole", tmp_path / "out.gguf"]),
+    }[verb]
+    monkeypatch.setattr(step[0], lambda *_: os.kill(os.getpid(), number))
+    before = signal.getsignal(signal.SIGTERM)
+    assert invoke(*step[1]) == (code, f"kvfold: stopped by {number.name}: {words}\n")
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "No space left on device; free some of the disk; then repeat with --resume"),
+        (errno.EDQUOT, "Disk quota exceeded; free some of the disk; then repeat with --resume"),
+        (errno.EIO, "Input/output error; check the path, its permissions and the disk; then repeat with --resume"),
+    ],
+)
+@pytest.mark.parametrize("step", ["write", "keep"])
+def test_what_the_system_refuses_is_named_truly(
+    begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, number: int, words: str
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CheckpointWriter, step, refuse)
+        assert fold(begun, tmp_path / "out") == (1, f"kvfold: {tmp_path / 'out.partial'}: {words}\n")
+    assert fold(begun, tmp_path / "out", "--resume")[0] == 0
+    assert without_timings(tmp_path / "out") == without_timings(begun / "whole")
+
+
+def test_weights_of_zeros_are_not_a_matter_of_dtype(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", "llama")
+    tensors = load_file(source / "model.safetensors")
+    save_file({name: t * 0 for name, t in tensors.items()}, source / "model.safetensors", {"format": "pt"})
+    code, text = invoke("convert", source, tmp_path / "out", "--to", "mqa")
+    assert code == 1
+    assert "k_proj.weight came out as NaN or infinity: check the source's weights in that layer" in text
+
+
+def test_a_report_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = tmp_path / "report.json"
+    write_whole(report, "old")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(report, "new" * 10_000)
+    assert files(tmp_path) == {"report.json": b"old"}
+
+
+# kill -9
+
+
+def test_kill_before_any_file_operation_leaves_the_old_or_the_new_and_resume_gives_the_new(tmp_path: Path) -> None:
+    """A conversion over an older one, killed before each operation on its files in turn: tests/kill_everywhere.py."""
+    source = save_model(tmp_path / "source", "llama", max_shard_size="100KB")
+    script = Path(__file__).parent / "kill_everywhere.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), str(source), str(tmp_path / "work")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["wrong"] == []
+    assert result["killed"] > 40
