@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from kvfold.convert.checkpoint import CheckpointReader, read_json
+from kvfold.convert.files import sync
 from kvfold.convert.job import Report
+from kvfold.convert.partial import alone
 from kvfold.errors import UserError
 
 RENAMED = {
@@ -71,7 +73,7 @@ def write_gguf(
     config = reader.config
     _refuse(folder, config)
     vocabulary = read_vocabulary(folder, config["vocab_size"], pre)
-    partial = out.with_name(out.name + ".partial")
+    partial = out.with_name(f".{out.name}.kvfold")
     writer = GGUFWriter(partial, MODEL_ARCH_NAMES[MODEL_ARCH.DEEPSEEK2])
     half = reader.entry("model.embed_tokens.weight").dtype == torch.bfloat16
     writer.add_file_type(LlamaFileType.MOSTLY_BF16 if half else LlamaFileType.ALL_F32)
@@ -84,7 +86,7 @@ def write_gguf(
         if raw is None:
             raise UserError(f"{folder} has {name} in {stored}: fold it with --dtype float32 or bfloat16")
         writer.add_tensor_info(name, tensor.shape, numpy.dtype("float32"), tensor.numel() * stored.itemsize, raw)
-    try:
+    with alone(partial):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -94,9 +96,8 @@ def write_gguf(
             written = tensor.to(stored_dtype(tensor)).contiguous()
             writer.write_tensor_data((written.view(torch.int16) if written.dtype == torch.bfloat16 else written).numpy())
         writer.close()
+        sync(partial)
         partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def stored_dtype(tensor: Tensor) -> torch.dtype:

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from kvfold.convert.card import CARD, Licence, parse_card
+from kvfold.convert.files import write_whole
 from kvfold.errors import ConversionError, UserError
 
 LEFT_OUT = [".*", "*/.*", "*.partial.json"]
@@ -103,7 +104,7 @@ def push(out: Path, repo_id: str, card: str, private: bool = False, revision: st
             raise UserError(f"{repo_id} exists and is public: make it private in its settings, or leave --private out")
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-    (out / CARD).write_text(card, encoding="utf-8")
+    write_whole(out / CARD, card)
     message = "Upload a checkpoint folded by kvfold"
     with _explained(repo_id):
         try:

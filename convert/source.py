@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvfold.convert.checkpoint import CheckpointReader, read_config
+from kvfold.convert.files import checksum, checksum_of, stamp
 from kvfold.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,6 +67,19 @@ def refuse_mismatch(reader: CheckpointReader) -> None:
                 f"{name} in {entry.file} has shape {entry.shape}, but config.json means {tuple(parameter.shape)}: "
                 "weights and config are not of one model, download both again"
             )
+
+
+def identity(reader: CheckpointReader) -> dict[str, str]:
+    """What tells without reading the weights whether a checkpoint is still the same.
+
+    config.json by its content, and every weight file by its size, its time and the content of its header.
+    """
+    found = {"config.json": checksum(reader.folder / "config.json")}
+    for path in sorted({entry.file for entry in reader.entries.values()}):
+        first = min(entry.start for entry in reader.entries.values() if entry.file == path)
+        with path.open("rb") as file:
+            found[path.name] = f"{stamp(path)} {checksum_of(file, 0, first)}"
+    return found
 
 
 def _refuse_impossible(source: str) -> None:

@@ -4,6 +4,7 @@ transformers builds the model on the meta device, which costs no memory; a layer
 turn. Everything runs in float32, whatever the checkpoint's dtype.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,9 @@ class HiddenStates:
             self.data = torch.empty(shape)
         else:
             file.unlink(missing_ok=True)
+            if hasattr(os, "posix_fallocate"):  # a map of a file whose blocks the disk has not got would die of a signal
+                with file.open("wb") as opened:
+                    os.posix_fallocate(opened.fileno(), 0, 4 * size)
             self.data = torch.from_file(str(file), shared=True, size=size, dtype=torch.float32).view(shape)
 
     @staticmethod

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from kvfold.convert.candidates import best
@@ -62,7 +62,7 @@ def fold_on_stream(job: Job, device: torch.device, windows: Windows, report: Rep
     source = SourceModel(job.reader, plan.family, device, windows.ids.shape[1])
     report(0.0, "embedding")
     on_disk = HiddenStates.needs_disk((*windows.ids.shape, plan.spec.hidden_size))
-    files = [job.writer.partial / f"{name}.hidden" for name in ("original", "folded")]
+    files = [job.writer.folder / f"{name}.hidden" for name in ("original", "folded")]
     streams = [source.embed(windows.ids, file if on_disk else None) for file in files[: 2 if settings.heal_steps else 1]]
     if settings.token_weights == "nll":
         report(0.0, "weighing tokens")
@@ -171,7 +171,7 @@ def _heal(
 
 
 def _waiting_file(job: Job, layer: int) -> Path:
-    return job.writer.partial / f"waiting-behind-{layer}.safetensors"
+    return job.writer.folder / f"waiting-behind-{layer}.safetensors"
 
 
 def _save_waiting(job: Job, layer: int, waiting: Iterable[_OpenLayer]) -> None:
@@ -183,7 +183,7 @@ def _save_waiting(job: Job, layer: int, waiting: Iterable[_OpenLayer]) -> None:
         tensors |= {f"{number}.{name}": t.cpu().contiguous() for name, t in held.tensors().items()}
         notes[str(number)] = json.dumps([type(held).__name__, item.choice, item.error])
     if tensors:
-        save_file(tensors, _waiting_file(job, layer), notes)
+        job.writer.keep(_waiting_file(job, layer).name, save(tensors, notes))
     _waiting_file(job, layer - 2).unlink(missing_ok=True)  # the last but one: the journal may still name the last
 
 

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kvfold.convert.files import write_whole
+
 PARTIAL = "report.partial.json"
 
 
@@ -23,12 +25,10 @@ class Unfinished:
                 self.results = loaded
 
     def write(self) -> None:
-        """Write the file anew, by way of another one so that none is ever torn."""
+        """Write the file anew."""
         if self.file:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            fresh = self.file.with_suffix(".new")
-            fresh.write_text(json.dumps(self.results))
-            fresh.replace(self.file)
+            write_whole(self.file, json.dumps(self.results))
 
 
 def key_of(decided: dict[str, Any], *folders: Path) -> str:
