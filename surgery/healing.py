@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 COARSE = 0.03
 """The relative error from which on healing takes full steps. What steps of a size break by themselves grows with its square."""
-QUIET = 1e-3
-"""Of a projection's loudest input channel: channels below that are taken to be as loud."""
+QUIET = 1e-2
+"""Of a projection's median input channel: channels quieter than that are taken to be as loud."""
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -67,7 +67,7 @@ class RelativeAdam:
         weight: Any = linear.weight
         if weight not in self.loudness:
             loud = inputs[0].detach().float().square().flatten(0, -2).mean(0).sqrt()
-            self.loudness[weight] = loud.clamp_min(float(loud.amax()) * QUIET).clamp_min(1e-8)
+            self.loudness[weight] = loud.clamp_min(float(loud.median()) * QUIET).clamp_min(1e-8)
 
     def measure(self) -> None:
         """Fix the sizes of steps, behind the first forward pass and before the first step."""

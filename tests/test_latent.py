@@ -13,7 +13,7 @@ from kvfold.surgery.healing import relative_error
 from kvfold.surgery.latent import (
     START,
     Choice,
-    attention_lags,
+    attention_seen,
     coherence,
     fold,
     joint_latent,
@@ -39,7 +39,7 @@ def still() -> Rope:
 
 
 def phase_of(weights: AttentionWeights, x: Tensor) -> Tensor:
-    return coherence(attention_lags(weights, x, rope_tables()), rope_tables())
+    return coherence(attention_seen(weights, x, rope_tables())[0], rope_tables())
 
 
 @pytest.mark.parametrize("balance", [0.0, 0.3])
@@ -124,8 +124,9 @@ def test_the_joint_latent_is_the_best_of_its_rank() -> None:
 
 def test_coherence_is_the_expected_phase() -> None:
     weights, x = random_weights(), inputs()
-    lags = attention_lags(weights, x, rope_tables())
-    torch.testing.assert_close(lags.sum(1), torch.ones(HEADS, dtype=torch.float64))
+    lags, received = attention_seen(weights, x, rope_tables())
+    assert float(received.sum()) == pytest.approx(len(x) * TOKENS * HEADS)  # every query gives all that it has
+    torch.testing.assert_close(lags.sum(), received.sum() - received[:, 0].sum())  # the sink apart
     # by hand for one head: attention from its definition, then the mean of e^{j f (t - s)} over it
     h, g = 3, 3 // (HEADS // KV_HEADS)
     frequencies = 10000.0 ** (-torch.arange(0, WIDTH, 2, dtype=torch.float64) / WIDTH)
@@ -133,7 +134,8 @@ def test_coherence_is_the_expected_phase() -> None:
     q, k = (torch.einsum("btn,fn->btf", x.to(torch.complex128), to_complex(w)) * turn for w in (weights.q[h], weights.k[g]))
     scores = torch.einsum("btf,bsf->bts", q, k.conj()).real / WIDTH**0.5
     attention = scores.masked_fill(torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
-    wanted = torch.einsum("bts,tf,sf->f", attention.to(turn.dtype), turn, turn.conj()) / (len(x) * TOKENS)
+    attention[:, :, 0] = 0  # the sink is left out
+    wanted = torch.einsum("bts,tf,sf->f", attention.to(turn.dtype), turn, turn.conj()) / attention.sum()
     torch.testing.assert_close(coherence(lags, rope_tables())[h], wanted)
 
 

@@ -1,13 +1,20 @@
 """The mathematics on tensors alone: every exact step is exact, every lossy one is as good as its objective says."""
 
+import copy
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kvfold.surgery import grouping
 from kvfold.surgery.attention import AttentionWeights, GroupedAttention
-from kvfold.surgery.healing import heal, relative_error
+from kvfold.surgery.healing import Progress, heal, relative_error
 from kvfold.surgery.lowrank import SecondMoment, power_and_inverse
+from kvfold.surgery.output import output_divergence
+from kvfold.surgery.refit import RIDGE, OutputRegression
 from kvfold.surgery.rope import Rope, from_complex, rotate, to_complex
 
 HEADS, KV_HEADS, WIDTH, HIDDEN, TOKENS = 8, 4, 8, 48, 24
@@ -262,7 +269,7 @@ def test_healing_brings_a_broken_layer_back() -> None:
         *(t + 0.1 * torch.randn(t.shape, dtype=t.dtype) for t in (weights.q, weights.k, weights.v, weights.o))
     )
     design, rope = GroupedAttention(noisy), rope_tables()
-    losses = heal([lambda h: design(h, rope)], design.parameters(), ((x, target) for _ in range(200)), steps=200)
+    losses = heal([lambda h: design(h, rope)], [design], ((x, target) for _ in range(200)), steps=200)
     assert len(losses) == 200 and losses[-1] < losses[0] / 30
 
 
@@ -274,7 +281,7 @@ def test_healing_of_what_is_almost_exact_takes_small_steps() -> None:
     generator = torch.Generator().manual_seed(0)
     noisy = AttentionWeights(*(t + 0.001 * torch.randn(t.shape, dtype=t.dtype, generator=generator) for t in parts))
     design, rope = GroupedAttention(noisy), rope_tables()
-    losses = heal([lambda h: design(h, rope)], design.parameters(), ((x, target) for _ in range(40)), steps=40)
+    losses = heal([lambda h: design(h, rope)], [design], ((x, target) for _ in range(40)), steps=40)
     assert losses[-1] < losses[0] / 3 and max(losses) < 1.5 * losses[0]
 
 
@@ -282,7 +289,7 @@ def test_healing_stops_at_a_loss_that_is_not_finite() -> None:
     design, rope = GroupedAttention(random_weights()), rope_tables()
     x = inputs() * torch.nan
     with pytest.raises(FloatingPointError, match="step 1 of 3"):
-        heal([lambda h: design(h, rope)], design.parameters(), ((x, x) for _ in range(3)), steps=3)
+        heal([lambda h: design(h, rope)], [design], ((x, x) for _ in range(3)), steps=3)
 
 
 def test_relative_error_counts_every_token_alike() -> None:
@@ -297,3 +304,83 @@ def test_a_token_of_weight_two_counts_as_two() -> None:
     weighted.add(x, torch.tensor([2.0, 1.0, 0.0]))
     repeated.add(x[[0, 0, 1]])
     torch.testing.assert_close(weighted.value(), repeated.value())
+
+
+def test_healing_does_not_see_the_scale_of_channels() -> None:
+    """Two channels a thousand times as loud under weights a thousandth are the same layer, and heal by the same steps."""
+    weights, x = random_weights(), inputs()
+    rope, scale = rope_tables(), torch.ones(HIDDEN, dtype=torch.float64)
+    scale[1], scale[4] = 1000.0, 1000.0
+    scaled = replace(weights, **{name: getattr(weights, name) / scale for name in "qkv"})
+    target = GroupedAttention(random_weights(seed=1))(x, rope).detach()
+    curves = []
+    for form, seen in ((weights, x), (scaled, x * scale)):
+        design = GroupedAttention(form)
+        batches = ((seen, target) for _ in range(20))
+        curves.append(heal([lambda h, design=design: design(h, rope)], [design], batches, steps=20))
+    assert curves[0][-1] < 0.9 * curves[0][0]
+    torch.testing.assert_close(torch.tensor(curves[1]), torch.tensor(curves[0]), rtol=1e-6, atol=0.0)
+
+
+def test_healing_goes_on_where_it_stood() -> None:
+    weights, x = random_weights(), inputs()
+    rope, target = rope_tables(), GroupedAttention(random_weights(seed=1))(x, rope_tables()).detach()
+    whole = GroupedAttention(copy.deepcopy(weights))
+    losses = heal([lambda h: whole(h, rope)], [whole], ((x, target) for _ in range(8)), steps=8)
+    saved: list[Any] = []
+
+    def keep(progress: Progress) -> None:
+        if progress.steps == 5:
+            held = {name: p.detach().clone() for name, p in first.named_parameters()}
+            saved.append((copy.deepcopy(progress), held))
+
+    first = GroupedAttention(copy.deepcopy(weights))
+    heal([lambda h: first(h, rope)], [first], ((x, target) for _ in range(8)), steps=8, keep=keep)
+    begun, parameters = saved[0]
+    second = GroupedAttention(weights)
+    second.load_state_dict(parameters)
+    again = heal([lambda h: second(h, rope)], [second], ((x, target) for _ in range(3)), steps=8, begun=begun)
+    assert again == losses
+    for mine, theirs in zip(second.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_the_output_is_refitted_by_least_squares() -> None:
+    """The regression is that of the definition, and finds what an invertible map of the heads has hidden."""
+    weights, x = random_weights(), inputs()
+    mixed = torch.randn(WIDTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    folded = replace(weights, v=mixed @ weights.v)  # W_O does not know of it
+    design, rope = GroupedAttention(folded), rope_tables()
+    with torch.no_grad():
+        wanted, heads = GroupedAttention(weights)(x, rope), design.mix(x, rope)
+        energy = x.square().sum(-1)
+        regression = OutputRegression(heads.shape[-1], HIDDEN)
+        for row in range(len(x)):  # piece by piece
+            regression.add(heads[row], (wanted - design.o_proj(heads))[row], energy[row])
+        for bias in (False, True):
+            found = GroupedAttention(regression.solve(folded, bias))
+            z = torch.cat([heads, torch.ones_like(heads[..., :1])], -1).flatten(0, 1) if bias else heads.flatten(0, 1)
+            gram = (z / energy.flatten()[:, None]).T @ z
+            ridge = torch.full((len(gram),), RIDGE * float(gram.diagonal()[: heads.shape[-1]].mean()), dtype=torch.float64)
+            if bias:
+                ridge[-1] = 0
+            missing = (wanted - design.o_proj(heads)).flatten(0, 1)
+            change = torch.linalg.solve(gram + ridge.diag(), (z / energy.flatten()[:, None]).T @ missing)
+            torch.testing.assert_close(found(x, rope), design.o_proj(heads) + (z @ change).view_as(wanted))
+            before, after = relative_error(design(x, rope), wanted), relative_error(found(x, rope), wanted)
+            assert float(after) < 0.1 * float(before)
+
+
+def test_output_divergence_is_the_kl_and_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvfold.surgery.output.PIECE_BYTES", 4 * 11 * 3)  # pieces of three tokens
+    generator = torch.Generator().manual_seed(0)
+    hidden, reference = (torch.randn(2, 5, 7, generator=generator) for _ in range(2))
+    head = torch.randn(11, 7, generator=generator)
+    hidden.requires_grad_()
+    found = output_divergence(hidden, reference, head)
+    exact = hidden.detach().double().requires_grad_()
+    ours, theirs = ((h @ head.double().T).log_softmax(-1) for h in (exact, reference.double()))
+    wanted = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean()
+    assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
+    (gradient,) = torch.autograd.grad(found, hidden)
+    torch.testing.assert_close(gradient.double(), torch.autograd.grad(wanted, exact)[0], rtol=1e-4, atol=1e-6)
