@@ -367,9 +367,9 @@ def uptrain(
         return
     _write_json(json_path, entry)
     if json_path != Path("-"):
-        first, best = entry["held_out"][0], min(entry["held_out"][1:], key=lambda row: row["loss"])
+        loss = entry["held_out_loss"]
         print(
-            f"{healed}: held-out loss {first['loss']:.4f} → {best['loss']:.4f} nats per token, "
+            f"{healed}: held-out loss {loss['before']:.4f} → {loss['after']:.4f} nats per token, "
             f"{entry['tokens']:,} tokens in {entry['seconds']:.0f} s"
         )
 
