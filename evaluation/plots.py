@@ -150,6 +150,26 @@ def _curves(report: Data, key: str, places: Sequence[float]) -> tuple[Figure, Ax
     return figure, axes
 
 
+def greedy(report: Data, colors: dict[str, str]) -> Figure:
+    """Share of greedy answers that are still the source's, over their tokens; one panel for text and for chat."""
+    own = report["source"]["greedy"]
+    kinds = [kind for kind in ("text", "chat") if own[kind]]
+    figure = Figure(figsize=(WIDTH, 1.6 + 2.6 * len(kinds)))
+    panels = figure.subplots(len(kinds), 1, squeeze=False)[:, 0]
+    shown = [(report["source"], f"source, {own['dtype']}", {"color": colors["text"], "ls": "-"})]
+    shown += [(m, name_of(m), _line(m)) for m in best_of_each(report)]
+    for axes, kind in zip(panels, kinds, strict=True):
+        for model, name, style in shown:
+            shares = [1.0, *model["greedy"][kind]["still"]]
+            axes.plot(range(len(shares)), [100 * share for share in shares], label=name, **style)
+        axes.set_ylim(0, 103)
+        axes.set_ylabel("still the source's, %")
+        axes.set_title({"text": "Greedy answers", "chat": "Greedy answers, chat template"}[kind])
+    panels[-1].set_xlabel("tokens of the answer")
+    _legend(figure, *panels[0].get_legend_handles_labels())
+    return figure
+
+
 def speed(report: Data, colors: dict[str, str]) -> Figure:
     """Decoded tokens per second against the context, one panel per batch."""
     batches = sorted({row["batch"] for row in report["source"]["speed"]})
@@ -209,6 +229,11 @@ FIGURES: dict[str, tuple[Callable[[Data, dict[str, str]], Figure], str]] = {
     "positions": (
         positions,
         "Mean damage of the predictions that have that much context. Attention that forgets shows on the right.",
+    ),
+    "greedy": (
+        greedy,
+        "How many answers have not left the source's after so many tokens, an ended answer counting as one that has not; the "
+        "source in another dtype is what rounding alone does.",
     ),
     "layers": (
         layers,
