@@ -84,11 +84,7 @@ def evaluate(
         _refuse_other_model(other, source_folder, config)
     tasks.check(settings.tasks, settings.include_path)
     device = own_device(settings.device)
-    if ".safetensors" not in settings.on:
-        _refuse_beyond(config, settings.window, f"--window {settings.window}", "give --window {}")
-    windows = load_windows(settings.on, source_folder, settings.window, settings.max_tokens, config["vocab_size"], overlap=1)
-    length = windows.ids.shape[1]
-    _refuse_beyond(config, length, f"{settings.on} has rows of {length} ids, which", "give rows of {} or fewer")
+    windows = held_out_windows(settings, source_folder)
     for other in folders:
         _refuse_other_tokenizer(other, source_folder, windows)
 
@@ -97,7 +93,7 @@ def evaluate(
     keys = [key_of(decided, source_folder, other) for other in folders]
     missing = [number for number, key in enumerate(keys) if key not in kept.results]
     if missing:
-        bench = _Bench(named, source_folder, device, settings, windows, len(missing), report)
+        bench = Bench(named, source_folder, device, settings, windows, len(missing), report)
         for number in missing:
             try:
                 measured = bench.measure(models[number], folders[number])
@@ -121,7 +117,22 @@ def evaluate(
     }
 
 
-class _Bench:
+def held_out_windows(settings: EvaluateSettings, source: Path) -> Windows:
+    """The windows that models folded from `source` are measured on.
+
+    Raises:
+        UserError: as `load_windows`, and when windows are longer than the source knows positions.
+    """
+    config = read_config(source)
+    if ".safetensors" not in settings.on:
+        _refuse_beyond(config, settings.window, f"--window {settings.window}", "give --window {}")
+    windows = load_windows(settings.on, source, settings.window, settings.max_tokens, config["vocab_size"], overlap=1)
+    length = windows.ids.shape[1]
+    _refuse_beyond(config, length, f"{settings.on} has rows of {length} ids, which", "give rows of {} or fewer")
+    return windows
+
+
+class Bench:
     """The source, loaded and measured once, against which models are measured one after the other.
 
     Attributes:
@@ -182,7 +193,10 @@ class _Bench:
         if answers is None:
             return None, None
         other = "bfloat16" if self.source.dtype == torch.float32 else "float32"
-        return answers, greedy.compare(load_model(folder, self.device, other), answers)
+        try:
+            return answers, greedy.compare(load_model(folder, self.device, other), answers)
+        except (ConversionError, torch.OutOfMemoryError):  # float32 takes twice what the user found room for
+            return answers, None
 
     def _layer_rows(self) -> Tensor:
         ids = self.windows.ids

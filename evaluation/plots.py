@@ -106,7 +106,7 @@ def damage(report: Data, colors: dict[str, str]) -> Figure:
     axes.axvline(source, color=colors["front"], lw=0.8, ls=":")
     axes.text(source, 1.0, "source ", transform=axes.get_xaxis_transform(), ha="right", va="top", fontsize=9)
     _log2(axes, [m["cache_bytes_per_token"] for m in [*report["models"], report["source"]]])
-    _log_scale(axes, [value for m in report["models"] for value in (m["damage_nats"], *(m["damage_interval"] or ()))])
+    log_scale(axes, [value for m in report["models"] for value in (m["damage_nats"], *(m["damage_interval"] or ()))])
     axes.set_xlabel("KV cache, bytes per token")
     axes.set_ylabel("damage, nats per token")
     axes.set_title("Damage against cache size")
@@ -145,7 +145,7 @@ def _curves(report: Data, key: str, places: Sequence[float]) -> tuple[Figure, Ax
     shown = best_of_each(report)
     for model in shown:
         axes.plot(places, model[key], marker=".", label=name_of(model), **_line(model))
-    _log_scale(axes, [value for model in shown for value in model[key]])
+    log_scale(axes, [value for model in shown for value in model[key]])
     _legend(figure, *axes.get_legend_handles_labels())
     return figure, axes
 
@@ -265,7 +265,7 @@ def _line(model: Data) -> dict[str, Any]:
     return {"color": color_of(model), "ls": STAGES[model["stage"]][1], "alpha": min(1.0, 0.5 + share), "lw": 1.6}
 
 
-def _log_scale(axes: Axes, values: list[float]) -> None:
+def log_scale(axes: Axes, values: list[float]) -> None:
     """Logarithmic upwards, with 0.1 in place of 10⁻¹; about zero linear, where some model is not worse than the source."""
     low, high = min(values), max(map(abs, values))
     linear = 0.0 if low > 0 else max(1e-6, high / 300, min(high, -2 * low))

@@ -50,7 +50,8 @@ class Agreement(_Strict):
 
 
 class Greedy(_Strict):
-    """Greedy answers beside the source's, in `dtype`. Of the source itself: those that it would give in another dtype.
+    """Greedy answers beside the source's, in `dtype`. Of the source itself: those that it would give in another dtype, None
+    where that does not fit into memory.
 
     `chat` are the same passages as a user's turn, None for a tokenizer without a chat template.
     """
