@@ -12,13 +12,10 @@ peak memory are their own. Minutes to hours a result on a CPU.
 import argparse
 import hashlib
 import json
-import multiprocessing
-import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +23,7 @@ from typing import Any
 
 import real_tables
 import yaml
+from apart import apart
 
 import kvfold
 from kvfold.convert.checkpoint import CheckpointReader
@@ -108,20 +106,6 @@ class Model:
                     yield {"to": "mla", "method": row, "kv_rank": total - rope, "rope_dim": rope}
 
 
-def apart(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-    """`work(*args)` in a process of its own, with its seconds and peak memory."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_weighed, work, *args).result()
-
-
-def _weighed(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-    started, made = time.time(), work(*args)
-    # not getrusage, which counts the process that this one was begun from
-    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    memory = int(peak[1]) * 1024 if peak else None
-    return {**made, "seconds": round(time.time() - started, 1), "peak_memory_bytes": memory}
-
-
 def fold(source: str, out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     resume = out.with_name(out.name + ".partial").exists()
     record = convert(source, out, parse_settings(ConvertSettings, settings), resume=resume).record
@@ -140,6 +124,7 @@ class Benchmark:
         self.rows, self.stages = (listed(text, known) for text, known in ((args.rows, ROWS), (args.stages, STAGES)))
         self.splits = [float(split) for split in args.splits.split(",")]
         self.set = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in args.set)}
+        parse_settings(ConvertSettings, {"to": "mla", **self.set})  # what is wrong with them is wrong with every row
         self.evaluation = EvaluateSettings(
             on=args.on, window=args.window, max_tokens=args.max_tokens, detail=args.detail, device=args.device
         )
@@ -169,6 +154,7 @@ class Benchmark:
         done = out / "made.json"
         if done.exists():
             return out, json.loads(done.read_text())
+        shutil.rmtree(out, ignore_errors=True)  # killed before it was written what making it took
         if stage == "uptrained":
             args, before = self.args, self.make(model, form, "healed")[0]
             pairs = [*args.uptrain, f"device={args.device}"]
@@ -195,7 +181,7 @@ class Benchmark:
                 f"{model.name} {row} {total} {stage} {form}: {result['damage_nats']:+.4f} in {made['seconds']:.0f} s",
                 flush=True,
             )
-        except (UserError, ConversionError) as error:
+        except (UserError, ConversionError, RuntimeError) as error:  # also what a process says that was killed for its memory
             result = {**about, "error": str(error), "final": isinstance(error, NothingGained)}
             print(f"{model.name} {row} {total} {stage} {form}: {error}", flush=True)
         self.keep(key, result)
@@ -265,7 +251,7 @@ class Benchmark:
         spec, more = model.spec, ", ".join(f"{key}={value}" for key, value in self.set.items())
         return (
             f"{model.config['model_type']} of {spec.layers} layers with {spec.heads} query and {spec.kv_heads} key heads of "
-            f"{spec.head_dim}, {model.config.get('dtype')} weights {model.weights[:12]}; "
+            f"{spec.head_dim}, {model.config.get('dtype') or model.config.get('torch_dtype')} weights {model.weights[:12]}; "
             + (f"converted with {more}; " if more else "")
             + (
                 f"uptrained by `{self.args.recipe}` {' '.join(self.args.uptrain)}".rstrip()
@@ -312,7 +298,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=512, help="tokens in a window of held-out text")
     parser.add_argument("--max-tokens", type=int, default=16384, help="of held-out text")
     parser.add_argument("--detail", default="quick", choices=["damage", "quick", "normal", "full"], help="as kvfold evaluate")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--keep", action="store_true", help="keep every checkpoint; else none stays behind its row")
     parser.add_argument("--print", action="store_true", help="only write and print the tables of what is there")
     return parser.parse_args()

@@ -122,8 +122,10 @@ def markdown(lines: list[list[str]]) -> str:
 
 
 def plot(source: Result, found: list[Result], file: Path) -> None:
-    """Damage against the share of the cache that is kept: a colour for each row, pale what was published; dotted in closed form,
-    whole healed, dashed uptrained."""
+    """Damage against the share of the cache that is kept: a colour for each row, pale what was published.
+
+    Lines are dotted in closed form, whole when healed, dashed when uptrained.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
