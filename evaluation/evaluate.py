@@ -34,7 +34,8 @@ Report = Callable[[float, str], None]
 
 
 class EvaluateSettings(BaseModel):
-    """All that decides what a report says. `detail` is how finely answers, needles and speed are sampled."""
+    """All that decides what a report says. `detail` is how finely answers, needles and
+    speed are sampled, `damage` not at all."""
 
     model_config = ConfigDict(extra="forbid")
 
