@@ -198,7 +198,8 @@ class Benchmark:
             self.bench = model.name, bench
             count, window = windows.ids.shape
             about = {"model": model.name, "weights": model.weights, "window": window, "tokens": count * (window - 1)}
-            self.keep(self.key(model, {}, "source"), {**about, **bench.own})
+            if (key := self.key(model, {}, "source")) not in self.results:
+                self.keep(key, {**about, **bench.own})
         return self.bench[1]
 
     def keep(self, key: str, result: dict[str, Any]) -> None:
