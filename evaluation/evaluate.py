@@ -21,20 +21,21 @@ from kvfold.convert.pipeline import RECORD
 from kvfold.convert.settings import normal_dtype
 from kvfold.convert.source import fetch_checkpoint
 from kvfold.errors import ConversionError, UserError
-from kvfold.evaluation import retrieval, speed, tasks
+from kvfold.evaluation import greedy, retrieval, speed, tasks
 from kvfold.evaluation.damage import TokenScores, by_position, final_states, interval, position_edges, score
 from kvfold.evaluation.layers import attention_errors, measure_cache
 from kvfold.evaluation.parallel import on_main, own_device, spread
 from kvfold.evaluation.schema import SCHEMA_VERSION
 from kvfold.evaluation.unfinished import Unfinished, key_of
 
-LAYER_ROWS = 8
-"""Windows on which the per-layer error is measured."""
+LAYER_ROWS, LAYER_TOKENS = 8, 4096
+"""Windows on which the per-layer error is measured, and tokens of which they may be."""
 Report = Callable[[float, str], None]
 
 
 class EvaluateSettings(BaseModel):
-    """All that decides what a report says. `detail` is how finely retrieval and speed are sampled, `damage` not at all."""
+    """All that decides what a report says. `detail` is how finely answers, needles and
+    speed are sampled, `damage` not at all."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -84,7 +85,7 @@ def evaluate(
         _refuse_other_model(other, source_folder, config)
     tasks.check(settings.tasks, settings.include_path)
     device = own_device(settings.device)
-    windows = load_windows(settings.on, source_folder, settings.window, settings.max_tokens, config["vocab_size"], overlap=1)
+    windows = held_out_windows(settings, source_folder)
     for other in folders:
         _refuse_other_tokenizer(other, source_folder, windows)
 
@@ -93,7 +94,7 @@ def evaluate(
     keys = [key_of(decided, source_folder, other) for other in folders]
     missing = [number for number, key in enumerate(keys) if key not in kept.results]
     if missing:
-        bench = _Bench(named, source_folder, device, settings, windows, len(missing), report)
+        bench = Bench(named, source_folder, device, settings, windows, len(missing), report)
         for number in missing:
             try:
                 measured = bench.measure(models[number], folders[number])
@@ -117,7 +118,22 @@ def evaluate(
     }
 
 
-class _Bench:
+def held_out_windows(settings: EvaluateSettings, source: Path) -> Windows:
+    """The windows that models folded from `source` are measured on.
+
+    Raises:
+        UserError: as `load_windows`, and when windows are longer than the source knows positions.
+    """
+    config = read_config(source)
+    if ".safetensors" not in settings.on:
+        _refuse_beyond(config, settings.window, f"--window {settings.window}", "give --window {}")
+    windows = load_windows(settings.on, source, settings.window, settings.max_tokens, config["vocab_size"], overlap=1)
+    length = windows.ids.shape[1]
+    _refuse_beyond(config, length, f"{settings.on} has rows of {length} ids, which", "give rows of {} or fewer")
+    return windows
+
+
+class Bench:
     """The source, loaded and measured once, against which models are measured one after the other.
 
     Attributes:
@@ -141,7 +157,8 @@ class _Bench:
         self.reference: dict[int, Tensor] = {}
         """The source's final states of the batches that this process has, on the CPU: 4·d bytes per token."""
         self.scores = self._score(self.source, folder.name)
-        self.own = {"path": name, **self._common(self.source, folder, self.scores)}
+        self.answers, floor = self._ask(folder)
+        self.own = {"path": name, "greedy": floor, **self._common(self.source, folder, self.scores)}
 
     def measure(self, name: str, folder: Path) -> dict[str, Any]:
         """Everything that the report says of one folded model."""
@@ -152,6 +169,7 @@ class _Bench:
         conversion = _conversion(folder)
         found = {
             "path": name,
+            "greedy": None if self.answers is None else greedy.compare(model, self.answers),
             **self._common(model, folder, scores),
             "damage_nats": scores.mean_nll - self.scores.mean_nll,
             "damage_interval": interval(damage),
@@ -160,11 +178,30 @@ class _Bench:
             "top1_agreement": scores.top1_agreement,
             "top1_interval": interval(scores.agrees),
             "damage_by_position": by_position(damage, position_edges(damage.shape[1])),
-            "attention_errors": on_main(lambda: attention_errors(self.source, model, self.windows.ids[:LAYER_ROWS])),
+            "attention_errors": on_main(lambda: attention_errors(self.source, model, self._layer_rows())),
             "stage": stage_of(conversion),
             "conversion": conversion,
         }
         return found
+
+    def _ask(self, folder: Path) -> tuple[greedy.Answers | None, dict[str, Any] | None]:
+        """The source's greedy answers, and how far it follows them itself in another dtype."""
+        if self.settings.detail == "damage":
+            return None, None
+        self._progress(0.5, f"{folder.name}: greedy answers")
+        grid = greedy.GRIDS[self.settings.detail]
+        answers = greedy.ask(self.source, folder, self.windows.ids, grid, self.settings.batch)
+        if answers is None:
+            return None, None
+        other = "bfloat16" if self.source.dtype == torch.float32 else "float32"
+        try:
+            return answers, greedy.compare(load_model(folder, self.device, other), answers)
+        except (ConversionError, torch.OutOfMemoryError):  # float32 takes twice what the user found room for
+            return answers, None
+
+    def _layer_rows(self) -> Tensor:
+        ids = self.windows.ids
+        return ids[: max(1, min(LAYER_ROWS, LAYER_TOKENS // ids.shape[1]))]
 
     def _score(self, model: PreTrainedModel, name: str) -> TokenScores:
         def work(number: int, ids: Tensor) -> TokenScores:
@@ -211,6 +248,13 @@ def stage_of(conversion: dict[str, Any] | None) -> str:
         return "uptrained"
     settings = conversion["settings"]
     return "healed" if settings.get("calibrate") and settings.get("heal_steps") else "closed form"
+
+
+def _refuse_beyond(config: dict[str, Any], length: int, what: str, remedy: str) -> None:
+    """Raise UserError when windows are longer than the source knows positions."""
+    limit = config.get("max_position_embeddings")
+    if limit is not None and length > limit:
+        raise UserError(f"{what} exceeds the {limit} positions that the source knows: {remedy.format(limit)}")
 
 
 def _refuse_other_model(folder: Path, source: Path, config: dict[str, Any]) -> None:

@@ -14,25 +14,23 @@ def attention_errors(source: Any, model: Any, ids: Tensor) -> list[float]:
         source, model: causal language models of transformers with as many layers.
         ids: tokens (B, T).
     """
-    seen: list[tuple[dict[str, Any], Tensor]] = []
-
-    def remember(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple[Tensor, ...]) -> None:
-        seen.append((kwargs, output[0]))
-
+    errors: list[float] = []
     layers = source.base_model.layers
-    hooks = [layer.self_attn.register_forward_hook(remember, with_kwargs=True) for layer in layers]
+
+    def compare(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple[Tensor, ...]) -> None:
+        hidden, wanted = kwargs["hidden_states"], output[0]
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        rope = model.base_model.rotary_emb(hidden, positions)
+        forward = model.base_model.layers[len(errors)].self_attn.forward  # no hooks: both may be the same model
+        got = forward(hidden_states=hidden, position_embeddings=rope, attention_mask=kwargs.get("attention_mask"))[0]
+        errors.append(float((got - wanted).double().square().sum() / wanted.double().square().sum()))
+
+    hooks = [layer.self_attn.register_forward_hook(compare, with_kwargs=True) for layer in layers]
     try:
         source.base_model(ids.to(source.device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    errors = []
-    for layer, (kwargs, wanted) in zip(model.base_model.layers, seen, strict=True):
-        hidden = kwargs["hidden_states"]
-        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        rope = model.base_model.rotary_emb(hidden, positions)
-        got = layer.self_attn(hidden_states=hidden, position_embeddings=rope, attention_mask=kwargs.get("attention_mask"))[0]
-        errors.append(float((got - wanted).double().square().sum() / wanted.double().square().sum()))
     return errors
 
 

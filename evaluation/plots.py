@@ -106,7 +106,7 @@ def damage(report: Data, colors: dict[str, str]) -> Figure:
     axes.axvline(source, color=colors["front"], lw=0.8, ls=":")
     axes.text(source, 1.0, "source ", transform=axes.get_xaxis_transform(), ha="right", va="top", fontsize=9)
     _log2(axes, [m["cache_bytes_per_token"] for m in [*report["models"], report["source"]]])
-    _log_scale(axes, [value for m in report["models"] for value in (m["damage_nats"], *(m["damage_interval"] or ()))])
+    log_scale(axes, [value for m in report["models"] for value in (m["damage_nats"], *(m["damage_interval"] or ()))])
     axes.set_xlabel("KV cache, bytes per token")
     axes.set_ylabel("damage, nats per token")
     axes.set_title("Damage against cache size")
@@ -145,9 +145,29 @@ def _curves(report: Data, key: str, places: Sequence[float]) -> tuple[Figure, Ax
     shown = best_of_each(report)
     for model in shown:
         axes.plot(places, model[key], marker=".", label=name_of(model), **_line(model))
-    _log_scale(axes, [value for model in shown for value in model[key]])
+    log_scale(axes, [value for model in shown for value in model[key]])
     _legend(figure, *axes.get_legend_handles_labels())
     return figure, axes
+
+
+def greedy(report: Data, colors: dict[str, str]) -> Figure:
+    """Share of greedy answers that are still the source's, over their tokens; one panel for text and for chat."""
+    own = report["source"]["greedy"]
+    kinds = [kind for kind in ("text", "chat") if own[kind]]
+    figure = Figure(figsize=(WIDTH, 1.6 + 2.6 * len(kinds)))
+    panels = figure.subplots(len(kinds), 1, squeeze=False)[:, 0]
+    shown = [(report["source"], f"source, {own['dtype']}", {"color": colors["text"], "ls": "-"})]
+    shown += [(m, name_of(m), _line(m)) for m in best_of_each(report)]
+    for axes, kind in zip(panels, kinds, strict=True):
+        for model, name, style in shown:
+            shares = [1.0, *model["greedy"][kind]["still"]]
+            axes.plot(range(len(shares)), [100 * share for share in shares], label=name, **style)
+        axes.set_ylim(0, 103)
+        axes.set_ylabel("still the source's, %")
+        axes.set_title({"text": "Greedy answers", "chat": "Greedy answers, chat template"}[kind])
+    panels[-1].set_xlabel("tokens of the answer")
+    _legend(figure, *panels[0].get_legend_handles_labels())
+    return figure
 
 
 def speed(report: Data, colors: dict[str, str]) -> Figure:
@@ -210,6 +230,11 @@ FIGURES: dict[str, tuple[Callable[[Data, dict[str, str]], Figure], str]] = {
         positions,
         "Mean damage of the predictions that have that much context. Attention that forgets shows on the right.",
     ),
+    "greedy": (
+        greedy,
+        "How many answers have not left the source's after so many tokens, an ended answer counting as one that has not; the "
+        "source in another dtype is what rounding alone does.",
+    ),
     "layers": (
         layers,
         "Energy of what each attention block gets wrong, over the energy of its output, on the source's own inputs.",
@@ -240,7 +265,7 @@ def _line(model: Data) -> dict[str, Any]:
     return {"color": color_of(model), "ls": STAGES[model["stage"]][1], "alpha": min(1.0, 0.5 + share), "lw": 1.6}
 
 
-def _log_scale(axes: Axes, values: list[float]) -> None:
+def log_scale(axes: Axes, values: list[float]) -> None:
     """Logarithmic upwards, with 0.1 in place of 10⁻¹; about zero linear, where some model is not worse than the source."""
     low, high = min(values), max(map(abs, values))
     linear = 0.0 if low > 0 else max(1e-6, high / 300, min(high, -2 * low))

@@ -73,7 +73,15 @@ def markdown(result: dict[str, Any]) -> str:
 
 def details(result: Row) -> list[Row]:
     """The other tables, `{"title", "note", "header", "rows"}` with all cells text; those without numbers are left out."""
-    tables = [_intervals(result), _tasks(result), _needles(result), _speed(result), _positions(result), _layers(result)]
+    tables = [
+        _intervals(result),
+        _tasks(result),
+        _greedy(result),
+        _needles(result),
+        _speed(result),
+        _positions(result),
+        _layers(result),
+    ]
     return [made for made in tables if made["rows"]]
 
 
@@ -179,6 +187,34 @@ def _tasks(result: Row) -> Row:
         "note": "Measured by lm-eval, ± standard error.",
         "header": ["model", *(f"{task} {metric}" for task, metric in columns)],
         "rows": [[name, *(value(m, *column) for column in columns)] for name, m in _named(result)] if columns else [],
+    }
+
+
+def _greedy(result: Row) -> Row:
+    shown = [(name, m["greedy"]) for name, m in _named(result) if m["greedy"]]
+    if not shown:
+        return {"rows": []}
+    first, floor = shown[0][1], result["source"]["greedy"]
+    kinds = [kind for kind in ("text", "chat") if first[kind]]
+
+    def cells(found: Row) -> list[str]:
+        interval = "" if found["mean_interval"] is None else " ({:.1f} … {:.1f})".format(*found["mean_interval"])
+        return [f"{found['mean']:.1f}{interval}", f"{found['median']:g}", f"{found['never_leaves']:.0%}"]
+
+    names = {"text": "", "chat": "chat: "}
+    asked = " and ".join(f"{first[kind]['prompt_tokens']} tokens of {kind}" for kind in kinds)
+    lengths = " and ".join(f"{first[kind]['answer_tokens']:.1f}" for kind in kinds)
+    return {
+        "title": "Greedy answers",
+        "note": f"Tokens until a model's greedy answer is another than the source's, of at most {first['tokens']}: mean with "
+        f"its 95% bootstrap interval, median, and the share of answers that are the source's to their end. "
+        f"{first['text']['prompts']} prompts of {asked}; the source's answers have {lengths} tokens in the mean."
+        + (f" The source itself in {floor['dtype']} is the floor that rounding sets." if floor else ""),
+        "header": ["model", *(f"{names[kind]}{name}" for kind in kinds for name in ("tokens", "median", "never leaves"))],
+        "rows": [
+            [f"source, {found['dtype']}" if found is floor else name, *(c for kind in kinds for c in cells(found[kind]))]
+            for name, found in shown
+        ],
     }
 
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kvfold.errors import UserError
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 Interval = tuple[float, float] | None
 """95% bootstrap interval over windows; None for a single window."""
 
@@ -32,6 +32,34 @@ class Needles(_Strict):
     value_tokens: int
     trials: int
     cells: list[NeedleCell]
+
+
+class Agreement(_Strict):
+    """Tokens by which a model's greedy answers follow the source's, at most the whole answer: `mean` and `median` over prompts,
+    the share that `never_leaves`, and `still`, the share that has not left after 1, 2, … tokens. `answer_tokens` is the mean
+    length of the source's answers, which may end before `Greedy.tokens`."""
+
+    prompts: int
+    prompt_tokens: int
+    answer_tokens: float
+    mean: float
+    mean_interval: Interval
+    median: float
+    never_leaves: float
+    still: list[float]
+
+
+class Greedy(_Strict):
+    """Greedy answers beside the source's, in `dtype`. Of the source itself: those that it would give in another dtype, None
+    where that does not fit into memory.
+
+    `chat` are the same passages as a user's turn, None for a tokenizer without a chat template.
+    """
+
+    dtype: str
+    tokens: int
+    text: Agreement
+    chat: Agreement | None
 
 
 class Speed(_Strict):
@@ -67,6 +95,7 @@ class Measured(_Strict):
     cache_numbers_per_token_per_layer: float
     cache_bytes_per_token: float
     parameters: int
+    greedy: Greedy | None
     needles: Needles | None
     speed: list[Speed]
     tasks: dict[str, Task]
@@ -90,7 +119,7 @@ class Folded(Measured):
 class Report(_Strict):
     """`tokens` are predicted tokens; `position_edges` cut the positions of a window, counted in tokens of context."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     version: str
     settings: dict[str, Any]
     device: str

@@ -1,15 +1,21 @@
 """Recipes: YAML files that say how to uptrain, the shipped ones by name."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from kvfold.convert.settings import parse_settings, unknown
 from kvfold.errors import UserError
 
 SHIPPED = Path(__file__).parent / "configs"
+
+
+def _rate(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, (int, float)) and value > 0):
+        return value
+    raise ValueError("write a number above 0, or auto")
 
 
 class Recipe(BaseModel):
@@ -22,8 +28,9 @@ class Recipe(BaseModel):
         lora_rank: rank of the adapters.
         kl_weight, ce_weight: of the two losses, both in nats per token: KL(teacher ‖ student) and cross-entropy.
         top_k: compare only the teacher's k most likely tokens and the rest as one; None compares all.
-        learning_rate: Adam's step relative to the root mean square of each parameter, as in healing.
-        warmup: share of the steps over which it rises; then it falls to zero along a cosine.
+        learning_rate: Adam's step relative to the root mean square of each parameter, as in healing; `auto` measures it.
+        schedule: what becomes of it behind the warm-up: it falls to zero along a cosine, or stays.
+        warmup: share of the steps over which it rises.
         max_grad_norm: the gradient of a step is shortened to this norm.
         tokens: to train on in all, repetitions included.
         window: tokens in a window of text. Rows of token files keep their own length.
@@ -44,7 +51,8 @@ class Recipe(BaseModel):
     kl_weight: float = Field(1.0, ge=0)
     ce_weight: float = Field(0.0, ge=0)
     top_k: int | None = Field(None, ge=1)
-    learning_rate: float = Field(gt=0)
+    learning_rate: Annotated[float | Literal["auto"], BeforeValidator(_rate)]
+    schedule: Literal["cosine", "constant"] = "cosine"
     warmup: float = Field(0.05, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
     tokens: int = Field(1_000_000, gt=0)

@@ -27,7 +27,10 @@ REPORTS = ("report.json", "report.md", "report.html")
 
 
 def entry_of(recipe: Recipe, trainer: "Uptrainer") -> dict[str, Any]:
-    """What kvfold.json says of an uptraining: losses in nats per token, `curve` as [tokens, loss]."""
+    """What kvfold.json says of an uptraining: losses in nats per token, `curve` as [tokens, loss].
+
+    `best_step` is 0 and `held_out_loss` the same before and after when no step came below the checkpoint that was given.
+    """
     state: TrainerState = trainer.state
     window = trainer.held_out.shape[1]
     tokens_per_step = recipe.batch * trainer.windows.window
@@ -45,6 +48,7 @@ def entry_of(recipe: Recipe, trainer: "Uptrainer") -> dict[str, Any]:
         "distinct_tokens": len(set(trainer.windows.order)) * trainer.windows.window,
         "held_out_tokens": len(trainer.held_out) * (window - 1),
         "parameters_trained": sum(p.numel() for p in trainer.trainee.trained().values()),
+        "held_out_loss": {"before": held_out[0]["loss"], "after": state.best_metric},
         "held_out": held_out,
         "curve": [[log["step"] * tokens_per_step, log["loss"]] for log in state.log_history if "loss" in log],
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

@@ -29,14 +29,15 @@ Log = Callable[[str], None]
 
 
 def arguments(recipe: Recipe, folder: Path, processes: int, cpu: bool, steps: int) -> TrainingArguments:
-    """What the Trainer has to know of a recipe; checkpoints go into `folder`."""
+    """What the Trainer has to know of a recipe whose rate is a number; checkpoints go into `folder`."""
+    assert recipe.learning_rate != "auto"
     args = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=1,  # the order of the windows already repeats them
         per_device_train_batch_size=recipe.micro_batch,
         gradient_accumulation_steps=recipe.batch // (recipe.micro_batch * processes),
         learning_rate=recipe.learning_rate,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type={"cosine": "cosine", "constant": "constant_with_warmup"}[recipe.schedule],
         warmup_steps=math.ceil(recipe.warmup * steps),
         max_grad_norm=recipe.max_grad_norm,
         bf16=recipe.bf16,
@@ -71,7 +72,7 @@ class Uptrainer(Trainer):
         teacher: the original on the same device, None without one.
         held_out: (n, T) windows to evaluate on, as many for each process.
         log: called with a line at a time.
-        logs: folder for TensorBoard, which is written where it is installed.
+        logs: folder for TensorBoard, which is written where it is installed; None for none.
     """
 
     model: Any  # transformers allows None, before there is one
@@ -86,14 +87,14 @@ class Uptrainer(Trainer):
         held_out: Tensor,
         args: TrainingArguments,
         log: Log,
-        logs: Path,
+        logs: Path | None,
     ) -> None:
         self.trainee, self.teacher, self.windows, self.held_out = trainee, teacher, windows, held_out
         super().__init__(trainee.student, args, train_dataset=windows, eval_dataset=windows, data_collator=collate)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(ConsoleCallback(log, windows.window * args.train_batch_size * args.gradient_accumulation_steps))
-        if is_tensorboard_available() and args.process_index == 0:
+        if logs is not None and is_tensorboard_available() and args.process_index == 0:
             from torch.utils.tensorboard import SummaryWriter
 
             self.add_callback(TensorBoardCallback(SummaryWriter(logs)))
@@ -141,7 +142,11 @@ class Uptrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """The mean losses over the held-out windows of all processes."""
+        """The mean losses over the held-out windows of all processes.
+
+        Before the first step they are those of the checkpoint that was given, which the best step has to beat.
+        Raises ConversionError when they are not finite then.
+        """
         mine = self.held_out[self.args.process_index :: self.args.world_size]
         self.model.eval()
         sums = torch.zeros(3, dtype=torch.float64)
@@ -151,8 +156,16 @@ class Uptrainer(Trainer):
         sums = self.accelerator.reduce(sums.float().to(self.args.device), reduction="sum") / len(self.held_out)
         metrics = dict(zip(("eval_loss", "eval_kl", "eval_ce"), sums.tolist(), strict=True))
         self.log(metrics)
+        if self.state.global_step == 0:
+            self._set_bar(metrics["eval_loss"])
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _set_bar(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            remedy = "try bf16=false" if self.args.bf16 else "convert again"
+            raise ConversionError(f"the held-out loss of the checkpoint is {loss} before the first step: {remedy}")
+        self.state.best_metric, self.state.best_global_step = loss, 0
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Keep what learns and nothing else. Raises ConversionError when it is not finite any more."""

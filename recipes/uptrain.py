@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import datasets
 import torch
 from accelerate import PartialState
 from pydantic import BaseModel, ConfigDict, ValidationError
+from transformers import PreTrainedModel
 
 import kvfold
 from kvfold.convert.checkpoint import CheckpointReader, read_config, read_json
@@ -23,8 +24,9 @@ from kvfold.convert.journal import refuse_other
 from kvfold.convert.partial import RUN, Partial, partial_folder, refuse_existing, resumable
 from kvfold.convert.pipeline import RECORD, pick_device
 from kvfold.convert.source import fetch_checkpoint, identity
-from kvfold.errors import Stopped, UserError
+from kvfold.errors import NothingGained, Stopped, UserError
 from kvfold.evaluation.evaluate import load_model, recorded_source
+from kvfold.recipes import rates
 from kvfold.recipes.adapter import refuse_unadaptable
 from kvfold.recipes.checkpoints import last_checkpoint, remove_damaged_checkpoints
 from kvfold.recipes.data import Windows, evaluation_windows, pack, stamps, training_order
@@ -113,7 +115,8 @@ def uptrain(
     Raises:
         UserError: the checkpoint, teacher, recipe or text is unusable, too little memory, or `out` exists.
         ConversionError: the loss is not finite; `OUT.partial` keeps the last good checkpoint for `resume`.
-        Stopped: SIGTERM came; the same.
+        NothingGained: no step came below the held-out loss of `checkpoint`. Nothing is left.
+        Stopped: SIGTERM came; `OUT.partial` keeps a checkpoint for `resume`.
     """
     started = time.time()
     if not resume:
@@ -139,16 +142,20 @@ def uptrain(
             return read_json(out / RECORD)["uptraining"][-1]
         if partial is None:
             log = _silent
-        trainer = make_trainer(job, processes, log)
+        model = load_teacher(job, processes)
+        job, tried = settle_rate(job, model, processes, log)
+        trainer = make_trainer(job, model, processes, log)
         resumed = run(trainer, job, log)
-        entry = entry_of(recipe, trainer)
+        refuse_no_gain(trainer, job, partial, processes)
+        entry = entry_of(job.recipe, trainer)
+        entry |= {"rates_tried": tried} if tried else {}
         entry |= {"teacher": original and str(original), "data": data, "eval": held_out}
         entry |= {"resumed_from_step": resumed, "seconds": round(time.time() - started, 2)}
         del trainer
         if partial is not None:
             log("writing")
             base = str(Path(checkpoint).resolve()) if Path(checkpoint).exists() else checkpoint
-            write_result(folded, entry, recipe, partial, base if keep_adapter else None)
+            write_result(folded, entry, job.recipe, partial, base if keep_adapter else None)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return entry
@@ -253,18 +260,44 @@ def _read(job: Job, processes: int) -> tuple[Windows, torch.Tensor]:
     return Windows(rows, training_order(training, steps, recipe.batch, recipe.seed)), held_out
 
 
-def make_trainer(job: Job, processes: PartialState, log: Log) -> Uptrainer:
+def load_teacher(job: Job, processes: PartialState) -> PreTrainedModel | None:
+    if job.teacher is None:
+        return None
+    return load_model(job.teacher, processes.device, "auto" if job.recipe.bf16 else "float32").requires_grad_(False)
+
+
+def settle_rate(job: Job, teacher: PreTrainedModel | None, processes: PartialState, log: Log) -> tuple[Job, rates.Tried]:
+    """The job with a number for its learning rate, and what was tried to find it, nothing where it was given."""
+    if job.recipe.learning_rate != "auto":
+        return job, []
+
+    def at(rate: float) -> Job:
+        return replace(job, recipe=job.recipe.model_copy(update={"learning_rate": rate}))
+
+    def trial(rate: float) -> Uptrainer:
+        return make_trainer(at(rate), teacher, processes, _silent, trial=True)
+
+    tried = rates.try_rates(job.partial / rates.FILE, trial, log, keep=processes.is_main_process)
+    return at(rates.best(tried)), tried
+
+
+def make_trainer(
+    job: Job, teacher: PreTrainedModel | None, processes: PartialState, log: Log, trial: bool = False
+) -> Uptrainer:
+    """A trainer of the checkpoint that was given. Several of them may have one teacher."""
     recipe = job.recipe
     windows, held_out = _read(job, processes.num_processes)
     cpu = processes.device.type == "cpu"
     args = arguments(recipe, job.partial, processes.num_processes, cpu, len(windows) // recipe.batch)
+    kind: type[Uptrainer] = Uptrainer
+    logs: Path | None = job.partial / LOGS
+    if trial:
+        rates.shorten(args)
+        kind, logs = rates.Trial, None
     trainee = build(job.folded, recipe, job.frozen)
-    teacher = None
-    if job.teacher is not None:
-        teacher = load_model(job.teacher, processes.device, "auto" if recipe.bf16 else "float32").requires_grad_(False)
     learning, steps = sum(p.numel() for p in trainee.trained().values()), len(windows) // recipe.batch
     log(f"{len(windows):,} windows of {windows.window} ids in {steps} steps, {learning:,} parameters learn")
-    return Uptrainer(trainee, teacher, windows, held_out, args, log, job.partial / LOGS)
+    return kind(trainee, teacher, windows, held_out, args, log, logs)
 
 
 def run(trainer: Uptrainer, job: Job, log: Log) -> int:
@@ -282,3 +315,19 @@ def run(trainer: Uptrainer, job: Job, log: Log) -> int:
     if state.global_step < state.max_steps:
         raise Stopped(f"stopped at step {state.global_step} of {state.max_steps}, saved: go on with --resume")
     return 0 if last is None else int(last.name.rpartition("-")[2])
+
+
+def refuse_no_gain(trainer: Uptrainer, job: Job, partial: Partial | None, processes: PartialState) -> None:
+    """Raise NothingGained when no step came below the checkpoint that was given. There is nothing to go on with then."""
+    state, recipe = trainer.state, job.recipe
+    if state.best_global_step:
+        return
+    if partial is not None:
+        partial.discard()
+    processes.wait_for_everyone()
+    least = min(log["eval_loss"] for log in state.log_history if log.get("eval_loss") is not None and log["step"])
+    raise NothingGained(
+        f"held-out loss was {state.best_metric:.4f} before the first step and {least:.4f} at best in {state.max_steps} steps, "
+        f"so nothing is written: lower learning_rate (now {recipe.learning_rate:g}) or set it to auto, "
+        f"give more tokens (now {recipe.tokens:,}), or text that is more like the held-out one"
+    )

@@ -211,8 +211,8 @@ def test_refusals_of_folders(copy: Path, tmp_path: Path) -> None:
     moved = {**whole["models"][0], "path": "elsewhere/other"}
     (copy / "report.json").write_text(json.dumps(whole | {"models": [moved]}))
     refused("has no results of")
-    (copy / "report.json").write_text(json.dumps(whole | {"schema_version": 2}))
-    refused("is no report of this kvfold (schema_version: input should be 1): evaluate again")
+    (copy / "report.json").write_text(json.dumps(whole | {"schema_version": 1}))
+    refused("is no report of this kvfold (schema_version: input should be 2): evaluate again")
     (copy / "report.json").write_text("{")
     refused("report.json cannot be read")
     (copy / "report.json").write_text(json.dumps(whole))

@@ -14,6 +14,7 @@ from datasets import load_from_disk
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
+from transformers import get_scheduler
 
 import kvfold.recipes.losses as losses
 from kvfold.convert.data import load_windows
@@ -23,6 +24,7 @@ from kvfold.errors import UserError
 from kvfold.recipes.data import evaluation_windows, pack, training_order
 from kvfold.recipes.losses import Objective, divergence
 from kvfold.recipes.recipe import SHIPPED, Recipe, headline, load_recipe, shipped
+from kvfold.recipes.trainer import arguments
 
 from .helpers import invoke, save_model, save_tokenizer, save_tokens
 
@@ -30,7 +32,7 @@ ACCELERATE = Path(losses.__file__).parent / "accelerate"
 
 
 def test_recipes_are_listed_shown_and_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(shipped()) == {"distill-lora", "distill-attention", "ce-lora", "full"}
+    assert set(shipped()) == {"distill-lora", "distill-attention", "distill-kl", "ce-lora", "full"}
     code, listed = invoke("recipes")
     assert code == 0
     for name, path in shipped().items():
@@ -64,6 +66,21 @@ def test_overrides_come_last_and_all_mistakes_are_told_at_once(tmp_path: Path) -
     for path, said in ((tmp_path / "bad.yaml", "holds no settings"), (tmp_path / "none.yaml", "does not exist")):
         with pytest.raises(UserError, match=said):
             load_recipe(str(path), [])
+
+
+def test_rates_and_schedules(tmp_path: Path) -> None:
+    """Both rise alike; then one falls to zero and the other stays."""
+    assert load_recipe("distill-lora", ["learning_rate=auto"]).learning_rate == "auto"
+    for value in ("0", "fast"):
+        with pytest.raises(UserError, match="learning_rate: value error, write a number above 0, or auto, got"):
+            load_recipe("distill-lora", [f"learning_rate={value}"])
+    for schedule, wanted in (("cosine", [0.2, 1.0, 0.5, 0.0]), ("constant", [0.2, 1.0, 1.0, 1.0])):
+        recipe = load_recipe("distill-kl", [f"schedule={schedule}", "warmup=0.05"])
+        args = arguments(recipe, tmp_path, 1, True, 100)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        scheduler = get_scheduler(args.lr_scheduler_type, optimizer, int(args.warmup_steps), 100)
+        factors = [scheduler.lr_lambdas[0](step) for step in (1, 5, 52.5, 100)]
+        assert factors == pytest.approx(wanted)
 
 
 def test_every_setting_of_the_shipped_recipes_is_one(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from kvfold.convert.pipeline import convert
 from kvfold.convert.settings import ConvertSettings
 from kvfold.errors import ConversionError, Stopped
 from kvfold.evaluation.evaluate import EvaluateSettings, evaluate
+from kvfold.recipes import rates
 from kvfold.recipes.model import DESIGN, Student, build, open_folded
 from kvfold.recipes.recipe import load_recipe, shipped
 from kvfold.recipes.uptrain import uptrain
@@ -81,7 +82,7 @@ def test_what_learns_follows_from_the_recipe_and_the_design(folds: Path, name: s
     assert all(p.dtype == torch.float32 for p in trainee.trained().values())
     if recipe == "full":
         assert learns == everything
-    elif recipe == "distill-attention":
+    elif not recipe.endswith("lora"):
         assert learns == inside | norms
     else:
         adapted = {n for n in inside if n.endswith(".base_layer.weight")}
@@ -267,6 +268,63 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_a_hint(
         with pytest.raises(ConversionError, match=r"nan at step 8 of 24; the last good checkpoint is .*checkpoint-6: go"):
             run(folds, "gqa", tmp_path / "out")
     assert run(folds, "gqa", tmp_path / "out", "learning_rate=0.005", resume=True)["resumed_from_step"] == 6
+
+
+def test_what_beats_nothing_is_not_written(folds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint that was given is the bar, in a resumed run too; a result says how far below it came."""
+    out, data = tmp_path / "out", f"{folds}/tokens.safetensors:calibration"
+    teacher = ["--teacher", folds / "gqa-source", "--recipe", "distill-attention", "--data", data]
+    code, message = invoke("uptrain", folds / "gqa", out, *SHORT, "ce_weight=0", "learning_rate=100", *teacher)
+    assert code == 1 and message.splitlines()[-1].startswith("kvfold: held-out loss was ")
+    assert "at best in 24 steps, so nothing is written: lower learning_rate (now 100) or set it to auto" in message
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(Stopped):
+        run(folds, "gqa", out, "learning_rate=100", log=at_step(8, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(ConversionError, match="so nothing is written"):
+        run(folds, "gqa", out, "learning_rate=100", resume=True)
+    assert not list(tmp_path.iterdir())
+
+    entry = run(folds, "gqa", out)
+    losses = [row["loss"] for row in entry["held_out"]]
+    assert entry["held_out_loss"] == {"before": losses[0], "after": min(losses)}
+    assert entry["best_step"] == 6 * losses.index(min(losses)) > 0
+    assert json.loads((out / "kvfold.json").read_text())["uptraining"][0]["held_out_loss"] == entry["held_out_loss"]
+
+    monkeypatch.setattr(Student, "forward", lambda *_, **__: {key: torch.tensor(torch.nan) for key in ("loss", "kl", "ce")})
+    with pytest.raises(ConversionError, match="held-out loss of the checkpoint is nan before the first step: convert again"):
+        run(folds, "gqa", tmp_path / "broken")
+
+
+def test_a_measured_rate_is_that_of_least_held_out_loss(folds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tries begin at the checkpoint that was given; the run is that of the rate by itself, and keeps it when resumed."""
+    auto = run(folds, "mla", tmp_path / "auto", "learning_rate=auto")
+    tried = dict(auto["rates_tried"])
+    chosen = min(tried, key=lambda rate: tried[rate])
+    assert auto["recipe"]["learning_rate"] == chosen
+    assert list(tried) == list(rates.RATES[: len(tried)]) and len(tried) > 1
+    assert all(loss < auto["held_out_loss"]["before"] for loss in list(tried.values())[:-1])
+    given = run(folds, "mla", tmp_path / "given", f"learning_rate={chosen}")
+    assert curve(given) == curve(auto) and "rates_tried" not in given
+    # the first 16 steps at a rate, by themselves: a warm-up of four, then constant
+    by_hand = run(
+        *(folds, "mla", tmp_path / "hand", f"learning_rate={chosen}", "tokens=2048", "schedule=constant", "warmup=0.25"),
+        "eval_every=16",
+    )
+    assert by_hand["held_out"][-1]["loss"] == pytest.approx(tried[chosen], rel=1e-6)
+
+    with pytest.raises(Stopped):
+        stop = at_step(8, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run(folds, "mla", tmp_path / "out", "learning_rate=auto", log=stop)
+    monkeypatch.setattr(rates, "RATES", ())  # nothing is measured again
+    resumed = run(folds, "mla", tmp_path / "out", "learning_rate=auto", resume=True)
+    assert curve(resumed) == curve(auto)
+    assert dict(resumed["rates_tried"]) == tried
+
+
+def test_no_rate_gives_a_finite_loss(folds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "RATES", (1e30, 1e31))
+    with pytest.raises(ConversionError, match=r"no loss is finite after 16 steps, not even at learning_rate=1e\+30"):
+        run(folds, "gqa", tmp_path / "out", "learning_rate=auto")
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(folds: Path, tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from kvfold.convert.pipeline import convert
 from kvfold.convert.settings import ConvertSettings
-from kvfold.errors import UserError
+from kvfold.errors import NothingGained, UserError
 from kvfold.evaluation import report as reports
 from kvfold.evaluation.evaluate import EvaluateSettings, evaluate
 from kvfold.recipes.demo.corpus import CALIBRATION, HELDOUT, standard_library
@@ -38,7 +39,7 @@ FOLDS: dict[str, dict[str, Any]] = {
 }
 UPTRAINED = ("gqa-2", "mla-25", "mfa-25", "mfa-kr-12")
 """Folds whose healed checkpoint is uptrained too."""
-RECIPE, OVERRIDES = "distill-attention", ["tokens=65536", "eval_tokens=4096"]
+RECIPE, OVERRIDES = "distill-attention", ["tokens=65536", "eval_tokens=4096", "learning_rate=0.003"]
 
 
 def run_demo(directory: Path, report: Callable[[float, str], None] = lambda share, line: None) -> dict[str, Any]:
@@ -71,9 +72,10 @@ def run_demo(directory: Path, report: Callable[[float, str], None] = lambda shar
         fold = name.removesuffix("-healed")
         if name != fold and fold in UPTRAINED:
             report(share * len(names), f"{fold}-uptrained")
-            names.append(f"{fold}-uptrained")
-            recipe = load_recipe(RECIPE, OVERRIDES)
-            uptrain(str(directory / name), directory / names[-1], str(source), recipe, str(calibration), overwrite=True)
+            healed, out = str(directory / name), directory / f"{fold}-uptrained"
+            with suppress(NothingGained):  # so few tokens need not gain anything
+                uptrain(healed, out, str(source), load_recipe(RECIPE, OVERRIDES), str(calibration), overwrite=True)
+                names.append(out.name)
     result = evaluate(
         [str(directory / name) for name in names],
         str(source),

@@ -225,8 +225,10 @@ def evaluate(
     batch: Annotated[int, typer.Option(help="Windows in a forward pass.")] = 8,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's own.")] = "float32",
-    damage_only: Annotated[bool, typer.Option("--damage-only", help="Leave retrieval and decoding speed out.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Sample retrieval and decoding speed coarsely.")] = False,
+    damage_only: Annotated[
+        bool, typer.Option("--damage-only", help="Leave answers, retrieval and decoding speed out.")
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Sample answers, retrieval and decoding speed coarsely.")] = False,
     full: Annotated[
         bool, typer.Option("--full", help="Sample them finely, and decode up to the model's last position.")
     ] = False,
@@ -367,9 +369,9 @@ def uptrain(
         return
     _write_json(json_path, entry)
     if json_path != Path("-"):
-        first, best = entry["held_out"][0], min(entry["held_out"][1:], key=lambda row: row["loss"])
+        loss = entry["held_out_loss"]
         print(
-            f"{healed}: held-out loss {first['loss']:.4f} → {best['loss']:.4f} nats per token, "
+            f"{healed}: held-out loss {loss['before']:.4f} → {loss['after']:.4f} nats per token, "
             f"{entry['tokens']:,} tokens in {entry['seconds']:.0f} s"
         )
 

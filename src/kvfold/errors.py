@@ -11,6 +11,10 @@ class ConversionError(Exception):
     """What was asked for is right, but carrying it out failed: exit code 1."""
 
 
+class NothingGained(ConversionError):
+    """An uptraining that came no nearer than the checkpoint it began with."""
+
+
 class Stopped(Exception):
     """A signal asked to stop and what was done is saved. `code` is the exit code, as the shell reports the signal."""
 

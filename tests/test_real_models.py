@@ -1,0 +1,48 @@
+"""The benchmark on real models, in miniature: what it measures, keeps, takes up again and shows."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "real_models.py"
+
+
+def test_the_benchmark_measures_every_stage_once(shared: Path, tmp_path: Path) -> None:
+    """TransMLA's way in closed form, healed and uptrained; what is there already is not made again."""
+    source = shared / "models/stories260k"
+    tokens = source / "tokens.safetensors"
+    args = [source, "--on", f"{tokens}:evaluation", "--calibrate", f"{tokens}:calibration", "--out", tmp_path]
+    args += ["--rows", "rorope", "--budgets", "50%", "--splits", "0.5", "--max-tokens", "4096"]
+    args += ["--set", "heal_steps=4", "heal_batch_tokens=1024", "calibration_tokens=16384"]
+    args += ["--uptrain", "tokens=16384", "eval_tokens=4096"]
+
+    def run(*more: Any) -> tuple[str, dict[str, Any]]:
+        command = [sys.executable, str(BENCHMARK), *map(str, args), *more]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout, json.loads((tmp_path / "results.json").read_text())
+
+    _, before = run("--stages", "closed")
+    printed, results = run("--stages", "closed,healed,uptrained")
+    assert {key: results[key] for key in before} == before
+    found = {(r["stage"], r["form"]["rope_dim"]): r for r in results.values() if "row" in r}
+    # half of 32, one head, and an eighth of all heads; the best one is healed
+    closed = {rope: r["damage_nats"] for (stage, rope), r in found.items() if stage == "closed"}
+    assert set(closed) == {4, 8, 16}
+    best = min(closed, key=lambda rope: closed[rope])
+    assert set(found) == {*(("closed", rope) for rope in closed), ("healed", best), ("uptrained", best)}
+    damages = [found[stage, best]["damage_nats"] for stage in ("closed", "healed", "uptrained")]
+    assert damages[0] > damages[1] > damages[2] > 0
+    healed = found["healed", best]
+    assert healed["made"]["settings"]["heal_steps"] == 4 and healed["made"]["calibration_tokens"] > 15000
+    assert healed["cache_numbers_per_token_per_layer"] == 32 and healed["made"]["peak_memory_bytes"] > 50 << 20
+    assert healed["needles"] and healed["greedy"] and len(healed["damage_by_position"]) == 16
+    cell = " → ".join(f"{damage:.3f}" for damage in damages) + f" ({32 - best} + {best})"
+    assert f"| cache kept | 32 (50%) |\n|---|---:|\n| `rorope` (TransMLA) | {cell} |" in printed
+    assert (tmp_path / "tables.md").read_text().strip() in printed
+    assert (tmp_path / "stories260k.png").read_bytes()[:4] == b"\x89PNG"
+    assert not list((tmp_path / "checkpoints").iterdir())
