@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvfold.convert.checkpoint import read_json
+from kvfold.convert.jsonfile import read_json
+from kvfold.convert.source import load_causal
 from kvfold.errors import UserError
 
 if TYPE_CHECKING:
@@ -106,14 +107,25 @@ def sample_from_source(
     """
     import tempfile
 
-    from transformers import AutoModelForCausalLM, set_seed
+    from transformers import GenerationConfig, set_seed
     from transformers.utils import logging
 
     start = _first_token(folder)
     logging.disable_progress_bar()  # ours says more
     with tempfile.TemporaryDirectory() as spill:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", device_map="auto" if device.type == "cuda" else str(device), offload_folder=spill
+        where = "auto" if device.type == "cuda" else str(device)
+        loaded: Any = load_causal(folder, dtype="auto", device_map=where, offload_folder=spill)
+        model: Any = loaded[0]
+        # The checkpoint's own is for chatting: its penalties, beams and stop strings have no place here.
+        model.generation_config = GenerationConfig(
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            eos_token_id=None,  # windows are filled to the end: after an end of text the model goes on with the next one
+            min_new_tokens=window - 1,
+            max_new_tokens=window - 1,
+            pad_token_id=start,
         )
         set_seed(seed)
         rows: list[Tensor] = []
@@ -122,43 +134,35 @@ def sample_from_source(
             report(f"sampling calibration text, window {len(rows) + 1}/{wanted}")
             batch = min(16, wanted - len(rows))
             begin = torch.full((batch, 1), start, device=model.device)
-            # Windows are filled to the end: after an end of text the model goes on with the next one.
-            text = model.generate(
-                begin,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                eos_token_id=None,
-                min_new_tokens=window - 1,
-                max_new_tokens=window - 1,
-                pad_token_id=start,
-            )
-            rows += list(text.cpu())
+            rows += list(model.generate(begin).cpu())
     return Windows(torch.stack(rows), None, "self")
 
 
 def _first_token(folder: Path) -> int:
-    """The id that text begins with: bos, or else eos. Raises UserError when the checkpoint names neither."""
+    """The id that text begins with: bos, or else eos. Raises UserError when the checkpoint names neither in its vocabulary."""
+    vocab = read_json(folder / "config.json").get("vocab_size")
     for file in ("generation_config.json", "config.json"):
         named = read_json(folder / file) if (folder / file).exists() else {}
         for key in ("bos_token_id", "eos_token_id"):
             token = named.get(key)
             token = token[0] if isinstance(token, list) and token else token
-            if isinstance(token, int):
+            if type(token) is int:
+                refuse_foreign_ids(f"{folder / file}, {key},", token, token, vocab)
                 return token
     raise UserError(f"{folder} names no bos or eos token to begin text with: give --calibrate a text instead")
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a checkpoint, by transformers' own classes. Raises UserError when none loads."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare ones
+        line = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{folder} has no tokenizer that loads ({type(error).__name__}): add its tokenizer files, or give tokens as "
-            "file.safetensors:name"
+            f"{folder} has no tokenizer that loads ({type(error).__name__}: {line}): add its tokenizer files, written by a "
+            "version of transformers that is no newer than this one, or give tokens as file.safetensors:name"
         ) from None
 
 

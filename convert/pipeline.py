@@ -17,27 +17,28 @@ import torch
 import kvfold
 from kvfold.convert.budgets import measured_widths
 from kvfold.convert.candidates import alone
-from kvfold.convert.checkpoint import CheckpointReader, CheckpointWriter, TensorSpec, refuse_existing
+from kvfold.convert.checkpoint import CheckpointWriter, TensorSpec, refuse_existing
 from kvfold.convert.data import calibration_windows
 from kvfold.convert.job import Job, Report
 from kvfold.convert.layouts import layout_of
 from kvfold.convert.plan import make_plan
 from kvfold.convert.settings import ConvertSettings, normal_dtype, parse_size
-from kvfold.convert.source import fetch_checkpoint, fetch_config, refuse_mismatch
+from kvfold.convert.sidefiles import side_files
+from kvfold.convert.source import fetch_checkpoint, fetch_config, open_source
 from kvfold.convert.streamed import fold_on_stream
 from kvfold.errors import ConversionError, UserError
 
 POOLING = ("mean", "first", "random")
-SIDE_FILES_LEFT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 RECORD = "kvfold.json"
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` did: where the checkpoint lies and what kvfold.json says of it."""
+    """What `convert` did: where the checkpoint lies, what kvfold.json says of it, and which of the source's files stayed."""
 
     out: Path
     record: dict[str, Any]
+    left: list[str]
 
 
 def convert(
@@ -62,8 +63,9 @@ def convert(
     plan.refuse(converting=True)
     device = pick_device(settings.device)
     folder = fetch_checkpoint(source, settings.revision)
-    reader = CheckpointReader(folder)
-    refuse_mismatch(reader)
+    reader, side = open_source(folder), side_files(folder)
+    plan = make_plan(reader.config, settings)  # once more, for what the tensors say otherwise
+    plan.refuse(converting=True)
     windows = calibration_windows(plan, folder, device, lambda line: report(0.0, line))
     if plan.measures_widths and windows is not None:
         plan = replace(plan, widths=measured_widths(plan, reader, device, windows, out.with_name(out.name + ".hidden"), report))
@@ -104,13 +106,13 @@ def convert(
                 record["peak_cuda_memory_bytes"] = torch.cuda.max_memory_allocated(device)
             config = layout.config(reader.config, plan, dtype)
             files = {"config.json": json.dumps(config, indent=2) + "\n", RECORD: json.dumps(record, indent=2) + "\n"}
-            writer.commit({**layout.files(), **files}, side_files(folder))
+            writer.commit({**side.texts, **layout.files(), **files}, side.copies)
         except OSError as error:
             raise ConversionError(
                 f"writing {writer.partial} failed ({error.strerror or error}): free the disk and repeat with --resume"
             ) from error
     report(1.0, "done")
-    return Conversion(out, record)
+    return Conversion(out, record, side.left)
 
 
 def pick_device(name: str) -> torch.device:
@@ -152,13 +154,3 @@ def _copy_rest(job: Job, specs: Iterable[TensorSpec], report: Report) -> None:
         source, factor = job.layout.origin(spec.name, job.plan)
         job.writer.copy(spec.name, job.reader, source, factor)
         done += spec.size
-
-
-def side_files(folder: Path) -> list[Path]:
-    """Tokenizer, chat template, generation config, licence and the like. Not the model card and reports: of other weights."""
-    left = {"config.json", RECORD, "README.md", "report.json", "report.md", "report.html"}
-    return [
-        p
-        for p in sorted(folder.iterdir())
-        if p.is_file() and p.name not in left and not p.name.startswith(".") and not p.name.endswith(SIDE_FILES_LEFT)
-    ]

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from kvfold.convert.config import resolve
 from kvfold.convert.engines import (
     LatentShape,
     deepseek_v3_obstacles,
@@ -123,8 +124,10 @@ class ConversionPlan:
         return self.cache_numbers / self.spec.cache_numbers
 
     def cache_bytes(self, tokens: int, batch: int, dtype: str) -> tuple[int, int]:
-        """Bytes of the whole cache, source and target."""
-        scale = tokens * batch * self.spec.layers * DTYPE_BYTES[dtype]
+        """Bytes of the whole cache, source and target. A layer with a sliding window keeps no more tokens than that."""
+        spec = self.spec
+        kept = spec.full_layers * tokens + (spec.layers - spec.full_layers) * min(tokens, spec.sliding_window or tokens)
+        scale = kept * batch * DTYPE_BYTES[dtype]
         return self.spec.cache_numbers * scale, round(self.cache_numbers * scale)
 
     @property
@@ -212,7 +215,7 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
         UserError: the family is unknown or the config incomplete. What else stands in the way is collected in `refusals`.
     """
     family = family_of(config)
-    spec = family.spec(config)
+    spec, said = family.spec(config), resolve(config)
     refusals: list[str] = []
     if settings.to not in TARGETS:
         refusals.append(unknown("target", settings.to, TARGETS))
@@ -225,11 +228,16 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
     latent = settings.to in LATENT_TARGETS
     layout, kv_heads, rank, rope_dim = "source", spec.kv_heads, 0, 0
     stored, note = NOTHING, ""
+    if latent and spec.full_layers:
+        refusals.append(
+            f"{spec.full_layers} of {spec.layers} layers attend over all tokens and the others over {spec.sliding_window}, which "
+            f"no layout of {settings.to} says: use --to gqa"
+        )
     if latent:
-        layout, note = _layout(config, spec, settings, refusals)
+        layout, note = _layout(said, spec, settings, refusals)
         rank, rope_dim = latent_widths(spec, settings, layout, refusals)
         if layout == "step3_text":
-            obstacles = step3_text_obstacles(config, spec, settings, rope_dim)
+            obstacles = step3_text_obstacles(said, spec, settings, rope_dim)
             refusals += [f"{reason}: use --layout kvfold" for reason in obstacles]
         if settings.to == "mla" and settings.method in baselines.METHODS:
             rank, rope_dim, note = baseline_widths(spec, settings, rank, rope_dim, note, refusals)
@@ -273,7 +281,7 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
     return replace(plan, note=f"{note}; widths are measured on the calibration text") if plan.measures_widths else plan
 
 
-def _layout(config: dict[str, Any], spec: AttentionSpec, settings: ConvertSettings, refusals: list[str]) -> tuple[str, str]:
+def _layout(said: dict[str, Any], spec: AttentionSpec, settings: ConvertSettings, refusals: list[str]) -> tuple[str, str]:
     """The layout and why: stock where it says all that there is to say, else ours."""
     if settings.to != "mla":
         if settings.layout == "deepseek_v3":
@@ -281,7 +289,7 @@ def _layout(config: dict[str, Any], spec: AttentionSpec, settings: ConvertSettin
         if settings.layout == "step3_text":
             return "step3_text", ""
         return "kvfold", f"transformers has no architecture with {settings.to}: its modelling file travels with the checkpoint"
-    obstacles = deepseek_v3_obstacles(config, spec, settings)
+    obstacles = deepseek_v3_obstacles(said, spec, settings)
     if settings.layout == "step3_text":
         refusals.append("--layout step3_text belongs to --to mfa, not mla: leave it out")
     if settings.layout == "deepseek_v3":

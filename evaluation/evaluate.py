@@ -4,13 +4,12 @@ import gc
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import kvfold
@@ -19,7 +18,7 @@ from kvfold.convert.data import Windows, load_tokenizer, load_windows
 from kvfold.convert.layouts import modeling_kvfold  # noqa: F401 — registers our layout with transformers
 from kvfold.convert.pipeline import RECORD
 from kvfold.convert.settings import normal_dtype
-from kvfold.convert.source import fetch_checkpoint
+from kvfold.convert.source import fetch_checkpoint, load_causal
 from kvfold.errors import ConversionError, UserError
 from kvfold.evaluation import retrieval, speed, tasks
 from kvfold.evaluation.damage import TokenScores, by_position, final_states, interval, position_edges, score
@@ -255,17 +254,12 @@ def load_model(folder: Path, device: torch.device, dtype: str) -> PreTrainedMode
     chosen = dtype if dtype == "auto" else getattr(torch, str(normal_dtype(dtype)))
     try:
         # sdpa, because per-layer errors are taken without a mask and eager attention would then not be causal
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=chosen, attn_implementation="sdpa", output_loading_info=True
-        )
-    except torch.OutOfMemoryError as error:
+        model, missing = load_causal(folder, dtype=chosen, attn_implementation="sdpa")
+        if missing:  # transformers makes them up
+            raise UserError(f"{folder} lacks {', '.join(missing[:3])}{' …' * (len(missing) > 3)}: convert or copy it again")
+        return cast(Any, model).to(device).eval()
+    except (torch.OutOfMemoryError, MemoryError) as error:
         raise ConversionError(f"{folder} does not fit on {device} ({error}): use --dtype bf16 or another --device") from None
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(f"{folder} does not load in transformers: {str(error).strip().splitlines()[0]}") from None
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):  # transformers makes them up
-        raise UserError(f"{folder} lacks {', '.join(missing[:3])}{' …' * (len(missing) > 3)}: convert or copy it again")
-    return model.to(device).eval()
 
 
 def recorded_source(folder: Path) -> str:

@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
-from kvfold.convert.checkpoint import CheckpointReader, CheckpointWriter, TensorSpec, read_json
+from kvfold.convert.checkpoint import CheckpointReader, CheckpointWriter, TensorSpec, read_json, refuse_adapter
 from kvfold.convert.layouts import Layout, layout_of
 from kvfold.convert.pipeline import RECORD
 from kvfold.convert.plan import ConversionPlan, make_plan
@@ -73,11 +73,7 @@ def open_folded(folder: Path, source: str | None) -> Folded:
     Raises:
         UserError: no checkpoint, not one of kvfold's, an adapter, or of a version that folded otherwise.
     """
-    if (folder / "adapter_config.json").exists():
-        raise UserError(
-            f"{folder} is an adapter, not a checkpoint: merge it first "
-            "(AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW), and copy kvfold.json)"
-        )
+    refuse_adapter(folder)
     reader = CheckpointReader(folder)
     if not (folder / RECORD).exists():
         raise UserError(f"{folder} has no {RECORD}: uptrain takes what `kvfold convert` wrote")

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from transformers.trainer_callback import TrainerState
 
 import kvfold
-from kvfold.convert.checkpoint import CheckpointWriter, give_name
-from kvfold.convert.pipeline import RECORD, side_files
+from kvfold.convert.checkpoint import CheckpointWriter, give_name, read_config
+from kvfold.convert.pipeline import RECORD
 from kvfold.convert.settings import parse_size
+from kvfold.convert.sidefiles import side_files
 from kvfold.recipes.adapter import write_adapter
 from kvfold.recipes.model import Folded, build, write_folded
 from kvfold.recipes.recipe import Recipe
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from kvfold.recipes.trainer import Uptrainer
 
 TRAINED, LOGS = "trained.safetensors", "runs"
-REPORTS = ("report.json", "report.md", "report.html")
-"""What `evaluate` found out about the checkpoint before."""
 
 
 def entry_of(recipe: Recipe, trainer: "Uptrainer") -> dict[str, Any]:
@@ -68,13 +67,13 @@ def write_result(
     folder, target = folded.reader.folder, partial / "result"
     record = {**folded.record, "uptraining": [*folded.record.get("uptraining", []), entry]}
     texts = {RECORD: json.dumps(record, indent=2) + "\n"}
-    copies = [file for file in side_files(folder) if file.name not in REPORTS]
+    side = side_files(folder)
     if base is not None:
         shutil.rmtree(target, ignore_errors=True)  # no config.json in it: that would make it a model to transformers
         target.mkdir()
         write_adapter(folded, trainee, base, target)
         (target / RECORD).write_text(texts[RECORD])
-        for file in copies:
+        for file in side.copies:
             shutil.copyfile(file, target / file.name)
     else:
         causal = trainee.student.causal
@@ -84,7 +83,11 @@ def write_result(
         shard = parse_size(folded.plan.settings.max_shard_size)
         with CheckpointWriter(target, folded.specs(), shard, {}, overwrite=True) as writer:
             write_folded(folded, causal, changed, writer)
-            writer.commit(texts, [folder / "config.json", *copies])
+            config = {**read_config(folder), "auto_map": folded.layout.code()}
+            if not config["auto_map"]:
+                del config["auto_map"]
+            texts["config.json"] = json.dumps(config, indent=2) + "\n"
+            writer.commit({**side.texts, **folded.layout.files(), **texts}, side.copies)
     if (partial / LOGS).is_dir():
         shutil.copytree(partial / LOGS, target / LOGS)
     give_name(target, out, overwrite)

@@ -230,8 +230,11 @@ CONFIGS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "layers in words": (with_config(num_hidden_layers="two"), "num_hidden_layers"),
     "zero heads": (with_config(num_attention_heads=0), "no valid geometry"),
     "3 of 8 heads": (with_config(num_key_value_heads=3), "8 heads over 3 key heads of width 8 is no valid geometry"),
-    "odd width": (with_config(head_dim=7), "key heads of width 7 is no valid geometry"),
-    "lama": (with_config(model_type="lama"), "model_type 'lama' is not a family kvfold knows. The nearest is llama."),
+    "odd width": (with_config(head_dim=7), "even rotary dimension, but got `head_dim`=7"),
+    "lama": (
+        with_config(model_type="lama"),
+        "a family kvfold knows. transformers has no class of that name. The nearest is llama.",
+    ),
     "mamba": (with_config(model_type="mamba"), "Known: llama, mistral, qwen2"),
     "quantised": (with_config(quantization_config={"bits": 4}), "fold the unquantised checkpoint"),
     "unknown rope": (with_config(rope_parameters={"rope_type": "wavy", "rope_theta": 1e4}), "wavy"),
@@ -304,27 +307,31 @@ def edit_index(edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
 Q, UP = "model.layers.1.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"
 K, NORM = "model.layers.1.self_attn.k_proj.weight", "model.layers.1.input_layernorm.weight"
 EMBEDDING = "model.embed_tokens.weight"
+DAMAGED = "is not a safetensors file, or damaged ("
 WEIGHTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "shard missing": (lambda folder: shard_of(folder, Q).unlink(), "is missing: download the checkpoint again"),
-    "shard truncated": (rewrite(lambda b: b[:-1]), "is truncated: tensor"),
-    "header truncated": (rewrite(lambda b: b[:40]), "is truncated inside its header: download the checkpoint again"),
-    "length truncated": (rewrite(lambda b: b[:5]), "its header is damaged: download the checkpoint again"),
-    "length absurd": (rewrite(lambda b: b"\xff" * 8 + b[8:]), "header: download the checkpoint again"),
-    "header is no JSON": (rewrite(lambda b: b[:8] + b"x" + b[9:]), "its header is damaged: download the checkpoint again"),
+    "shard truncated": (rewrite(lambda b: b[:-1]), DAMAGED),
+    "header truncated": (rewrite(lambda b: b[:40]), DAMAGED),
+    "length truncated": (rewrite(lambda b: b[:5]), DAMAGED),
+    "length absurd": (rewrite(lambda b: b"\xff" * 8 + b[8:]), DAMAGED),
+    "header is no JSON": (rewrite(lambda b: b[:8] + b"x" + b[9:]), DAMAGED),
     "header is a list": (edit_header(lambda h: [h]), "download the checkpoint again"),
     "header without offsets": (
         edit_header(lambda h: {**h, Q: {"dtype": "F32", "shape": [64, 64]}}),
         "download the checkpoint again",
     ),
     "shape against size": (edit_header(lambda h: {**h, Q: {**h[Q], "shape": [64, 63]}}), "download the checkpoint again"),
-    "packed dtype": (edit_header(lambda h: {**h, Q: {**h[Q], "dtype": "F8_E4M3"}}), "start from the unquantised checkpoint"),
+    "packed dtype": (
+        edit_header(lambda h: {**h, Q: {**h[Q], "dtype": "F8_E4M3", "shape": [64, 256]}}),
+        "start from the unquantised checkpoint",
+    ),
     "index names an absent tensor": (
         edit_index(lambda i: {**i, "weight_map": {**i["weight_map"], "ghost": i["weight_map"][Q]}}),
         "names tensor ghost, but model-0",
     ),
     "index is no JSON": (lambda folder: (folder / INDEX).write_text("{"), "is not valid JSON"),
     "index is a list": (edit_index(lambda i: [i]), "index.json"),
-    "index without weight_map": (edit_index(lambda i: {}), "incomplete"),
+    "index without weight_map": (edit_index(lambda i: {}), "weight_map: field required"),
     "no index": (lambda folder: (folder / INDEX).unlink(), "give a folder with safetensors weights"),
     "query shape": (change(Q, lambda t: t[:, :32].contiguous()), "shape (64, 32), but config.json means (64, 64)"),
     "key shape": (change(K, lambda t: t[:8].contiguous()), "shape (8, 64), but config.json means (32, 64)"),

@@ -188,7 +188,10 @@ def test_sliding_windows_limit_what_calibration_may_reach() -> None:
         ({}, plain(1e4)),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, plain(5e5)),
         ({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}}, Rope("linear", 1e4, {"factor": 2.0})),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}, Rope("yarn", 1e6, {"factor": 4.0})),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}},
+            Rope("yarn", 1e6, {"factor": 4.0, "original_max_position_embeddings": 2048}),
+        ),
     ],
 )
 def test_rope_as_transformers_4_and_5_write_it(written: dict[str, Any], rope: Rope) -> None:
@@ -285,7 +288,7 @@ def test_budgets_in_percent_and_as_a_share_are_the_same() -> None:
 def test_every_whole_percentage_that_divides_is_accepted() -> None:
     """Rounding of the percentage must not refuse a budget that is exact on paper."""
     for kv_heads in range(1, 129):
-        config = {**LLAMA_2_7B, "num_attention_heads": kv_heads, "head_dim": 64}
+        config = {**LLAMA_2_7B, "num_attention_heads": kv_heads, "head_dim": 64, "hidden_size": 64 * kv_heads}
         for percent in range(1, 101):
             wanted, rest = divmod(kv_heads * percent, 100)
             if wanted and rest == 0 and kv_heads % wanted == 0:
@@ -434,9 +437,21 @@ def test_settings_name_every_mistake() -> None:
     assert parse_settings(ConvertSettings, {"to": "mqa"}).model_dump() == ConvertSettings(to="mqa").model_dump()
 
 
-def test_unknown_families_name_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"'qwen3' is not a family .*The nearest is qwen2. Known: llama, mistral, qwen2"):
-        family_of({"model_type": "qwen3"})
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "qwen3"}, "What stands in the way: queries and keys go through norms before they meet. Known: llama"),
+        ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, "its attention is MLA already"),
+        ({"model_type": "gemma2", "attn_logit_softcapping": 50.0}, "its attention scores are soft-capped"),
+        ({"model_type": "llava", "text_config": {"model_type": "llama"}}, "one part of several (text_config)"),
+        ({"model_type": "olmo3", "layer_types": ["full_attention", "sliding_attention"]}, "its layers are of several kinds"),
+        ({"model_type": "lama"}, "transformers has no class of that name. The nearest is llama."),
+        ({"model_type": ["llama"]}, "is not a family kvfold knows"),
+    ],
+)
+def test_unknown_families_are_told_what_stands_in_the_way(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        family_of(config)
 
 
 # Latent attention
@@ -525,7 +540,7 @@ def test_latent_refusals(config: dict[str, Any], settings: dict[str, Any], refus
     [
         ({}, {"kv_rank": 512, "dtype": "fp16"}, "float16 cannot hold the scaled latents"),
         ({"torch_dtype": "float16"}, {"kv_rank": 512}, "float16 cannot hold the scaled latents"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, {"kv_rank": 512}, "rope type llama3"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, {"kv_rank": 512}, "rope type linear"),
         ({"attention_bias": True}, {"kv_rank": 512}, "attention biases"),
         ({"mlp_bias": True}, {"kv_rank": 512}, "MLP biases"),
         ({"hidden_act": "gelu"}, {"kv_rank": 512}, "gelu"),

@@ -178,6 +178,9 @@ def convert(
             f"{out}: {done.record['cache_numbers_per_token_per_layer']} numbers per token per layer, "
             f"{done.record['kv_budget']:.1%} of the source's cache, in {done.record['seconds']:.0f} s"
         )
+        if done.left:
+            more = f" and {len(done.left) - 5} more" * (len(done.left) > 5)
+            print(f"left behind, being no part of tokenizer, chat or licence: {', '.join(map(ascii, done.left[:5]))}{more}")
 
 
 @app.command()
