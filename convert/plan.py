@@ -230,8 +230,8 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
     stored, note = NOTHING, ""
     if latent and spec.full_layers:
         refusals.append(
-            f"{spec.full_layers} of {spec.layers} layers attend over all tokens and the others over {spec.sliding_window}, which "
-            f"no layout of {settings.to} says: use --to gqa"
+            f"{spec.full_layers} of {spec.layers} layers attend over all tokens and the others over {spec.sliding_window}, "
+            f"which no layout of {settings.to} says: use --to gqa"
         )
     if latent:
         layout, note = _layout(said, spec, settings, refusals)
