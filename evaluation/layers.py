@@ -32,7 +32,8 @@ def attention_errors(source: Any, model: Any, ids: Tensor) -> list[float]:
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         rope = model.base_model.rotary_emb(hidden, positions)
         got = layer.self_attn(hidden_states=hidden, position_embeddings=rope, attention_mask=kwargs.get("attention_mask"))[0]
-        errors.append(float((got - wanted).double().square().sum() / wanted.double().square().sum()))
+        energy = wanted.double().square().sum().clamp_min(torch.finfo(torch.float64).tiny)  # zero in a layer that was pruned
+        errors.append(float((got - wanted).double().square().sum() / energy))
     return errors
 
 
