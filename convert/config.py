@@ -93,7 +93,7 @@ def _check_rope(config: "PreTrainedConfig", rope: dict[str, Any]) -> None:
     kind, theta = rope.get("rope_type", "default"), rope.get("rope_theta")
     if not isinstance(theta, (int, float)) or isinstance(theta, bool) or not 0 < theta < math.inf:
         raise UserError(f"config.json: rope_theta is {theta!r:.40}, which is no base of a RoPE: check that file")
-    if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+    if not isinstance(kind, str) or (kind != "default" and kind not in ROPE_INIT_FUNCTIONS):
         known = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
         raise UserError(f"config.json: rope type {kind!r:.40} is none that transformers knows ({known}): check that file")
     try:

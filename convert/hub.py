@@ -1,5 +1,6 @@
 """`kvfold push`: the folder of a folded checkpoint, with its card, to the Hub."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,13 +14,17 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
 )
-from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 
 from kvfold.convert.card import CARD, Licence, parse_card
+from kvfold.convert.sidefiles import is_needed, lies_inside
 from kvfold.errors import ConversionError, UserError
 
-LEFT_OUT = [".*", "*/.*", "*.partial.json"]
-"""What stays at home of a checkpoint's folder."""
+_UPLOADED = re.compile(
+    r"config\.json|kvfold\.json|README\.md|report\.(json|md|html)|modeling_kvfold\.py|adapter_config\.json"
+    r"|[\w.-]+\.safetensors(\.index\.json)?|([\w-]+/)*[\w.-]+\.(png|jpe?g|gif|svg|webp)|runs/([\w.-]+/)*events\.out\.[\w.-]+"
+)
+"""What goes to the Hub of a checkpoint's folder, beside what `sidefiles` says that it needs."""
 
 
 def refuse_name(repo_id: str) -> None:
@@ -32,10 +37,20 @@ def refuse_name(repo_id: str) -> None:
         raise UserError(f"{repo_id} names no user or organisation: give user/{repo_id}")
 
 
-def files_of(out: Path) -> list[str]:
-    """What would be uploaded, as paths in the repository."""
-    found = (path.relative_to(out).as_posix() for path in sorted(out.rglob("*")) if path.is_file())
-    return list(filter_repo_objects(found, ignore_patterns=LEFT_OUT))
+def is_name(text: str) -> bool:
+    """Whether this can be a repository's name, with or without its owner."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
+
+
+def files_of(out: Path) -> tuple[list[str], list[str]]:
+    """What would be uploaded, and what stays at home, as paths in the repository."""
+    found = [path.relative_to(out).as_posix() for path in sorted(out.rglob("*")) if not path.is_dir()]
+    uploaded = [n for n in found if (_UPLOADED.fullmatch(n) or is_needed(n)) and lies_inside(out / n, out)]
+    return uploaded, [n for n in found if n not in uploaded and not n.startswith(".")]
 
 
 def card_on_hub(repo_id: str, revision: str | None) -> str | None:
@@ -105,10 +120,11 @@ def push(out: Path, repo_id: str, card: str, private: bool = False, revision: st
             api.create_branch(repo_id, branch=revision, exist_ok=True)
     (out / CARD).write_text(card, encoding="utf-8")
     message = "Upload a checkpoint folded by kvfold"
+    wanted, _ = files_of(out)
     with _explained(repo_id):
         try:
             done = api.upload_folder(
-                repo_id=repo_id, folder_path=out, revision=revision, commit_message=message, ignore_patterns=LEFT_OUT
+                repo_id=repo_id, folder_path=out, revision=revision, commit_message=message, allow_patterns=wanted
             )
         except RuntimeError as error:
             raise ConversionError(f"the upload to {repo_id} broke off ({error}): repeat the command") from None

@@ -22,6 +22,7 @@ from kvfold.convert.data import calibration_windows
 from kvfold.convert.job import Job, Report
 from kvfold.convert.layouts import layout_of
 from kvfold.convert.plan import make_plan
+from kvfold.convert.record import RECORD
 from kvfold.convert.settings import ConvertSettings, normal_dtype, parse_size
 from kvfold.convert.sidefiles import side_files
 from kvfold.convert.source import fetch_checkpoint, fetch_config, open_source
@@ -29,7 +30,6 @@ from kvfold.convert.streamed import fold_on_stream
 from kvfold.errors import ConversionError, UserError
 
 POOLING = ("mean", "first", "random")
-RECORD = "kvfold.json"
 
 
 @dataclass(frozen=True)

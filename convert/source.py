@@ -20,7 +20,7 @@ _IGNORED = ["*.bin", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.ot", "*.onnx", "*.
 
 def fetch_config(source: str, revision: str | None = None) -> dict[str, Any]:
     """config.json of a local folder or a Hub id, without any weights. Raises UserError when it cannot be had."""
-    if Path(source).exists():
+    if _is_here(source):
         return read_config(Path(source))
     _refuse_impossible(source)
     from huggingface_hub import hf_hub_download
@@ -35,7 +35,7 @@ def fetch_checkpoint(source: str, revision: str | None = None) -> Path:
 
     Raises UserError when it cannot be had.
     """
-    if Path(source).exists():
+    if _is_here(source):
         return Path(source)
     _refuse_impossible(source)
     from huggingface_hub import snapshot_download
@@ -141,9 +141,14 @@ def _same(reader: CheckpointReader, one: str, other: str) -> bool:
     return all(a == b for a, b in zip(reader.chunks(one), reader.chunks(other), strict=True))
 
 
+def _is_here(source: str) -> bool:
+    """Whether this is a path; an empty one would be the folder in which the command runs."""
+    return bool(source.strip()) and Path(source).exists()
+
+
 def _refuse_impossible(source: str) -> None:
     if not _HUB_ID.fullmatch(source):
-        raise UserError(f"{source} does not exist here and is no Hub id (user/name): check the path")
+        raise UserError(f"{source or 'an empty name'} does not exist here and is no Hub id (user/name): check the path")
 
 
 class _explained:

@@ -1,7 +1,6 @@
 """`kvfold evaluate`: any number of folded checkpoints against their source, on the same held-out windows."""
 
 import gc
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -15,8 +14,9 @@ from transformers.utils import logging as transformers_logging
 import kvfold
 from kvfold.convert.checkpoint import read_config
 from kvfold.convert.data import Windows, load_tokenizer, load_windows
+from kvfold.convert.escape import visible
 from kvfold.convert.layouts import modeling_kvfold  # noqa: F401 — registers our layout with transformers
-from kvfold.convert.pipeline import RECORD
+from kvfold.convert.record import RECORD, read_record
 from kvfold.convert.settings import normal_dtype
 from kvfold.convert.source import fetch_checkpoint, load_causal
 from kvfold.errors import ConversionError, UserError
@@ -106,7 +106,7 @@ def evaluate(
     return {
         "schema_version": SCHEMA_VERSION,
         "version": kvfold.__version__,
-        "settings": settings.model_dump(),
+        "settings": settings.model_dump() | {"on": visible(settings.on)},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "tokens": rows * predicted,
         "bytes_per_token": windows.bytes_per_token,
@@ -140,7 +140,7 @@ class _Bench:
         self.reference: dict[int, Tensor] = {}
         """The source's final states of the batches that this process has, on the CPU: 4·d bytes per token."""
         self.scores = self._score(self.source, folder.name)
-        self.own = {"path": name, **self._common(self.source, folder, self.scores)}
+        self.own = {"path": visible(name), **self._common(self.source, folder, self.scores)}
 
     def measure(self, name: str, folder: Path) -> dict[str, Any]:
         """Everything that the report says of one folded model."""
@@ -150,7 +150,7 @@ class _Bench:
         damage = scores.nll - self.scores.nll
         conversion = _conversion(folder)
         found = {
-            "path": name,
+            "path": visible(name),
             **self._common(model, folder, scores),
             "damage_nats": scores.mean_nll - self.scores.mean_nll,
             "damage_interval": interval(damage),
@@ -272,12 +272,8 @@ def recorded_source(folder: Path) -> str:
 
 def _conversion(folder: Path) -> dict[str, Any] | None:
     """What kvfold.json says of the conversion, without the per-layer log."""
-    file = folder / RECORD
-    if not file.exists():
+    if not (folder / RECORD).exists():
         return None
-    try:
-        record = json.loads(file.read_text())
-        kept = {key: record[key] for key in ("source", "settings", "target", "kv_budget", "calibration_tokens", "seconds")}
-        return kept | {"uptraining": record.get("uptraining", [])}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is damaged ({error}): convert again, or remove it and give --against") from None
+    record = read_record(folder, "", "convert again, or remove it and give --against")
+    kept = {key: record[key] for key in ("source", "settings", "target", "kv_budget", "calibration_tokens", "seconds")}
+    return kept | {"uptraining": record.get("uptraining") or []}

@@ -12,7 +12,7 @@ from transformers.trainer_callback import TrainerState
 
 import kvfold
 from kvfold.convert.checkpoint import CheckpointWriter, give_name, read_config
-from kvfold.convert.pipeline import RECORD
+from kvfold.convert.record import RECORD
 from kvfold.convert.settings import parse_size
 from kvfold.convert.sidefiles import side_files
 from kvfold.recipes.adapter import write_adapter

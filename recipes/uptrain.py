@@ -17,7 +17,8 @@ from accelerate import PartialState
 import kvfold
 from kvfold.convert.checkpoint import CheckpointReader, partial_folder, read_config, read_json, refuse_existing
 from kvfold.convert.data import load_tokenizer
-from kvfold.convert.pipeline import RECORD, pick_device
+from kvfold.convert.pipeline import pick_device
+from kvfold.convert.record import RECORD
 from kvfold.convert.source import fetch_checkpoint
 from kvfold.errors import Stopped, UserError
 from kvfold.evaluation.evaluate import load_model, recorded_source

@@ -1,5 +1,6 @@
 """The verbs. Thin: each parses its flags, imports what it needs, calls one function and prints what came of it."""
 
+import io
 import json
 import os
 import sys
@@ -166,6 +167,7 @@ def convert(
         GEOMETRY + " grouping calibrate calibration_tokens window token_weights heal_steps "
         "heal_window heal_batch_tokens heal_lr heal_dtype dtype device max_shard_size seed revision",
     )
+    from kvfold.convert.escape import visible
     from kvfold.convert.pipeline import convert as run
     from kvfold.convert.settings import ConvertSettings, parse_settings
 
@@ -175,12 +177,10 @@ def convert(
     _write_json(json_path, done.record)
     if json_path != Path("-"):
         print(
-            f"{out}: {done.record['cache_numbers_per_token_per_layer']} numbers per token per layer, "
+            f"{visible(out)}: {done.record['cache_numbers_per_token_per_layer']} numbers per token per layer, "
             f"{done.record['kv_budget']:.1%} of the source's cache, in {done.record['seconds']:.0f} s"
         )
-        if done.left:
-            more = f" and {len(done.left) - 5} more" * (len(done.left) > 5)
-            print(f"left behind, being no part of tokenizer, chat or licence: {', '.join(map(ascii, done.left[:5]))}{more}")
+        _print_left(done.left)
 
 
 @app.command()
@@ -262,7 +262,10 @@ def push(
     record = card.read_record(out)
     report, model, plot = reports.for_card(report_dir or out, out)
     source = str(record["source"])
-    base_model = base_model or (None if Path(source).exists() else source)
+    if base_model is not None:
+        hub.refuse_name(base_model)
+    elif not Path(source).exists() and hub.is_name(source):
+        base_model = source
     facts = card.Facts(
         out=out,
         repo_id=repo,
@@ -279,8 +282,10 @@ def push(
     text = card.make_card(facts, card.newer_of(ours, theirs, out))
     if dry_run:
         (out / card.CARD).write_text(text, encoding="utf-8")
-        for name in hub.files_of(out):
+        uploaded, left = hub.files_of(out)
+        for name in uploaded:
             print(f"{(out / name).stat().st_size:>15,}  {name}")
+        _print_left(left)
         print(f"nothing was uploaded; {out / card.CARD} is written")
     else:
         print(hub.push(out, repo, text, private, revision))
@@ -404,7 +409,10 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Show the v
 
 def main() -> NoReturn:
     """Run a verb. Exit 2 for what the user got wrong, 1 for what failed, 143 for a stop by SIGTERM, with one line on
-    standard error."""
+    standard error. `KVFOLD_TRACEBACK=1` shows where what nobody foresaw came from."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may hold what no encoding does
     try:
         app(standalone_mode=True)
         sys.exit(0)
@@ -418,10 +426,28 @@ def main() -> NoReturn:
         _fail("interrupted; convert and uptrain go on with --resume, evaluate with the same command", 130)
     except OSError as error:
         _fail(f"{error.filename or 'input/output'}: {error.strerror or error}; check the path, its permissions and the disk", 1)
+    except Exception as error:
+        if os.environ.get("KVFOLD_TRACEBACK"):
+            raise
+        _fail(_unforeseen(error), 1)
+
+
+def _unforeseen(error: Exception) -> str:
+    """One line on an exception that no part of kvfold expected, and how to report it."""
+    import traceback
+
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    what = " ".join(str(error).split())[:300]
+    return (
+        f"unforeseen {type(error).__name__} in {Path(last.filename).name}, line {last.lineno}: {what}; that is a fault of kvfold: "
+        "please report this line, the command and what KVFOLD_TRACEBACK=1 shows before the command"
+    )
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print("kvfold: " + " ".join(message.split()), file=sys.stderr)
+    from kvfold.convert.escape import visible
+
+    print("kvfold: " + visible(" ".join(message.split())), file=sys.stderr)
     sys.exit(code)
 
 
@@ -453,6 +479,15 @@ def _read_settings(path: Path | None) -> dict[str, Any]:
     return loaded
 
 
+def _print_left(names: list[str]) -> None:
+    """Say in one line which files stay where they are."""
+    from kvfold.convert.escape import visible
+
+    if names:
+        more = f" and {len(names) - 5} more" * (len(names) > 5)
+        print(f"left behind, not known to belong to a checkpoint: {', '.join(map(visible, names[:5]))}{more}")
+
+
 def _write_json(path: Path | None, data: dict[str, Any]) -> None:
     if path is not None:
         text = json.dumps(data, indent=2) + "\n"
@@ -465,7 +500,7 @@ def _progress(title: str) -> Iterator[Callable[[float, str], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=1.0)
