@@ -1,6 +1,9 @@
 """Text and tokens: what calibration, healing and evaluation read, cut into windows of equal length."""
 
-from collections.abc import Callable, Iterator
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +88,7 @@ def calibration_windows(
         return None
     kind, _, count = settings.calibrate.partition(":")
     if kind == "self":
-        tokens = settings.calibration_tokens if not count else int(count) if count.isdigit() else 0
+        tokens = settings.calibration_tokens if not count else int(count) if re.fullmatch("[0-9]{1,15}", count) else 0
         if tokens < settings.window:
             raise UserError(f"--calibrate {settings.calibrate}: write self or self:N, N tokens of at least one --window")
         return sample_from_source(folder, settings.window, tokens, device, settings.seed, report)
@@ -217,11 +220,20 @@ def _encode_enough(tokenizer: Any, text: str, wanted: int) -> list[int]:
     """The ids of `text`, of a very long one only as far as `wanted` ids need, and the same as those of the whole."""
     length = 8 * wanted + 4096
     while True:
-        ids: list[int] = tokenizer(text[:length], verbose=False)["input_ids"]
+        ids = encode(tokenizer, text[:length])
         # the cut may change the last ids, so a cut text must give some more than wanted
         if length >= len(text) or len(ids) >= wanted + 256:
             return ids
         length *= 2
+
+
+def encode(tokenizer: Any, text: str, special: bool = True) -> list[int]:
+    """The ids of `text`. Raises UserError when the tokenizer breaks on it, as a damaged one does with bare exceptions."""
+    try:
+        return tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"]
+    except Exception as error:
+        line = " ".join(str(error).split())[:200]
+        raise UserError(f"the tokenizer {tokenizer.name_or_path} encodes no text ({line}): get its files again") from None
 
 
 def documents(origin: str) -> Iterator[str]:
@@ -247,12 +259,29 @@ def _file_documents(path: Path) -> Iterator[str]:
         return
     if path.suffix not in TEXT_SUFFIXES:
         raise UserError(f"{path}: kvfold reads {', '.join(TEXT_SUFFIXES)}")
-    kind = "parquet" if path.suffix == ".parquet" else "json"
-    yield from _dataset_documents(str(path), path=kind, data_files=str(path), split="train")
+    if path.suffix == ".parquet":
+        yield from _dataset_documents(str(path), path="parquet", data_files=str(path), split="train")
+    else:
+        yield from _texts(str(path), None, _json_rows(path))
+
+
+def _json_rows(path: Path) -> Iterator[Any]:
+    """The rows of a file of JSON lines, or of one array."""
+    with path.open(encoding="utf-8") as file:
+        try:
+            first = next((line for line in file if line.strip()), "")
+            if first.lstrip().startswith("["):
+                yield from json.loads(first + file.read())
+            else:
+                yield from map(json.loads, filter(str.strip, itertools.chain([first], file)))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} cannot be read as a text or dataset ({error}): check the file") from None
 
 
 def _hub_documents(origin: str) -> Iterator[str]:
     name, config, split, column = [*origin.split(":"), "", "", ""][:4]
+    if not name.strip() or not name.isprintable():
+        raise UserError(f"{origin!r} names no text: give a file, a folder, or a Hub dataset name[:config[:split[:column]]]")
     yield from _dataset_documents(origin, column or None, path=name, name=config or None, split=split or "train")
 
 
@@ -266,17 +295,24 @@ def _dataset_documents(origin: str, column: str | None = None, **load: Any) -> I
             rows = datasets.load_dataset(**load, streaming=True)
         except StopIteration:  # what an empty file raises
             return
-        for row in rows:
-            if column is None:
-                texts = [key for key, value in row.items() if isinstance(value, str)]
-                column = "text" if "text" in texts else next(iter(texts), None)
-            if column is None or not isinstance(row.get(column), str):
-                raise UserError(
-                    f"{origin} has no text column {column or ''}: it has {', '.join(row)}; name one as name:config:split:column"
-                )
-            yield row[column]
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        yield from _texts(origin, column, rows)
+    except UserError:
+        raise
+    except Exception as error:  # of the library, of what it reads files with, and of the Hub's client
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{origin} cannot be read as a text or dataset ({line}): check the path, the name or the network"
         ) from None
+
+
+def _texts(origin: str, column: str | None, rows: Iterable[Any]) -> Iterator[str]:
+    """The texts in rows: from `column`, `text`, or the first column that holds one. Raises UserError where there is none."""
+    for row in rows:
+        held = row if isinstance(row, dict) else {}
+        if column is None:
+            texts = [key for key, value in held.items() if isinstance(value, str)]
+            column = "text" if "text" in texts else next(iter(texts), None)
+        if column is None or not isinstance(held.get(column), str):
+            there = ", ".join(map(str, held))[:200] or "none"
+            raise UserError(f"{origin} has no text column {column or ''}: it has {there}; name one as name:config:split:column")
+        yield held[column]

@@ -94,6 +94,7 @@ def test_one_line_is_all_there_is_on_standard_error(tmp_path: Path, source: Path
         ("--max-shard-size 0GB", "0GB is no size"),
         ("--heal-steps -1", "heal_steps: input should be greater than or equal to 0, got -1"),
         ("--heal-lr 0", "heal_lr: input should be greater than 0"),
+        ("--heal-lr inf", "heal_lr: input should be less than or equal to 100"),
         ("--heal-window 0", "heal_window: input should be greater than or equal to 1"),
         ("--heal-batch-tokens 0", "heal_batch_tokens"),
         ("--window 1", "window: input should be greater than or equal to 2"),
@@ -480,8 +481,14 @@ def test_calibration_source(tmp_path: Path, reader: Path, flags: str, words: str
     assert words in refused(tmp_path / "out", "convert", folder, tmp_path / "out", *HEADS, *flags.split())
 
 
-def test_healing_that_diverges_fails_with_a_remedy(tmp_path: Path, source: Path, tokens: str) -> None:
-    flags = ("--calibrate", tokens, "--heal-steps", 8, "--heal-lr", "1e30")
+def test_healing_that_diverges_fails_with_a_remedy(
+    tmp_path: Path, source: Path, tokens: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(*_: Any, **__: Any) -> None:
+        raise FloatingPointError("healing diverged at step 2 of 8: loss nan")
+
+    monkeypatch.setattr("kvfold.convert.streamed.heal", diverge)
+    flags = ("--calibrate", tokens, "--heal-steps", 8)
     text = refused(tmp_path / "out", "convert", source, tmp_path / "out", *HEADS, *flags, code=1)
     assert "healing diverged at step" in text
     assert "lower --heal-lr, or turn healing off with --heal-steps 0" in text
@@ -530,8 +537,8 @@ def test_evaluate_without_a_source(tmp_path: Path, source: Path, folded: Path, t
     for content in ("{", "{}", "[]"):
         (orphan / "kvfold.json").write_text(content)
         text = refused(tmp_path / "report", "evaluate", orphan, *args)
-        assert "is damaged" in text
-        assert "--against" in text
+        assert "kvfold.json is" in text
+        assert "convert again, or remove it and give --against" in text
 
 
 @pytest.mark.parametrize(

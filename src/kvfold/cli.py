@@ -439,8 +439,8 @@ def _unforeseen(error: Exception) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
     what = " ".join(str(error).split())[:300]
     return (
-        f"unforeseen {type(error).__name__} in {Path(last.filename).name}, line {last.lineno}: {what}; that is a fault of kvfold: "
-        "please report this line, the command and what KVFOLD_TRACEBACK=1 shows before the command"
+        f"unforeseen {type(error).__name__} in {Path(last.filename).name}, line {last.lineno}: {what}; that is a fault of "
+        "kvfold: please report this line, the command and what it shows with KVFOLD_TRACEBACK=1 before it"
     )
 
 
@@ -466,11 +466,11 @@ def _listed(flag: str, text: str) -> list[str]:
 def _read_settings(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
-    import yaml
+    from kvfold.convert.settings import parse_yaml
 
     try:
-        loaded = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        loaded = parse_yaml(path.read_text(encoding="utf-8"), f"--settings {path}")
+    except (OSError, ValueError) as error:
         raise UserError(f"--settings {path} cannot be read: {' '.join(str(error).split())}") from None
     if isinstance(loaded, dict):
         loaded = loaded.get("settings", loaded)  # a kvfold.json keeps them one level down
