@@ -525,21 +525,29 @@ def _print_plan(record: dict[str, Any]) -> None:
     for name in ("", "source", "target"):
         out.add_column(name, justify="right" if name else "left")
     numbers, size = record["cache_numbers_per_token_per_layer"], record["cache_bytes_per_token"]
+    bound = "at most " * target["parameters_are_a_bound"]
     lines: list[tuple[str, Any, Any]] = [
         ("query heads", source["heads"], source["heads"]),
         ("key/value heads", source["kv_heads"], target.get("kv_heads", "–")),
         ("latent + shared key", "–", f"{target['kv_rank']} + {target['rope_dim']}" if "kv_rank" in target else "–"),
         ("head width", source["head_dim"], source["head_dim"]),
         ("architecture", source["architecture"], target["architecture"]),
-        ("parameters", f"{source['parameters']:,}", f"{target['parameters']:,}"),
+        ("parameters", f"{source['parameters']:,}", bound + f"{target['parameters']:,}"),
         ("cached numbers / token / layer", numbers["source"], numbers["target"]),
         ("cached bytes / token", f"{size['source']:,}", f"{size['target']:,}"),
     ]
     for row in record["cache_bytes"]:
         before, after = (f"{row[side] / 2**30:,.2f} GiB" for side in ("source", "target"))
-        lines.append((f"cache at {row['context']:,} × {row['batch']}", before, after))
+        beyond = " *" * (row["context"] > source["max_positions"])
+        lines.append((f"cache at {row['context']:,} × {row['batch']}{beyond}", before, after))
+    if source["sliding_window"]:
+        layers = source["layers"] - source["full_layers"]
+        lines.append(("sliding window", f"{source['sliding_window']:,} tokens", f"{layers} of {source['layers']} layers"))
     lines.append(("KV budget", "100%", f"{record['kv_budget']:.1%}"))
     for name, before, after in lines:
         out.add_row(name, str(before), str(after))
-    out.caption = target.get("note")
+    notes = [target.get("note")]
+    if record["cache_bytes"][-1]["context"] > source["max_positions"]:
+        notes.append(f"* more than the {source['max_positions']:,} positions that the source was made for")
+    out.caption = "\n".join(filter(None, notes))
     Console().print(out)
