@@ -150,6 +150,14 @@ def text_name(origin: str) -> str:
     return origin.rstrip("/").split("/")[-1] if local else origin
 
 
+def read_card(file: Path) -> str | None:
+    """A card's text, None when there is none. Raises UserError when it is no text."""
+    try:
+        return file.read_text(encoding="utf-8") if file.is_file() else None
+    except ValueError as error:
+        raise UserError(f"{file} is no text ({error}): mend it, or delete it") from None
+
+
 def parse_card(card: str) -> ModelCard:
     """A card of whatever quality. Raises UserError when the metadata at its head is no YAML."""
     try:
@@ -175,7 +183,8 @@ def _metadata(facts: Facts, record: dict[str, Any], existing: str | None) -> Mod
     old: Any = parse_card(existing).data if existing else ModelCardData()
     results = [result for result in old.eval_results or [] if result.source_name != SOURCE_NAME]
     kept = {key: value for key, value in old.to_dict().items() if key != "model-index"}
-    tags = dict.fromkeys([*(old.tags or []), SOURCE_NAME, "kv-cache", record["target"]["to"]])
+    theirs = [tag for tag in old.tags if isinstance(tag, str)] if isinstance(old.tags, list) else []
+    tags = dict.fromkeys([*theirs, SOURCE_NAME, "kv-cache", record["target"]["to"]])
     values: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",

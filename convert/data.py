@@ -184,7 +184,7 @@ def token_rows(origin: str, max_tokens: int) -> Tensor:
             if name not in names:
                 raise UserError(f"{path} has no tensor {name!r}: choose one of {', '.join(sorted(names))}, as {path}:NAME")
             rows = file.get_tensor(name)
-    except SafetensorError as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable safetensors file ({error})") from None
     if rows.ndim != 2 or rows.is_floating_point() or rows.dtype == torch.bool or rows.shape[1] < 2 or not len(rows):
         raise UserError(

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from kvfold.convert.card import CARD, Licence, parse_card
+from kvfold.convert.card import CARD, Licence, parse_card, read_card
 from kvfold.convert.sidefiles import is_needed, lies_inside
 from kvfold.errors import ConversionError, UserError
 
@@ -79,8 +79,9 @@ def licence_of(out: Path, source: str, base_model: str | None) -> Licence:
         UserError: none is stated, it could not be looked up, or the source is gated and its terms have to be read.
     """
     remedy = "give it with --license, as the Hub writes it (apache-2.0, mit, llama3.1, other)"
-    for card in (folder / CARD for folder in (out, Path(source))):
-        if card.is_file() and (found := _stated(parse_card(card.read_text(encoding="utf-8")).data)):
+    for folder in (out, Path(source)):
+        card = read_card(folder / CARD)
+        if card is not None and (found := _stated(parse_card(card).data)):
             return found
     if base_model is None:
         raise UserError(f"the licence of {source} is not known, no {CARD} there states one: {remedy}")

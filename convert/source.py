@@ -1,6 +1,9 @@
 """Where checkpoints come from: a local folder or a Hub id."""
 
+import atexit
 import re
+import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +39,7 @@ def fetch_checkpoint(source: str, revision: str | None = None) -> Path:
     Raises UserError when it cannot be had.
     """
     if _is_here(source):
-        return Path(source)
+        return _spelled(Path(source))
     _refuse_impossible(source)
     from huggingface_hub import snapshot_download
 
@@ -139,6 +142,18 @@ def _same(reader: CheckpointReader, one: str, other: str) -> bool:
     if (first.shape, first.dtype) != (second.shape, second.dtype):
         return False
     return all(a == b for a, b in zip(reader.chunks(one), reader.chunks(other), strict=True))
+
+
+def _spelled(folder: Path) -> Path:
+    """The folder by a path that can be written in UTF-8: libraries that are not written in Python know no other."""
+    try:
+        str(folder).encode()
+        return folder
+    except UnicodeEncodeError:
+        link = Path(tempfile.mkdtemp(prefix="kvfold-")) / "checkpoint"
+        link.symlink_to(folder.resolve())
+        atexit.register(shutil.rmtree, link.parent, ignore_errors=True)
+        return link
 
 
 def _is_here(source: str) -> bool:

@@ -1,12 +1,15 @@
 """What the plan says of real models, checked against their published configs and against transformers."""
 
+import itertools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kvfold.convert.budgets import widths_to_try
 from kvfold.convert.engines import LatentShape
 from kvfold.convert.families import AttentionSpec, Rope, family_of
 from kvfold.convert.plan import cache_dtype, count_parameters, make_plan
@@ -261,6 +264,48 @@ def test_plan_prints_a_table_and_writes_json(tmp_path: Path) -> None:
     ):
         line = next(line for line in text.splitlines() if name in line)
         assert [cell in line for cell in cells] == [True, True]
+
+
+def test_the_cache_stops_growing_at_the_sliding_window(tmp_path: Path) -> None:
+    """Mistral 7B v0.1: 4,096 tokens of 131,072 bytes are 0.5 GiB, however long the context."""
+    plan = make_plan(MISTRAL, ConvertSettings(to="gqa", kv_budget="50%"))
+    for context in (4096, 32768, 131072):
+        assert plan.cache_bytes(context, 2, "bfloat16") == (2**30, 2**29)
+    mixed = {**QWEN, "use_sliding_window": True, "sliding_window": 1024, "max_window_layers": 18}
+    plan = make_plan(mixed, ConvertSettings(to="mqa"))
+    assert (plan.spec.sliding_window, plan.spec.full_layers) == (1024, 18)
+    assert plan.cache_bytes(4096, 1, "bfloat16")[0] == (18 * 4096 + 6 * 1024) * 256 * 2
+    (tmp_path / "config.json").write_text(json.dumps(MISTRAL))
+    code, text = invoke("plan", tmp_path, "--to", "mqa")
+    assert code == 0
+    assert "cache at 131,072 × 1 *" in text and "cache at 32,768 × 1 *" not in text
+    assert "* more than the 32,768 positions that the source was made for" in text
+    assert "4,096 tokens │ 32 of 32 layers" in text
+
+
+def test_our_own_layout_grows_by_a_tenth_at_most_by_default() -> None:
+    """Every query head reads the whole rotary key, so a wide one makes the model larger."""
+    for budget, widths in (("25%", (1810, 238)), ("50%", (4062, 34))):
+        plan = make_plan(LLAMA_2_7B, ConvertSettings(to="mla", kv_budget=budget))  # float16, so no deepseek_v3
+        assert (plan.layout, plan.kv_rank, plan.rope_dim) == ("kvfold", *widths)
+        assert "float16 cannot hold the scaled latents of deepseek_v3, --dtype bfloat16 can" in plan.note
+        assert 0.09 < -plan.parameters_saved_at_least / 6_738_415_616 <= 0.1
+        assert all(rope <= widths[1] for _, rope in widths_to_try(plan))
+    assert make_plan(LLAMA_2_7B, ConvertSettings(to="mla", kv_rank=1024, rope_dim=1024)).rope_dim == 1024
+    note = make_plan(LLAMA_2_7B, ConvertSettings(to="mfa-kr", kv_budget="12.5%")).note
+    assert "the model grows by up to 44%, which --q-rank makes less" in note
+
+
+@pytest.mark.parametrize("to", ["mla", "mfa", "mfa-kr"])
+def test_parameters_of_measured_widths_are_a_bound(to: str) -> None:
+    config = tiny_config("llama", num_hidden_layers=4).to_dict()
+    plan = make_plan(config, ConvertSettings(to=to, kv_budget="25%", layer_budgets="measured", layout="kvfold"))
+    tried = [w for w in widths_to_try(plan) if sum(w)]
+    total = int(plan.cache_numbers) * 4
+    bound = plan.parameters_saved_at_least
+    for widths in itertools.combinations_with_replacement(tried, 4):
+        if sum(map(sum, widths)) <= total:
+            assert replace(plan, widths=widths).parameters_saved >= bound
 
 
 def test_plan_and_the_converted_checkpoint_agree(tmp_path: Path) -> None:

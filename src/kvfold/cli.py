@@ -277,7 +277,7 @@ def push(
         legend=reports.LEGEND,
         plot=plot,
     )
-    ours = (out / card.CARD).read_text(encoding="utf-8") if (out / card.CARD).is_file() else None
+    ours = card.read_card(out / card.CARD)
     theirs = None if dry_run else hub.card_on_hub(repo, revision)
     text = card.make_card(facts, card.newer_of(ours, theirs, out))
     if dry_run:
