@@ -27,6 +27,7 @@ from kvfold.convert.settings import ConvertSettings, normal_dtype, parse_size
 from kvfold.convert.sidefiles import side_files
 from kvfold.convert.source import fetch_checkpoint, fetch_config, open_source
 from kvfold.convert.streamed import fold_on_stream
+from kvfold.convert.verify import verify
 from kvfold.errors import ConversionError, UserError
 
 POOLING = ("mean", "first", "random")
@@ -48,8 +49,9 @@ def convert(
     resume: bool = False,
     overwrite: bool = False,
     report: Report = lambda share, line: None,
+    check: bool = True,
 ) -> Conversion:
-    """Fold the checkpoint `source` (local folder or Hub id) into `out`.
+    """Fold the checkpoint `source` (local folder or Hub id) into `out`, and with `check` verify it before it gets its name.
 
     Raises:
         UserError: the plan refuses, `out` exists, or the source or the calibration text is unusable. Nothing is written.
@@ -105,6 +107,8 @@ def convert(
             if device.type == "cuda":
                 record["peak_cuda_memory_bytes"] = torch.cuda.max_memory_allocated(device)
             config = layout.config(reader.config, plan, dtype)
+            if check:
+                verify(job, config, None if windows is None else windows.ids, device, report)
             files = {"config.json": json.dumps(config, indent=2) + "\n", RECORD: json.dumps(record, indent=2) + "\n"}
             writer.commit({**side.texts, **layout.files(), **files}, side.copies)
         except OSError as error:

@@ -20,6 +20,9 @@ from kvfold.convert.checkpoint import INDEX, SINGLE
 from kvfold.convert.data import load_tokenizer, sample_from_source
 from kvfold.convert.escape import markdown, visible
 from kvfold.convert.hub import files_of
+from kvfold.convert.layouts import deepseek_v3
+from kvfold.convert.layouts import kvfold as kvfold_layout
+from kvfold.convert.layouts import source as source_layout
 from kvfold.convert.plan import make_plan
 from kvfold.convert.settings import ConvertSettings, parse_yaml
 from kvfold.errors import UserError
@@ -216,6 +219,31 @@ def test_a_layer_that_was_pruned_to_zeros_is_folded(tmp_path: Path, source: Path
     assert all(tensor.isfinite().all() for tensor in written.values())
     assert not written[f"model.layers.0.self_attn.{part}_proj.weight"].any()
     assert written["model.layers.1.self_attn.k_proj.weight"].any()
+
+
+@pytest.mark.parametrize("flags", [("--to", "gqa"), ("--to", "mla"), ("--to", "mla", "--layout", "kvfold")], ids=str)
+def test_what_computes_something_else_than_was_folded_gets_no_name(
+    tmp_path: Path, source: Path, flags: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layout whose config means another RoPE than the one that was folded."""
+    tokens, layouts = save_tokens(tmp_path / "t.safetensors", 4, 24), (source_layout, deepseek_v3, kvfold_layout)
+    for layout in layouts:
+        monkeypatch.setattr(layout, "config", lambda *a, right=layout.config: misled(right(*a)))
+    command = ("convert", source, tmp_path / "out", *flags, "--kv-budget", "50%", "--calibrate", tokens, "--heal-steps", 0)
+    code, text = invoke(*command)
+    assert code == 1 and not (tmp_path / "out").exists()
+    assert "of the written checkpoint computes something else than was folded (relative error" in text
+    assert invoke(*command, "--overwrite", "--no-verify")[0] == 0
+
+
+def misled(config: dict[str, Any]) -> dict[str, Any]:
+    return config | {"rope_parameters": {"rope_type": "default", "rope_theta": 3.0}}
+
+
+def test_a_source_without_finite_results_is_refused(tmp_path: Path, source: Path) -> None:
+    edit_tensors(source, lambda t: [tensor.fill_(1e38) for name, tensor in t.items() if "self_attn" in name])
+    text = refused(tmp_path / "out", "convert", source, tmp_path / "out", *HEADS)
+    assert "layer 0 gives NaN or infinity on some tokens: check the source's weights there" in text
 
 
 # No code of a stranger runs or travels

@@ -159,6 +159,10 @@ def convert(
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with OUT.partial where it was interrupted.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify/--no-verify", help="Compare what is written with what was folded before OUT is there."),
+    ] = True,
     json_path: Json = None,
 ) -> None:
     """Fold a checkpoint into another one with a smaller KV cache."""
@@ -173,7 +177,7 @@ def convert(
 
     settings = parse_settings(ConvertSettings, {**_read_settings(settings_file), **flags})
     with _progress(f"{source} → {out}") as report:
-        done = run(source, out, settings, resume, overwrite, report)
+        done = run(source, out, settings, resume, overwrite, report, verify)
     _write_json(json_path, done.record)
     if json_path != Path("-"):
         print(
