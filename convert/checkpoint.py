@@ -8,6 +8,7 @@ memory is one layer and an interrupted conversion keeps what it had finished.
 
 import json
 import os
+import re
 import shutil
 import struct
 import tempfile
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Annotated, Any
+from typing import IO, Any
 
 import torch
 from pydantic import BaseModel, Field
@@ -40,6 +41,7 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_SHARD = re.compile(r"[^/\\\x00]{1,240}\.safetensors")
 CHUNK = 4 << 20
 """Bytes copied at a time."""
 
@@ -64,9 +66,9 @@ class _Tensor(BaseModel):
 
 
 class _Index(BaseModel):
-    """`model.safetensors.index.json`: files beside it and nowhere else."""
+    """`model.safetensors.index.json`."""
 
-    weight_map: dict[str, Annotated[str, Field(pattern=r"^[^/\\\x00]{1,240}\.safetensors$")]] = Field(min_length=1)
+    weight_map: dict[str, str] = Field(min_length=1)
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -127,7 +129,11 @@ class CheckpointReader:
             return read_header(folder / SINGLE)
         if index.exists():
             weight_map = checked(_Index, read_json(index), str(index), "download it again").weight_map
-            headers = {shard: read_header(folder / shard) for shard in sorted(set(weight_map.values()))}
+            shards = sorted(set(weight_map.values()))
+            for shard in shards:  # files beside the index and nowhere else
+                if not _SHARD.fullmatch(shard):
+                    raise UserError(f"{index} names {shard!r:.80}, which is no file of weights beside it: download it again")
+            headers = {shard: read_header(folder / shard) for shard in shards}
             for name, shard in weight_map.items():
                 if name not in headers[shard]:
                     raise UserError(f"{index} names tensor {name}, but {shard} does not hold it; download both again")

@@ -41,7 +41,7 @@ class ConvertSettings(BaseModel):
     heal_steps: int = Field(300, ge=0)
     heal_window: int = Field(2, ge=1)
     heal_batch_tokens: int = Field(4096, ge=1)
-    heal_lr: float = Field(2e-2, gt=0, le=100)
+    heal_lr: float = Field(2e-2, gt=0, le=1e6)
     heal_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     dtype: str | None = None
     device: str = "auto"

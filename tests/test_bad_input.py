@@ -94,7 +94,7 @@ def test_one_line_is_all_there_is_on_standard_error(tmp_path: Path, source: Path
         ("--max-shard-size 0GB", "0GB is no size"),
         ("--heal-steps -1", "heal_steps: input should be greater than or equal to 0, got -1"),
         ("--heal-lr 0", "heal_lr: input should be greater than 0"),
-        ("--heal-lr inf", "heal_lr: input should be less than or equal to 100"),
+        ("--heal-lr inf", "heal_lr: input should be less than or equal to 1000000"),
         ("--heal-window 0", "heal_window: input should be greater than or equal to 1"),
         ("--heal-batch-tokens 0", "heal_batch_tokens"),
         ("--window 1", "window: input should be greater than or equal to 2"),

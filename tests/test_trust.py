@@ -181,7 +181,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a damaged tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json is not valid JSON"),
     "an index out of the folder": (
         lambda f: ((f / SINGLE).rename(f.parent / "a.safetensors"), index(f, dict.fromkeys([K, V], "../a.safetensors"))),
-        "index.json is damaged (weight_map",
+        "names '../a.safetensors', which is no file of weights beside it",
     ),
     "an index of no file": (lambda f: ((f / SINGLE).unlink(), index(f, {K: None})), "index.json is damaged (weight_map"),
     "an adapter": (
