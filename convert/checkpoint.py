@@ -201,6 +201,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").exists():
         refuse_adapter(folder)
         raise UserError(f"{folder} has no config.json: give the folder of a Hugging Face checkpoint or a Hub id")
+    for path in folder.iterdir():  # whoever opens one waits for ever, and transformers opens many
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(f"{path} is a pipe or a device, no file: remove it")
     config = read_json(folder / "config.json")
     if (folder / "hf_quant_config.json").exists():  # where modelopt says it
         config.setdefault("quantization_config", {"quant_method": "modelopt"})

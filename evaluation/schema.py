@@ -60,7 +60,7 @@ class Task(_Strict):
 class Measured(_Strict):
     """What is measured on the source and on every folded model. NLL in nats per token."""
 
-    path: str
+    path: str = Field(pattern=r"^[^\x00]*$")
     nll: float
     perplexity: float
     bits_per_byte: float | None
@@ -85,6 +85,13 @@ class Folded(Measured):
     attention_errors: list[float]
     stage: Literal["closed form", "healed", "uptrained", "unknown"]
     conversion: dict[str, Any] | None
+
+
+class Finished(_Strict):
+    """What is kept of one model until the report is written."""
+
+    source: Measured
+    model: Folded
 
 
 class Measurement(BaseModel):

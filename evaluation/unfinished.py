@@ -5,6 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from kvfold.convert.jsonfile import read_json
+from kvfold.errors import UserError
+from kvfold.evaluation.schema import Finished
+
 PARTIAL = "report.partial.json"
 
 
@@ -16,11 +22,10 @@ class Unfinished:
         self.results: dict[str, dict[str, Any]] = {}
         if self.file and self.file.exists():
             try:
-                loaded = json.loads(self.file.read_text())
-            except ValueError:  # the process was killed while it wrote
-                loaded = None
-            if isinstance(loaded, dict):
-                self.results = loaded
+                loaded = read_json(self.file)
+            except UserError:  # nothing is lost but time
+                loaded = {}
+            self.results = {key: result for key, result in loaded.items() if _is_whole(result)}
 
     def write(self) -> None:
         """Write the file anew, by way of another one so that none is ever torn."""
@@ -29,6 +34,14 @@ class Unfinished:
             fresh = self.file.with_suffix(".new")
             fresh.write_text(json.dumps(self.results))
             fresh.replace(self.file)
+
+
+def _is_whole(result: Any) -> bool:
+    try:
+        Finished.model_validate(result)
+    except ValidationError:
+        return False
+    return True
 
 
 def key_of(decided: dict[str, Any], *folders: Path) -> str:

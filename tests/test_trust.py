@@ -177,7 +177,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "rope_parameters",
     ),
     "nested JSON": (lambda f: (f / "config.json").write_text('{"a":' * 50000 + "1" + "}" * 50000), "is not valid JSON"),
-    "a pipe": (lambda f: ((f / SINGLE).unlink(), os.mkfifo(f / SINGLE)), "is no file"),
+    "a pipe": (lambda f: ((f / SINGLE).unlink(), os.mkfifo(f / SINGLE)), "is a pipe or a device"),
     "a damaged tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json is not valid JSON"),
     "an index out of the folder": (
         lambda f: ((f / SINGLE).rename(f.parent / "a.safetensors"), index(f, dict.fromkeys([K, V], "../a.safetensors"))),
