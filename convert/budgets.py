@@ -44,13 +44,15 @@ def measured_widths(
     curves: list[Curve] = []
     for layer in range(plan.spec.layers):
         report(0.0, f"measuring layer {layer + 1}/{plan.spec.layers}")
-        seen = observe(plan, source, layer, source.block(layer), original)
+        block = source.block(layer)
+        seen = observe(plan, source, layer, block, original)
         curve: Curve = {}
         weight = 1 + (LAST - 1) * layer / max(1, plan.spec.layers - 1)
         for widths in widths_to_try(plan):
             error = weight * best_latent(plan, seen, *widths, search=False)[0]
             curve[sum(widths)] = min(curve.get(sum(widths), (inf, widths)), (error, widths))
         curves.append(curve)
+        block.advance(original)
     scratch.unlink(missing_ok=True)
     return allocate(curves, int(plan.cache_numbers) * plan.spec.layers)
 

@@ -24,7 +24,8 @@ def best(plan: ConversionPlan, seen: Observed, layer: int) -> tuple[float, str, 
     if plan.design != "grouped":
         return best_latent(plan, seen, *plan.layer_widths(layer))
     ordered, generator = _grouped(plan, seen.weights, layer, seen.moment)
-    offered = grouping.candidates(plan.method, ordered, plan.kv_heads, seen.moment, generator)
+    moment = seen.attended if plan.method == "pca" else seen.moment
+    offered = grouping.candidates(plan.method, ordered, plan.kv_heads, moment, generator)
     return _least(seen, offered)
 
 
@@ -43,12 +44,12 @@ def best_latent(
 
     def fold(choice: Choice) -> FoldedWeights:
         if plan.design == "rebuilt-key":
-            return thin(rebuilt.rebuilt(weights, rank, moment, choice))
+            return thin(rebuilt.rebuilt(weights, rank, seen.attended, choice))
         if plan.design == "reused-key":
-            return thin(factorized.mfa_kr(weights, rope_dim, moment, seen.phase, choice))
+            return thin(factorized.mfa_kr(weights, rope_dim, seen.attended, seen.phase, choice))
         if plan.settings.to == "mfa":
-            return thin(factorized.mfa(weights, rope_dim, moment, seen.phase, choice))
-        return thin(latent.fold(weights, rank, rope_dim, moment, seen.phase, choice))
+            return thin(factorized.mfa(weights, rope_dim, seen.attended, seen.phase, choice))
+        return thin(latent.fold(weights, rank, rope_dim, seen.attended, seen.phase, choice))
 
     start, tries = _search(plan)
     error, choice, folded = latent.search(fold, seen.measure, start, tries if search else {})

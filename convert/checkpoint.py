@@ -1,21 +1,17 @@
-"""Reading and writing Hugging Face checkpoints tensor by tensor.
+"""Reading Hugging Face checkpoints tensor by tensor.
 
 The safetensors file format is an 8-byte little-endian header length, a JSON header that gives each tensor's dtype, shape and
 byte range, and the raw bytes. The library reads through a memory map and writes whole files from memory; kvfold
-reads one tensor at a time into its own buffer and writes into files whose headers were laid out in advance, so that peak
-memory is one layer and an interrupted conversion keeps what it had finished.
+reads one tensor at a time into its own buffer and writes (writer.py) into files whose headers were laid out in advance, so
+that peak memory is one layer and an interrupted conversion keeps what it had finished.
 """
 
 import json
-import os
 import re
-import shutil
 import struct
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import torch
@@ -23,8 +19,9 @@ from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kvfold.convert.files import CHUNK
 from kvfold.convert.jsonfile import checked, read_json
-from kvfold.errors import ConversionError, UserError
+from kvfold.errors import UserError
 
 DTYPES = {
     "F64": torch.float64,
@@ -42,8 +39,6 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _SHARD = re.compile(r"[^/\\\x00]{1,240}\.safetensors")
-CHUNK = 4 << 20
-"""Bytes copied at a time."""
 
 
 @dataclass(frozen=True)
@@ -221,11 +216,11 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def _refuse_nonfinite(tensor: Tensor, name: str, file: Path) -> None:
-    if not _is_finite(tensor):
+    if not is_finite(tensor):
         raise UserError(f"tensor {name} in {file} holds NaN or infinity: the checkpoint is damaged, get a sound copy")
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     # NaN and infinity both show in the extremes, which cost one pass at memory speed.
     return not tensor.is_floating_point() or not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
@@ -251,219 +246,3 @@ class TensorSpec:
     def size(self) -> int:
         """Bytes."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
-
-
-def assign_shards(specs: Iterable[TensorSpec], max_shard_size: int) -> list[list[TensorSpec]]:
-    """Fill shards in order; a tensor larger than `max_shard_size` bytes gets a shard of its own."""
-    shards: list[list[TensorSpec]] = [[]]
-    filled = 0
-    for spec in specs:
-        if shards[-1] and filled + spec.size > max_shard_size:
-            shards.append([])
-            filled = 0
-        shards[-1].append(spec)
-        filled += spec.size
-    return shards
-
-
-class CheckpointWriter:
-    """Writes `OUT.partial/`, tensor by tensor in any order, and renames it to `OUT` when all is there.
-
-    The layout of every file follows from `specs` alone, so a resumed conversion writes the same bytes as one that was
-    never interrupted. What is finished is journalled: `journal.jsonl` holds a fingerprint of the job in its first line and one
-    line for every finished unit of work. Leaving the `with` block by an exception keeps the partial folder and never
-    makes an `OUT`.
-
-    Raises:
-        UserError: `OUT` or an interrupted `OUT.partial` exists and neither `overwrite` nor `resume` is asked for;
-            `OUT.partial` was begun with other settings; the disk is too full.
-    """
-
-    JOURNAL = "journal.jsonl"
-
-    def __init__(
-        self,
-        out: Path,
-        specs: list[TensorSpec],
-        max_shard_size: int,
-        fingerprint: dict[str, Any],
-        resume: bool = False,
-        overwrite: bool = False,
-    ) -> None:
-        self.out, self.partial, self.overwrite = out, partial_folder(out), overwrite
-        refuse_existing(out, overwrite)
-        self._place: dict[str, tuple[Path, int, TensorSpec]] = {}
-        self._index: dict[str, str] = {}
-        self._open: dict[Path, IO[bytes]] = {}
-        shards = assign_shards(specs, max_shard_size)
-        headers: list[tuple[Path, bytes, int]] = []
-        for number, shard in enumerate(shards, 1):
-            name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            headers.append((self.partial / name, *self._lay_out(name, shard)))
-        self.total_size = sum(s.size for s in specs)
-        self.sharded = len(shards) > 1
-
-        self.finished: dict[str, dict[str, Any]] = {}
-        journal = self.partial / self.JOURNAL
-        self._begun_here = not (resume and journal.exists())
-        if not self._begun_here:
-            self.finished = _read_journal(journal, fingerprint)
-        else:
-            if journal.exists() and not overwrite:
-                raise UserError(
-                    f"{self.partial} holds an interrupted conversion: go on with --resume, or start anew with --overwrite"
-                )
-            if self.partial.exists():
-                shutil.rmtree(self.partial)
-            self.partial.mkdir(parents=True)
-            need, free = self.total_size, shutil.disk_usage(self.partial).free
-            if need > free:
-                self.partial.rmdir()
-                raise UserError(
-                    f"{out.parent} has {free:,} bytes free and {out.name} needs {need:,}: free some, or write elsewhere"
-                )
-            for path, header, end in headers:
-                with path.open("wb") as file:
-                    file.write(header)
-                    file.truncate(end)
-            with journal.open("w") as file:
-                file.write(json.dumps({"job": fingerprint}) + "\n")
-
-    def _lay_out(self, name: str, shard: list[TensorSpec]) -> tuple[bytes, int]:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for spec in shard:
-            header[spec.name] = {
-                "dtype": DTYPE_NAMES[spec.dtype],
-                "shape": list(spec.shape),
-                "data_offsets": [offset, offset + spec.size],
-            }
-            offset += spec.size
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # the format aligns data to 8 bytes
-        start = 8 + len(text)
-        for spec in shard:
-            self._place[spec.name] = (self.partial / name, start + header[spec.name]["data_offsets"][0], spec)
-            self._index[spec.name] = name
-        return struct.pack("<Q", len(text)) + text, start + offset
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, cast to its planned dtype. Raises ConversionError on a wrong shape or a value lost to the cast."""
-        path, offset, spec = self._place[name]
-        if tuple(tensor.shape) != spec.shape:
-            raise ConversionError(f"{name} has shape {tuple(tensor.shape)}, planned {spec.shape}: please report this")
-        cast = tensor.detach().to("cpu", spec.dtype).contiguous()
-        if not _is_finite(cast):
-            raise ConversionError(f"{name} does not fit {spec.dtype}: it would hold NaN or infinity; choose a wider --dtype")
-        self._put(path, offset, [cast.flatten().view(torch.uint8).numpy().data])
-
-    def copy(self, name: str, reader: CheckpointReader, source: str | None = None, factor: float = 1.0) -> None:
-        """Copy the tensor `source` (or `name`) of the source: byte for byte when its dtype and scale stay, cast otherwise."""
-        path, offset, spec = self._place[name]
-        source = source or name
-        if reader.entry(source).dtype == spec.dtype and factor == 1.0:
-            self._put(path, offset, reader.chunks(source))
-        else:
-            tensor = reader.tensor(source)
-            self.write(name, tensor if factor == 1.0 else tensor.float() * factor)
-
-    def read(self, name: str) -> Tensor:
-        """Read back a tensor that has been written."""
-        path, offset, spec = self._place[name]
-        with path.open("rb") as file:
-            file.seek(offset)
-            return torch.frombuffer(bytearray(file.read(spec.size)), dtype=spec.dtype).view(spec.shape)
-
-    def _put(self, path: Path, offset: int, pieces: Iterable[memoryview]) -> None:
-        if path not in self._open:
-            self._open[path] = path.open("r+b", buffering=0)
-        file = self._open[path]
-        file.seek(offset)
-        for piece in pieces:
-            rest = piece
-            while rest:
-                rest = rest[file.write(rest) :]
-
-    def finish(self, unit: str, record: dict[str, Any]) -> None:
-        """Journal a unit of work whose tensors are all written; `record` comes back in `finished` after a resume."""
-        self.finished[unit] = record
-        with (self.partial / self.JOURNAL).open("a") as file:
-            file.write(json.dumps({"unit": unit, "record": record}) + "\n")
-
-    def commit(self, texts: dict[str, str], copies: Iterable[Path]) -> None:
-        """Write the index and `texts` (name → content), copy the files `copies`, and give the folder its name."""
-        self._close()
-        if self.sharded:
-            index = {"metadata": {"total_size": self.total_size}, "weight_map": self._index}
-            (self.partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        for file in copies:
-            shutil.copyfile(file, self.partial / file.name)
-        for name, text in texts.items():
-            (self.partial / name).parent.mkdir(exist_ok=True)
-            (self.partial / name).write_text(text, encoding="utf-8")
-        for leftover in (self.JOURNAL, "waiting-*"):
-            for path in self.partial.glob(leftover):
-                path.unlink()
-        give_name(self.partial, self.out, self.overwrite)
-
-    def __enter__(self) -> "CheckpointWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._close()
-        if isinstance(error, UserError) and self._begun_here:
-            shutil.rmtree(self.partial)  # a request that cannot be carried out leaves nothing
-
-    def _close(self) -> None:
-        for file in self._open.values():
-            file.close()
-        self._open.clear()
-
-
-def partial_folder(out: Path) -> Path:
-    if not out.name or out.name == "..":
-        raise UserError(f"{out} names no folder to write: choose another name")
-    return out.with_name(out.name + ".partial")
-
-
-def give_name(folder: Path, out: Path, overwrite: bool) -> None:
-    """Rename `folder` to `out`. What `out` was goes only once the new one stands. Raises UserError as `refuse_existing`."""
-    refuse_existing(out, overwrite)
-    if not out.exists():
-        os.rename(folder, out)
-        return
-    retired = Path(tempfile.mkdtemp(prefix=f"{out.name}.replaced-", dir=out.parent))
-    os.rename(out, retired / out.name)
-    try:
-        os.rename(folder, out)
-    except OSError:
-        os.rename(retired / out.name, out)
-        raise
-    finally:
-        shutil.rmtree(retired)
-
-
-def refuse_existing(out: Path, overwrite: bool) -> None:
-    """Raise UserError when `out` exists and may not be replaced."""
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists: choose another name, or pass --overwrite to replace it")
-    if out.exists() and not (out.is_dir() and ((out / "config.json").exists() or not any(out.iterdir()))):
-        raise UserError(f"{out} is not a checkpoint folder: kvfold will not replace it; choose another name")
-
-
-def _read_journal(journal: Path, fingerprint: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    lines = []
-    for line in journal.read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:  # the line during which the process was killed
-            break
-    job = lines[0]["job"] if lines else {}
-    if job != (wanted := json.loads(json.dumps(fingerprint))):
-        differ = sorted(k for k in wanted.keys() | job.keys() if wanted.get(k) != job.get(k))
-        raise UserError(
-            f"{journal.parent} was begun with other settings ({', '.join(differ)}): repeat them exactly, "
-            "or start anew with --overwrite in place of --resume"
-        )
-    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))  # without the torn line, for what comes next
-    return {line["unit"]: line["record"] for line in lines[1:]}

@@ -24,8 +24,9 @@ def source_parameters(said: dict[str, Any], spec: AttentionSpec) -> int:
 
 
 def widest_rope(said: dict[str, Any], spec: AttentionSpec, settings: ConvertSettings, layout: str) -> int:
-    """The widest rotary key that the calibration text may choose for MLA in our own layout: every query head has as many more
-    columns, and the model grows by `MOST_GROWTH` at most. Elsewhere the width of all keys."""
+    """The widest rotary key that the calibration text may choose for MLA in our own layout. Every query head has as many more
+    columns, and the model grows by `MOST_GROWTH` at most, or as much as with one head's width. Elsewhere the width of all keys.
+    """
     width, full = spec.head_dim, spec.kv_heads * spec.head_dim
     if settings.to != "mla" or layout != "kvfold" or settings.method not in (None, "kvfold"):
         return full
@@ -40,7 +41,7 @@ def widest_rope(said: dict[str, Any], spec: AttentionSpec, settings: ConvertSett
     still = heads * (read + hidden) + (settings.q_rank or 0) * hidden + numbers * (hidden + 1 + 2 * heads) + hidden
     whole = 2 * heads * hidden + 2 * full * hidden
     spare = MOST_GROWTH * source_parameters(said, spec) / spec.layers + whole - still
-    return full if gained <= 0 else min(full, max(2, int(spare / gained) // 2 * 2))
+    return full if gained <= 0 else min(full, max(width, int(spare / gained) // 2 * 2))
 
 
 def latent_widths(

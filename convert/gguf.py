@@ -17,8 +17,10 @@ from torch import Tensor
 
 from kvfold.convert.checkpoint import CheckpointReader
 from kvfold.convert.config import ConfigFile
+from kvfold.convert.files import sync
 from kvfold.convert.job import Report
 from kvfold.convert.jsonfile import checked, read_json
+from kvfold.convert.partial import alone
 from kvfold.convert.source import build_on_meta, refuse_mismatch
 from kvfold.errors import UserError
 
@@ -74,7 +76,7 @@ def write_gguf(
     reader = CheckpointReader(folder)
     config = _checked_config(reader)
     vocabulary = read_vocabulary(folder, config["vocab_size"], pre)
-    partial = out.with_name(out.name + ".partial")
+    partial = out.with_name(f".{out.name}.kvfold")
     writer = GGUFWriter(partial, MODEL_ARCH_NAMES[MODEL_ARCH.DEEPSEEK2])
     half = reader.entry("model.embed_tokens.weight").dtype == torch.bfloat16
     writer.add_file_type(LlamaFileType.MOSTLY_BF16 if half else LlamaFileType.ALL_F32)
@@ -87,7 +89,7 @@ def write_gguf(
         if raw is None:
             raise UserError(f"{folder} has {name} in {stored}: fold it with --dtype float32 or bfloat16")
         writer.add_tensor_info(name, tensor.shape, numpy.dtype("float32"), tensor.numel() * stored.itemsize, raw)
-    try:
+    with alone(partial):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -97,9 +99,8 @@ def write_gguf(
             written = tensor.to(stored_dtype(tensor)).contiguous()
             writer.write_tensor_data((written.view(torch.int16) if written.dtype == torch.bfloat16 else written).numpy())
         writer.close()
+        sync(partial)
         partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def stored_dtype(tensor: Tensor) -> torch.dtype:

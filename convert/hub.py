@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from kvfold.convert.card import CARD, Licence, parse_card, read_card
+from kvfold.convert.files import write_whole
 from kvfold.convert.sidefiles import is_needed, lies_inside
 from kvfold.errors import ConversionError, UserError
 
@@ -119,7 +120,7 @@ def push(out: Path, repo_id: str, card: str, private: bool = False, revision: st
             raise UserError(f"{repo_id} exists and is public: make it private in its settings, or leave --private out")
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-    (out / CARD).write_text(card, encoding="utf-8")
+    write_whole(out / CARD, card)
     message = "Upload a checkpoint folded by kvfold"
     wanted, _ = files_of(out)
     with _explained(repo_id):

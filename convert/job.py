@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvfold.convert.checkpoint import CheckpointReader, CheckpointWriter
+from kvfold.convert.checkpoint import CheckpointReader
 from kvfold.convert.layouts import Layout, layout_of
 from kvfold.convert.observe import read_attention
 from kvfold.convert.plan import ConversionPlan
+from kvfold.convert.writer import CheckpointWriter
 from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.designs import FoldedWeights
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,8 +16,11 @@ from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.designs import FoldedWeights, design
 from kvfold.surgery.healing import relative_error
 from kvfold.surgery.lowrank import SecondMoment
-from kvfold.surgery.rope import Rope
+from kvfold.surgery.refit import OutputRegression
 
+Folded = TypeVar("Folded", bound=FoldedWeights)
+ATTENDED = 0.9
+"""How much of a second moment counts tokens by the attention they receive; the rest counts them alike."""
 MEASURED_TOKENS = (2048, 8192)
 """Calibration tokens on which the candidates of a layer are compared: an eighth of all, between these two."""
 
@@ -42,45 +45,65 @@ class Observed:
 
     Attributes:
         weights: its attention, float64.
-        moment: E[z zᵀ] of the attention's augmented inputs (d + 1, d + 1).
-        sample, rope: some of the inputs (B, T, d), and their rotary tables.
+        moment: E[z zᵀ] of the attention's augmented inputs (d + 1, d + 1), all tokens alike.
+        attended: the same where tokens count by the attention that they receive, with a share of the plain one.
+        phase: what each head's attention leaves of every frequency on average, (H, D/2) complex.
+        sample: some of the inputs (B, T, d).
         measure: the relative error behind the layer with other weights in its attention's place.
     """
 
     weights: AttentionWeights
     moment: Tensor
+    attended: Tensor
+    phase: Tensor
     sample: Tensor
-    rope: Rope
     measure: Callable[[FoldedWeights], float]
-
-    @cached_property
-    def phase(self) -> Tensor:
-        """What each head's attention leaves of every frequency on average, (H, D/2) complex."""
-        return latent.coherence(latent.attention_lags(self.weights, self.sample, self.rope), self.rope)
 
 
 def observe(plan: ConversionPlan, source: SourceModel, layer: int, block: Block, original: HiddenStates) -> Observed:
-    """Read a layer's attention, take its inputs' second moment, and move the original stream behind the layer."""
+    """Read a layer's attention and run it over its inputs. The original stream stays before the layer."""
     attention = read_attention(plan, source.reader, layer).to(source.device, torch.float64)
-    moment = SecondMoment(plan.spec.hidden_size, source.device)
+    plain, attended = (SecondMoment(plan.spec.hidden_size, source.device) for _ in range(2))
+    cos, sin = block.rope
+    rope, lags = (cos[0], sin[0]), torch.zeros(())
     for rows in original.batches():
-        weights = None if original.weights is None else original.weights[rows].to(source.device)
-        moment.add(block.attention_input(original.data[rows].to(source.device)), weights)
+        counts = None if original.weights is None else original.weights[rows].to(source.device)
+        x = block.attention_input(original.data[rows].to(source.device))
+        plain.add(x, counts)
+        seen, received = latent.attention_seen(attention, x, rope)
+        attended.add(x, received if counts is None else received * counts)
+        lags = lags.to(seen) + seen
     windows, tokens, _ = original.data.shape
     least, most = MEASURED_TOKENS
     measured = slice(0, max(1, min(most, max(least, windows * tokens // 8)) // tokens))
     before = original.data[measured].clone().to(source.device)  # the stream moves on in place
     with torch.no_grad():
-        inputs = block.attention_input(before)
-    block.advance(original)
-    after = original.data[measured].to(source.device)
-    check_finite(original.data, f"source layer {layer}")
+        inputs, after = block.attention_input(before), block(before)
+    check_finite(after, f"source layer {layer}")
 
     @torch.no_grad()
     def measure(folded: FoldedWeights) -> float:
-        block.set_attention(design(folded.to(source.device, torch.float32)))
-        error = float(relative_error(block(before), after))
+        with block.attention(design(folded.to(source.device, torch.float32))):
+            error = float(relative_error(block(before), after))
         return error if math.isfinite(error) else math.inf
 
+    moment = plain.value()
+    mixed = ATTENDED * attended.value() + (1 - ATTENDED) * moment
+    return Observed(attention, moment, mixed, latent.coherence(lags, rope), inputs, measure)
+
+
+@torch.no_grad()
+def refit_output(folded: Folded, block: Block, original: HiddenStates, bias: bool) -> Folded:
+    """`folded` with the output projection that brings it nearest to the source's attention on all calibration tokens.
+
+    The block still has the source's attention, and `original` stands before it.
+    """
+    attention = design(folded.to(block.device, torch.float32))
     cos, sin = block.rope
-    return Observed(attention, moment.value(), inputs, (cos[0], sin[0]), measure)
+    regression = OutputRegression(attention.o_proj.in_features, attention.o_proj.out_features, block.device)
+    for rows in original.batches():
+        hidden = original.data[rows].to(block.device)
+        x = block.attention_input(hidden)
+        wanted, heads = block.attend(x), attention.mix(x, (cos[0], sin[0]))
+        regression.add(heads, wanted - attention.o_proj(heads), (hidden + wanted).square().sum(-1))
+    return regression.solve(folded, bias)

@@ -17,18 +17,21 @@ import torch
 import kvfold
 from kvfold.convert.budgets import measured_widths
 from kvfold.convert.candidates import alone
-from kvfold.convert.checkpoint import CheckpointWriter, TensorSpec, refuse_existing
+from kvfold.convert.checkpoint import TensorSpec, read_json
 from kvfold.convert.data import calibration_windows
+from kvfold.convert.files import checksum_of_rows
 from kvfold.convert.job import Job, Report
 from kvfold.convert.layouts import layout_of
+from kvfold.convert.partial import JOURNAL, Partial, refuse_existing, resumable
 from kvfold.convert.plan import make_plan
 from kvfold.convert.record import RECORD
 from kvfold.convert.settings import ConvertSettings, normal_dtype, parse_size
 from kvfold.convert.sidefiles import side_files
-from kvfold.convert.source import fetch_checkpoint, fetch_config, open_source
+from kvfold.convert.source import fetch_checkpoint, fetch_config, identity, open_source
 from kvfold.convert.streamed import fold_on_stream
 from kvfold.convert.verify import verify
-from kvfold.errors import ConversionError, UserError
+from kvfold.convert.writer import CheckpointWriter
+from kvfold.errors import UserError
 
 POOLING = ("mean", "first", "random")
 
@@ -58,33 +61,35 @@ def convert(
         ConversionError: it failed on the way; `OUT.partial` keeps the finished layers for `resume`.
     """
     started = time.time()
-    refuse_existing(out, overwrite)
+    if not resume:
+        refuse_existing(out, overwrite)
     if Path(source).exists() and out.resolve() == Path(source).resolve():
         raise UserError(f"{out} is the source itself: choose another name")
     plan = make_plan(fetch_config(source, settings.revision), settings)
     plan.refuse(converting=True)
     device = pick_device(settings.device)
-    folder = fetch_checkpoint(source, settings.revision)
-    reader, side = open_source(folder), side_files(folder)
-    plan = make_plan(reader.config, settings)  # once more, for what the tensors say otherwise
-    plan.refuse(converting=True)
-    windows = calibration_windows(plan, folder, device, lambda line: report(0.0, line))
-    if plan.measures_widths and windows is not None:
-        plan = replace(plan, widths=measured_widths(plan, reader, device, windows, out.with_name(out.name + ".hidden"), report))
-
-    dtype = getattr(torch, name) if (name := normal_dtype(settings.dtype)) else None
-    layout = layout_of(plan)
-    specs = layout.tensor_specs(reader, plan, dtype)
-    fingerprint = {
-        "kvfold": kvfold.__version__,
-        "source": str(source),
-        **settings.model_dump(),
-        "widths": plan.widths,
-        "files": {f.name: f.stat().st_size for f in sorted({e.file for e in reader.entries.values()})},
-    }
-    with CheckpointWriter(out, specs, parse_size(settings.max_shard_size), fingerprint, resume, overwrite) as writer:
-        job = Job(plan, reader, writer)
-        try:
+    with Partial(out, JOURNAL, resume, overwrite) as partial, resumable(partial.folder):
+        if partial.finished:
+            return Conversion(out, read_json(out / RECORD), [])
+        folder = fetch_checkpoint(source, settings.revision)
+        reader, side = open_source(folder), side_files(folder)
+        plan = make_plan(reader.config, settings)  # once more, for what the tensors say otherwise
+        plan.refuse(converting=True)
+        windows = calibration_windows(plan, folder, device, lambda line: report(0.0, line))
+        if plan.measures_widths and windows is not None:
+            scratch = partial.folder / "measured.hidden"
+            plan = replace(plan, widths=measured_widths(plan, reader, device, windows, scratch, report))
+        dtype = getattr(torch, name) if (name := normal_dtype(settings.dtype)) else None
+        layout = layout_of(plan)
+        specs = layout.tensor_specs(reader, plan, dtype)
+        asked = {
+            "version": kvfold.__version__,
+            "settings": {"source": str(source), **settings.model_dump(), "widths": plan.widths},
+            "source files": identity(reader),
+            "calibration text": None if windows is None else checksum_of_rows(windows.ids),
+        }
+        with CheckpointWriter(partial, specs, parse_size(settings.max_shard_size), asked) as writer:
+            job = Job(plan, reader, writer)
             if windows is None:
                 fold_alone(job, device, report)
             else:
@@ -111,10 +116,6 @@ def convert(
                 verify(job, config, None if windows is None else windows.ids, device, report)
             files = {"config.json": json.dumps(config, indent=2) + "\n", RECORD: json.dumps(record, indent=2) + "\n"}
             writer.commit({**side.texts, **layout.files(), **files}, side.copies)
-        except OSError as error:
-            raise ConversionError(
-                f"writing {writer.partial} failed ({error.strerror or error}): free the disk and repeat with --resume"
-            ) from error
     report(1.0, "done")
     return Conversion(out, record, side.left)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvfold.convert.checkpoint import CheckpointReader, read_config, refuse_adapter
 from kvfold.convert.config import config_of
+from kvfold.convert.files import checksum, checksum_of, stamp
 from kvfold.errors import UserError
 
 if TYPE_CHECKING:
@@ -159,6 +160,19 @@ def _spelled(folder: Path) -> Path:
 def _is_here(source: str) -> bool:
     """Whether this is a path; an empty one would be the folder in which the command runs."""
     return bool(source.strip()) and Path(source).exists()
+
+
+def identity(reader: CheckpointReader) -> dict[str, str]:
+    """What tells without reading the weights whether a checkpoint is still the same.
+
+    config.json by its content, and every weight file by its size, its time and the content of its header.
+    """
+    found = {"config.json": checksum(reader.folder / "config.json")}
+    for path in sorted({entry.file for entry in reader.entries.values()}):
+        first = min(entry.start for entry in reader.entries.values() if entry.file == path)
+        with path.open("rb") as file:
+            found[path.name] = f"{stamp(path)} {checksum_of(file, 0, first)}"
+    return found
 
 
 def _refuse_impossible(source: str) -> None:

@@ -4,7 +4,9 @@ transformers builds the model on the meta device, which costs no memory; a layer
 turn. Everything runs in float32, whatever the checkpoint's dtype.
 """
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,9 @@ class HiddenStates:
             self.data = torch.empty(shape)
         else:
             file.unlink(missing_ok=True)
+            if hasattr(os, "posix_fallocate"):  # a map of a file whose blocks the disk has not got would die of a signal
+                with file.open("wb") as opened:
+                    os.posix_fallocate(opened.fileno(), 0, 4 * size)
             self.data = torch.from_file(str(file), shared=True, size=size, dtype=torch.float32).view(shape)
 
     @staticmethod
@@ -79,6 +84,20 @@ class Block(nn.Module):
 
     def set_attention(self, design: nn.Module) -> None:
         self.layer.self_attn = FoldedAttention(design)
+
+    @contextmanager
+    def attention(self, design: nn.Module) -> Iterator[None]:
+        """A design in the attention's place for a while."""
+        before = self.layer.self_attn
+        self.set_attention(design)
+        try:
+            yield
+        finally:
+            self.layer.self_attn = before
+
+    def attend(self, x: Tensor) -> Tensor:
+        """The attention's output on its normed inputs: (B, T, d) → (B, T, d)."""
+        return self.layer.self_attn(hidden_states=x, attention_mask=None, position_embeddings=self.rope)[0]
 
     def attention_input(self, hidden: Tensor) -> Tensor:
         """What the attention reads: the layer's input after its norm."""

@@ -17,18 +17,21 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from kvfold.convert.candidates import best
 from kvfold.convert.data import Windows
 from kvfold.convert.job import Job, Report
-from kvfold.convert.observe import observe
+from kvfold.convert.observe import observe, refit_output
 from kvfold.convert.settings import ConvertSettings
 from kvfold.convert.stream import Block, HiddenStates, SourceModel, check_finite
 from kvfold.errors import ConversionError
 from kvfold.surgery.designs import WEIGHTS, FoldedWeights, design
 from kvfold.surgery.healing import heal, relative_error
+
+REFITTED = ("kvfold", "pca")
+"""Methods whose output projection is fitted to the folded heads; the others are left as they were published."""
 
 
 @dataclass
@@ -58,7 +61,7 @@ def fold_on_stream(job: Job, device: torch.device, windows: Windows, report: Rep
     source = SourceModel(job.reader, plan.family, device, windows.ids.shape[1])
     report(0.0, "embedding")
     on_disk = HiddenStates.needs_disk((*windows.ids.shape, plan.spec.hidden_size))
-    files = [job.writer.partial / f"{name}.hidden" for name in ("original", "folded")]
+    files = [job.writer.folder / f"{name}.hidden" for name in ("original", "folded")]
     streams = [source.embed(windows.ids, file if on_disk else None) for file in files[: 2 if settings.heal_steps else 1]]
     if settings.token_weights == "nll":
         report(0.0, "weighing tokens")
@@ -111,6 +114,13 @@ def _open_layer(job: Job, source: SourceModel, layer: int, original: HiddenState
     error, label, folded = best(job.plan, seen, layer)
     if error == math.inf:
         raise ConversionError(f"folding layer {layer} gave no finite result: check the source's weights there")
+    if job.plan.method in REFITTED:
+        refitted = refit_output(folded, block, original, bias=job.plan.layout == "kvfold")
+        refitted_error = seen.measure(refitted)
+        if refitted_error < error:
+            error, folded = refitted_error, refitted
+    block.advance(original)
+    check_finite(original.data, f"source layer {layer}")
     return _OpenLayer(block, folded, label, error)
 
 
@@ -160,7 +170,7 @@ def _heal(
 
 
 def _waiting_file(job: Job, layer: int) -> Path:
-    return job.writer.partial / f"waiting-behind-{layer}.safetensors"
+    return job.writer.folder / f"waiting-behind-{layer}.safetensors"
 
 
 def _save_waiting(job: Job, layer: int, waiting: Iterable[_OpenLayer]) -> None:
@@ -172,7 +182,7 @@ def _save_waiting(job: Job, layer: int, waiting: Iterable[_OpenLayer]) -> None:
         tensors |= {f"{number}.{name}": t.cpu().contiguous() for name, t in held.tensors().items()}
         notes[str(number)] = json.dumps([type(held).__name__, item.choice, item.error])
     if tensors:
-        save_file(tensors, _waiting_file(job, layer), notes)
+        job.writer.keep(_waiting_file(job, layer).name, save(tensors, notes))
     _waiting_file(job, layer - 2).unlink(missing_ok=True)  # the last but one: the journal may still name the last
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvfold.convert import escape
+from kvfold.convert.files import write_whole
 from kvfold.errors import UserError
 from kvfold.evaluation.schema import Report, read_report
 from kvfold.evaluation.unfinished import PARTIAL
@@ -87,7 +88,7 @@ def write(result: Row, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     settings, drawn = result["settings"], find_spec("matplotlib") is not None
     paths = [folder / "report.json", folder / "report.md"]
-    paths[0].write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_whole(paths[0], json.dumps(result, indent=2) + "\n")
     main = {"title": "Damage", "note": "", "header": [name for name, _ in COLUMNS], "rows": rows(result)}
     images = []
     if drawn:
@@ -95,7 +96,7 @@ def write(result: Row, folder: Path) -> list[Path]:
 
         images = page.write_plots(result, folder / PLOTS)
         paths.append(folder / "report.html")
-        paths[-1].write_text(page.page(result, [main, *details(result)], LEGEND), encoding="utf-8")
+        write_whole(paths[-1], page.page(result, [main, *details(result)], LEGEND))
     text = [
         "# kvfold evaluation",
         f"{result['tokens']:,} predicted tokens of {escape.markdown(settings['on'])}, "
@@ -104,7 +105,7 @@ def write(result: Row, folder: Path) -> list[Path]:
         *(f"![{image.stem}]({PLOTS}/{image.name})" for image in images),
         *(f"## {t['title']}\n\n{t['note']}\n\n{_markdown(t['header'], t['rows'])}" for t in details(result)),
     ]
-    paths[1].write_text("\n\n".join(part.strip("\n") for part in text) + "\n", encoding="utf-8")
+    write_whole(paths[1], "\n\n".join(part.strip("\n") for part in text) + "\n")
     (folder / PARTIAL).unlink(missing_ok=True)
     return paths
 

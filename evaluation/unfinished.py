@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from kvfold.convert.files import write_whole
 from kvfold.convert.jsonfile import read_json
 from kvfold.errors import UserError
 from kvfold.evaluation.schema import Finished
@@ -28,12 +29,10 @@ class Unfinished:
             self.results = {key: result for key, result in loaded.items() if _is_whole(result)}
 
     def write(self) -> None:
-        """Write the file anew, by way of another one so that none is ever torn."""
+        """Write the file anew."""
         if self.file:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            fresh = self.file.with_suffix(".new")
-            fresh.write_text(json.dumps(self.results))
-            fresh.replace(self.file)
+            write_whole(self.file, json.dumps(self.results))
 
 
 def _is_whole(result: Any) -> bool:

@@ -1,5 +1,6 @@
 """What uptraining reads: windows of tokens on disk, in an order that the seed alone decides."""
 
+import hashlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kvfold.convert.data import documents, encode, load_tokenizer, load_windows, refuse_foreign_ids, token_rows
+from kvfold.convert.files import files_under, stamp
 from kvfold.errors import UserError
 from kvfold.recipes.recipe import Recipe
 
@@ -52,9 +54,22 @@ def pack(origins: str, tokenizer_folder: Path, recipe: Recipe, vocab_size: int, 
         datasets.Dataset.from_generator(windows, features=features, cache_dir=str(cache)).save_to_disk(str(folder))
     except datasets.exceptions.DatasetGenerationError as error:
         cause = error.__cause__ or error
-        raise (cause if isinstance(cause, UserError) else UserError(f"--data {origins} cannot be read: {cause}")) from None
+        known = isinstance(cause, (UserError, OSError))
+        raise (cause if known else UserError(f"--data {origins} cannot be read: {cause}")) from None
     finally:
         shutil.rmtree(cache, ignore_errors=True)
+
+
+def stamps(origins: str) -> dict[str, str]:
+    """What tells whether texts that lie here are still the same: sizes and times of the files of each."""
+    found = {}
+    for origin in (origin.strip() for origin in origins.split(",")):
+        path = Path(origin.rpartition(":")[0] if ".safetensors:" in origin else origin)
+        if path.is_file():
+            found[origin] = stamp(path)
+        elif path.is_dir():
+            found[origin] = hashlib.sha256(repr([(str(p), stamp(p)) for p in files_under(path)]).encode()).hexdigest()
+    return found
 
 
 def _windows(origin: str, tokenizer_folder: Path, window: int, tokens: int) -> Iterator[list[int]]:

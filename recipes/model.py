@@ -16,13 +16,14 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
-from kvfold.convert.checkpoint import CheckpointReader, CheckpointWriter, TensorSpec, refuse_adapter
+from kvfold.convert.checkpoint import CheckpointReader, TensorSpec, refuse_adapter
 from kvfold.convert.layouts import Layout, layout_of
 from kvfold.convert.plan import ConversionPlan, make_plan
 from kvfold.convert.record import RECORD, read_record
 from kvfold.convert.settings import ConvertSettings, parse_settings
 from kvfold.convert.source import build_on_meta, fetch_config
 from kvfold.convert.stream import FoldedAttention
+from kvfold.convert.writer import CheckpointWriter
 from kvfold.errors import UserError
 from kvfold.recipes.losses import Objective
 from kvfold.recipes.recipe import Recipe

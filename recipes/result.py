@@ -3,7 +3,6 @@
 import json
 import resource
 import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,10 +10,12 @@ from safetensors.torch import load_file
 from transformers.trainer_callback import TrainerState
 
 import kvfold
-from kvfold.convert.checkpoint import CheckpointWriter, give_name, read_config
+from kvfold.convert.checkpoint import read_config
+from kvfold.convert.partial import JOURNAL, Partial
 from kvfold.convert.record import RECORD
 from kvfold.convert.settings import parse_size
 from kvfold.convert.sidefiles import side_files
+from kvfold.convert.writer import CheckpointWriter
 from kvfold.recipes.adapter import write_adapter
 from kvfold.recipes.model import Folded, build, write_folded
 from kvfold.recipes.recipe import Recipe
@@ -53,24 +54,22 @@ def entry_of(recipe: Recipe, trainer: "Uptrainer") -> dict[str, Any]:
     return entry
 
 
-def write_result(
-    folded: Folded, entry: dict[str, Any], recipe: Recipe, partial: Path, out: Path, overwrite: bool, base: str | None
-) -> None:
-    """Write the best step of the run in `partial` to `out`, in the layout of `folded`.
+def write_result(folded: Folded, entry: dict[str, Any], recipe: Recipe, partial: Partial, base: str | None) -> None:
+    """Write the best step of the run in `partial`, in the layout of `folded`, and give it its name.
 
     Args:
         entry: is added to `uptraining` in kvfold.json.
         base: the name of the folded checkpoint, to write an adapter of it; None merges adapters into the checkpoint.
     """
     trainee = build(folded, recipe, None)
-    trainee.load(load_file(partial / f"checkpoint-{entry['best_step']}" / TRAINED))
-    folder, target = folded.reader.folder, partial / "result"
+    trainee.load(load_file(partial.folder / f"checkpoint-{entry['best_step']}" / TRAINED))
+    folder, target = folded.reader.folder, partial.folder / "result"
+    shutil.rmtree(target, ignore_errors=True)
     record = {**folded.record, "uptraining": [*folded.record.get("uptraining", []), entry]}
     texts = {RECORD: json.dumps(record, indent=2) + "\n"}
     side = side_files(folder)
     if base is not None:
-        shutil.rmtree(target, ignore_errors=True)  # no config.json in it: that would make it a model to transformers
-        target.mkdir()
+        target.mkdir()  # no config.json in it: that would make it a model to transformers
         write_adapter(folded, trainee, base, target)
         (target / RECORD).write_text(texts[RECORD])
         for file in side.copies:
@@ -81,14 +80,13 @@ def write_result(
         if trainee.adapters is not None:
             trainee.adapters.merge_and_unload()
         shard = parse_size(folded.plan.settings.max_shard_size)
-        with CheckpointWriter(target, folded.specs(), shard, {}, overwrite=True) as writer:
+        with Partial(target, JOURNAL, overwrite=True) as inner, CheckpointWriter(inner, folded.specs(), shard, {}) as writer:
             write_folded(folded, causal, changed, writer)
             config = {**read_config(folder), "auto_map": folded.layout.code()}
             if not config["auto_map"]:
                 del config["auto_map"]
             texts["config.json"] = json.dumps(config, indent=2) + "\n"
             writer.commit({**side.texts, **folded.layout.files(), **texts}, side.copies)
-    if (partial / LOGS).is_dir():
-        shutil.copytree(partial / LOGS, target / LOGS)
-    give_name(target, out, overwrite)
-    shutil.rmtree(partial)
+    if (partial.folder / LOGS).is_dir():
+        shutil.copytree(partial.folder / LOGS, target / LOGS)
+    partial.give_name(target)

@@ -1,6 +1,5 @@
 """transformers' Trainer with a teacher, steps relative to each parameter, and checkpoints of what learns."""
 
-import json
 import math
 import shutil
 import signal
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import SequentialSampler
@@ -19,12 +19,12 @@ from transformers.integrations import TensorBoardCallback, is_tensorboard_availa
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kvfold.errors import ConversionError
+from kvfold.recipes.checkpoints import last_checkpoint, remove_old_checkpoints, seal
 from kvfold.recipes.data import Windows, collate
 from kvfold.recipes.model import Trainee, last_states
 from kvfold.recipes.recipe import Recipe
 from kvfold.recipes.result import TRAINED
 
-STATE = "trainer_state.json"
 Log = Callable[[str], None]
 
 
@@ -49,7 +49,6 @@ def arguments(recipe: Recipe, folder: Path, processes: int, cpu: bool, steps: in
         eval_steps=recipe.eval_every,
         save_strategy="steps",
         save_steps=recipe.eval_every,
-        save_total_limit=2,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         remove_unused_columns=False,
@@ -170,6 +169,24 @@ class Uptrainer(Trainer):
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}, Path(output_dir) / TRAINED)
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As the Trainer does, and sealed when all processes have written. Raises ConversionError when the disk is full."""
+        folder = Path(str(self.args.output_dir))
+        try:
+            super()._save_checkpoint(model, trial)
+        except (RuntimeError, SafetensorError) as error:  # torch and safetensors hide what the system said
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            free, line = shutil.disk_usage(folder).free, " ".join(str(error).split())
+            raise ConversionError(
+                f"saving a checkpoint in {folder} failed with {free:,} bytes free there ({line}): free some of the disk, "
+                "then repeat with --resume"
+            ) from error
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(folder / f"checkpoint-{self.state.global_step}")
+            remove_old_checkpoints(folder, self.state.best_global_step)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:  # in shards, beside the whole ones
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -240,22 +257,3 @@ class StopCallback(TrainerCallback):
         control.should_evaluate |= state.global_step >= state.max_steps  # the last step may be the best
         if self.asked:
             control.should_save = control.should_training_stop = True
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint. The Trainer writes its state last, so a kill leaves none or half of it."""
-    whole = [path for path in folder.glob("checkpoint-*") if _is_whole(path)]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def remove_torn_checkpoints(folder: Path) -> None:
-    for path in folder.glob("checkpoint-*"):
-        if not _is_whole(path):
-            shutil.rmtree(path)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        return bool(json.loads((checkpoint / STATE).read_text()))
-    except (OSError, ValueError):
-        return False

@@ -1,11 +1,11 @@
 """`kvfold uptrain`: train a folded checkpoint end to end against its original, and write it back in its own layout."""
 
-import hashlib
 import json
 import math
 import os
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,24 +13,39 @@ from typing import Any
 import datasets
 import torch
 from accelerate import PartialState
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 import kvfold
-from kvfold.convert.checkpoint import CheckpointReader, partial_folder, read_config, read_json, refuse_existing
+from kvfold.convert.checkpoint import CheckpointReader, read_config, read_json
 from kvfold.convert.data import load_tokenizer
+from kvfold.convert.files import checksum, checksum_of_rows, checksums, write_whole
+from kvfold.convert.journal import refuse_other
+from kvfold.convert.partial import RUN, Partial, partial_folder, refuse_existing, resumable
 from kvfold.convert.pipeline import pick_device
 from kvfold.convert.record import RECORD
-from kvfold.convert.source import fetch_checkpoint
+from kvfold.convert.source import fetch_checkpoint, identity
 from kvfold.errors import Stopped, UserError
 from kvfold.evaluation.evaluate import load_model, recorded_source
 from kvfold.recipes.adapter import refuse_unadaptable
-from kvfold.recipes.data import Windows, evaluation_windows, pack, training_order
+from kvfold.recipes.checkpoints import last_checkpoint, remove_damaged_checkpoints
+from kvfold.recipes.data import Windows, evaluation_windows, pack, stamps, training_order
 from kvfold.recipes.memory import needed_bytes, refuse_too_little
 from kvfold.recipes.model import Folded, build, open_folded
 from kvfold.recipes.recipe import Recipe
 from kvfold.recipes.result import LOGS, entry_of, write_result
-from kvfold.recipes.trainer import Log, Uptrainer, arguments, last_checkpoint, remove_torn_checkpoints
+from kvfold.recipes.trainer import Log, Uptrainer, arguments
 
-RUN, DATA = "run.json", "data"
+DATA = "data"
+
+
+class Begun(BaseModel):
+    """What an interrupted run says of itself: what was asked for, and checksums of the packed and the held-out text."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    job: dict[str, Any]
+    data: dict[str, str]
+    held_out: str
 
 
 @dataclass(frozen=True)
@@ -55,17 +70,17 @@ class Job:
         sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
         return None if self.recipe.bf16 and not sharded else torch.float32
 
-    def fingerprint(self) -> dict[str, Any]:
+    def asked(self) -> dict[str, Any]:
         """What a resumed run must share with the one that began. The learning rate may be lowered on the way."""
-        recorded = (self.folded.reader.folder / RECORD).read_bytes()
+        reader = self.folded.reader
+        recipe = self.recipe.model_dump(exclude={"learning_rate", "device", "micro_batch", "log_every"})
         return {
-            "kvfold": kvfold.__version__,
+            "version": kvfold.__version__,
             "design": {key: value for key, value in self.folded.plan.target().items() if key != "note"},
-            "checkpoint": hashlib.sha256(recorded).hexdigest(),
-            "teacher": None if self.teacher is None else str(self.teacher),
-            "data": self.data,
-            "eval": self.held_out,
-            **self.recipe.model_dump(exclude={"learning_rate", "device", "micro_batch", "log_every"}),
+            "settings": {"teacher": self.teacher and str(self.teacher), "data": self.data, "eval": self.held_out, **recipe},
+            "checkpoint files": {**identity(reader), RECORD: checksum(reader.folder / RECORD)},
+            "teacher files": self.teacher and identity(CheckpointReader(self.teacher)),
+            "text": stamps(self.data),
         }
 
 
@@ -102,7 +117,8 @@ def uptrain(
         Stopped: SIGTERM came; the same.
     """
     started = time.time()
-    refuse_existing(out, overwrite)
+    if not resume:
+        refuse_existing(out, overwrite)
     if Path(checkpoint).exists() and out.resolve() == Path(checkpoint).resolve():
         raise UserError(f"{out} is the folded checkpoint itself: choose another name")
     if keep_adapter and recipe.train != "lora":
@@ -115,26 +131,25 @@ def uptrain(
     job = Job(folded, original, recipe, data, held_out, out)
     refuse(job, processes, keep_adapter)
 
-    with processes.main_process_first():
-        if processes.is_main_process:
-            begin(job, resume, overwrite)
-    if not processes.is_main_process:
-        log = _silent
-    try:
+    holding = Partial(out, RUN, resume, overwrite) if processes.is_main_process else nullcontext()
+    with holding as partial, resumable(job.partial):
+        with processes.main_process_first():
+            if partial is not None and not partial.finished:
+                begin(job, partial)
+        if not (job.partial / RUN).exists():
+            return read_json(out / RECORD)["uptraining"][-1]
+        if partial is None:
+            log = _silent
         trainer = make_trainer(job, processes, log)
-    except UserError:
-        if processes.is_main_process and last_checkpoint(job.partial) is None:
-            shutil.rmtree(job.partial)  # a request that cannot be carried out leaves nothing
-        raise
-    resumed = run(trainer, job, log)
-    entry = entry_of(recipe, trainer)
-    entry |= {"teacher": original and str(original), "data": data, "eval": held_out}
-    entry |= {"resumed_from_step": resumed, "seconds": round(time.time() - started, 2)}
-    del trainer
-    if processes.is_main_process:
-        log("writing")
-        base = str(Path(checkpoint).resolve()) if Path(checkpoint).exists() else checkpoint
-        write_result(folded, entry, recipe, job.partial, out, overwrite, base if keep_adapter else None)
+        resumed = run(trainer, job, log)
+        entry = entry_of(recipe, trainer)
+        entry |= {"teacher": original and str(original), "data": data, "eval": held_out}
+        entry |= {"resumed_from_step": resumed, "seconds": round(time.time() - started, 2)}
+        del trainer
+        if partial is not None:
+            log("writing")
+            base = str(Path(checkpoint).resolve()) if Path(checkpoint).exists() else checkpoint
+            write_result(folded, entry, recipe, partial, base if keep_adapter else None)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return entry
@@ -180,38 +195,46 @@ def refuse_other_vocabulary(student: Path, teacher: Path) -> None:
         raise UserError(f"the tokenizers of {student} and of the teacher {teacher} differ: {remedy}")
 
 
-def begin(job: Job, resume: bool, overwrite: bool) -> None:
-    """Make `OUT.partial` with the packed text in it, or check that what is there can be resumed."""
-    partial, run = job.partial, job.partial / RUN
-    wanted = json.loads(json.dumps(job.fingerprint()))
-    if resume and run.exists():
-        begun = read_json(run)
-        differ = sorted(key for key in wanted.keys() | begun.keys() if wanted.get(key) != begun.get(key))
-        if "design" in differ:
-            raise UserError(
-                f"{partial} holds an adapter of another design ({_geometry(begun['design'])}, "
-                f"the checkpoint has {_geometry(wanted['design'])}): "
-                "give the checkpoint that it was begun with, or start anew with --overwrite in place of --resume"
-            )
-        if differ:
-            raise UserError(
-                f"{partial} was begun with other settings ({', '.join(differ)}): repeat them exactly, "
-                "or start anew with --overwrite in place of --resume"
-            )
-        remove_torn_checkpoints(partial)
-        return
-    if partial.exists() and any(partial.iterdir()) and not overwrite:
-        raise UserError(f"{partial} holds an interrupted run: go on with --resume, or start anew with --overwrite")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+def begin(job: Job, partial: Partial) -> None:
+    """Put the packed text into `partial`, or check what is there: damaged checkpoints go, damaged text is packed again.
+
+    Raises UserError when what was begun was begun otherwise, or with other files or texts.
+    """
+    run, data = partial.folder / RUN, partial.folder / DATA
+    asked = json.loads(json.dumps(job.asked()))
+    begun = _read_begun(run) if partial.resumed else None
+    if begun is not None:
+        _refuse_other_design(partial.folder, begun.job.get("design"), asked["design"])
+        refuse_other(partial.folder, begun.job, asked)
+        remove_damaged_checkpoints(partial.folder)
+    if begun is None or checksums(data) != begun.data:
+        shutil.rmtree(data, ignore_errors=True)
+        pack(job.data, job.folded.reader.folder, job.recipe, job.folded.plan.spec.vocab_size, data)
+    now = Begun(job=asked, data=checksums(data), held_out=checksum_of_rows(_read(job, 1)[1]))
+    if begun is not None:
+        refuse_other(partial.folder, _texts(begun), _texts(now))
+    if now != begun:
+        write_whole(run, now.model_dump_json(indent=2) + "\n")
+
+
+def _read_begun(run: Path) -> Begun:
     try:
-        vocab = job.folded.plan.spec.vocab_size
-        pack(job.data, job.folded.reader.folder, job.recipe, vocab, partial / DATA)
-        _read(job, 1)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
-    run.write_text(json.dumps(wanted, indent=2) + "\n")
+        return Begun.model_validate_json(run.read_bytes())
+    except (OSError, ValidationError):
+        raise UserError(f"{run} is damaged: start anew with --overwrite in place of --resume") from None
+
+
+def _texts(begun: Begun) -> dict[str, Any]:
+    """The packed windows without what `datasets` says of them, which is of no moment and differs each time."""
+    return {"text": {n: c for n, c in begun.data.items() if n.endswith(".arrow")}, "held-out text": begun.held_out}
+
+
+def _refuse_other_design(folder: Path, begun: Any, wanted: dict[str, Any]) -> None:
+    if isinstance(begun, dict) and begun != wanted:
+        raise UserError(
+            f"{folder} holds an adapter of another design ({_geometry(begun)}, the checkpoint has {_geometry(wanted)}): "
+            "give the checkpoint that it was begun with, or start anew with --overwrite in place of --resume"
+        )
 
 
 def _geometry(design: dict[str, Any]) -> str:

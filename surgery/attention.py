@@ -101,12 +101,15 @@ class GroupedAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope) -> Tensor:
         """(B, T, d) → (B, T, d)."""
+        return self.o_proj(self.mix(x, rope))
+
+    def mix(self, x: Tensor, rope: Rope) -> Tensor:
+        """The heads' outputs side by side, before `o_proj`: (B, T, d) → (B, T, H·D)."""
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, D)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = causal_attention(rotate(q, rope).to(v), rotate(k, rope).to(v), v)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return side_by_side(causal_attention(rotate(q, rope).to(v), rotate(k, rope).to(v), v))
 
     def weights(self) -> AttentionWeights:
         """The canonical form of the current parameters, detached: the inverse of the constructor."""
@@ -125,6 +128,11 @@ class GroupedAttention(nn.Module):
             v_bias=heads(self.v_proj.bias),
             o_bias=None if self.o_proj.bias is None else self.o_proj.bias.detach(),
         )
+
+
+def side_by_side(heads: Tensor) -> Tensor:
+    """(B, H, T, D) → (B, T, H·D)."""
+    return heads.transpose(1, 2).flatten(2)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvfold.surgery.attention import AttentionWeights, GroupedAttention, Weights, causal_attention, linear
+from kvfold.surgery.attention import AttentionWeights, GroupedAttention, Weights, causal_attention, linear, side_by_side
 from kvfold.surgery.rope import Rope, pick, rotate
 
 
@@ -56,9 +56,13 @@ class FoldedAttention(nn.Module):
         q = self.q_b_proj(self.q_a_proj(x)) if hasattr(self, "q_a_proj") else self.q_proj(x)
         return q.unflatten(-1, (-1, self.query_width)).transpose(1, 2)
 
-    def output(self, heads: Tensor) -> Tensor:
-        """(B, H, T, D) → (B, T, d)."""
-        return self.o_proj(heads.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, rope: Rope) -> Tensor:
+        """(B, T, d) → (B, T, d)."""
+        return self.o_proj(self.mix(x, rope))
+
+    def mix(self, x: Tensor, rope: Rope) -> Tensor:
+        """The heads' outputs side by side, before `o_proj`: (B, T, d) → (B, T, H·D)."""
+        raise NotImplementedError
 
     def query_heads(self) -> Tensor:
         """(H, E, m), detached."""
@@ -91,8 +95,8 @@ class LatentAttention(FoldedAttention):
         self.o_proj = output_projection(weights.o, weights.o_bias)
         self.register_buffer("rope_pairs", weights.pairs)
 
-    def forward(self, x: Tensor, rope: Rope) -> Tensor:
-        """(B, T, d) → (B, T, d)."""
+    def mix(self, x: Tensor, rope: Rope) -> Tensor:
+        """(B, T, d) → (B, T, H·D)."""
         tables = pick(rope, self.rope_pairs)
         q_nope, q_rope = self.queries(x).split([self.nope, self.rope_dim], dim=-1)  # (B, H, T, N), (B, H, T, R)
         latent, key = self.kv_a_proj(x).split([self.rank, self.rope_dim], dim=-1)
@@ -101,8 +105,7 @@ class LatentAttention(FoldedAttention):
         k, v = expanded.split([self.nope, self.value_dim], dim=-1)  # (B, H, T, N), (B, H, T, D)
         q_rope, key = (rotate(part, tables).to(v) for part in (q_rope, key[:, None]))
         k = torch.cat([k, key.expand(-1, k.shape[1], -1, -1)], dim=-1)
-        out = causal_attention(torch.cat([q_nope, q_rope], dim=-1), k, v)
-        return self.output(out)
+        return side_by_side(causal_attention(torch.cat([q_nope, q_rope], dim=-1), k, v))
 
     def weights(self) -> LatentWeights:
         """The canonical form of the current parameters, detached: the inverse of the constructor."""
@@ -159,14 +162,13 @@ class ReusedKeyAttention(FoldedAttention):
         self.o_proj = output_projection(weights.o, weights.o_bias)
         self.register_buffer("rope_pairs", weights.pairs)
 
-    def forward(self, x: Tensor, rope: Rope) -> Tensor:
-        """(B, T, d) → (B, T, d)."""
+    def mix(self, x: Tensor, rope: Rope) -> Tensor:
+        """(B, T, d) → (B, T, H·D)."""
         tables, key = pick(rope, self.rope_pairs), self.k_proj(x)  # (B, T, C)
         value = key + self.alpha.to(key) * self.reuse_proj(key)
         v = self.v_b_proj(value).unflatten(-1, (-1, self.value_dim)).transpose(1, 2)  # (B, H, T, D)
         q, k = (rotate(part, tables).to(v) for part in (self.queries(x), key[:, None]))
-        out = causal_attention(q, k.expand(-1, v.shape[1], -1, -1), v)
-        return self.output(out)
+        return side_by_side(causal_attention(q, k.expand(-1, v.shape[1], -1, -1), v))
 
     def weights(self) -> ReusedKeyWeights:
         """The canonical form of the current parameters, detached: the inverse of the constructor."""
@@ -213,12 +215,11 @@ class RebuiltKeyAttention(FoldedAttention):
         self.v_b_proj = linear(weights.up_v.flatten(0, 1), None)  # (G·D, r)
         self.o_proj = output_projection(weights.o, weights.o_bias)
 
-    def forward(self, x: Tensor, rope: Rope) -> Tensor:
-        """(B, T, d) → (B, T, d)."""
+    def mix(self, x: Tensor, rope: Rope) -> Tensor:
+        """(B, T, d) → (B, T, H·D)."""
         latent = self.kv_a_proj(x)
         k, v = (proj(latent).unflatten(-1, (-1, self.value_dim)).transpose(1, 2) for proj in (self.k_b_proj, self.v_b_proj))
-        out = causal_attention(rotate(self.queries(x), rope).to(v), rotate(k, rope).to(v), v)
-        return self.output(out)
+        return side_by_side(causal_attention(rotate(self.queries(x), rope).to(v), rotate(k, rope).to(v), v))
 
     def weights(self) -> RebuiltKeyWeights:
         """The canonical form of the current parameters, detached: the inverse of the constructor."""

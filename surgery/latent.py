@@ -76,30 +76,38 @@ Queried = TypeVar("Queried", bound=LatentWeights | ReusedKeyWeights | RebuiltKey
 
 
 @torch.no_grad()
-def attention_lags(weights: AttentionWeights, x: Tensor, rope: Rope) -> Tensor:
-    """How far each head looks back: the mean attention on distance Δ over the queries of `x` (B, T, d) → (H, T)."""
+def attention_seen(weights: AttentionWeights, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    """Where the attention of a batch goes: inputs `x` (B, T, d) → lags (H, T), received (B, T).
+
+    `lags` are the summed weights on every distance Δ. Key 0 is left out: trained models rest attention on it that nothing needs
+    (attention sinks, 2309.17453), and that mass says nothing of how far a head looks. `received` is the attention that all
+    queries of all heads give each token.
+    """
     tokens = x.shape[1]
     q, k, _ = weights.augmented()
     q, k = q.to(x), k.to(x).repeat_interleave(weights.heads // weights.kv_heads, 0)
     places = torch.arange(tokens, device=x.device)
     distance = places[:, None] - places
-    lags = x.new_zeros(weights.heads, tokens)
-    for row in torch.cat([x, torch.ones_like(x[..., :1])], dim=-1):
-        scores = rotate(row @ q.mT, rope) @ rotate(row @ k.mT, rope).mT * weights.head_dim**-0.5  # (H, T, T)
+    lags, received = x.new_zeros(weights.heads, tokens), x.new_zeros(x.shape[:2])
+    for row, z in enumerate(torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)):
+        scores = rotate(z @ q.mT, rope) @ rotate(z @ k.mT, rope).mT * weights.head_dim**-0.5  # (H, T, T)
         attention = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
+        received[row] = attention.sum((0, 1))
+        attention[:, :, 0] = 0
         lags.index_add_(1, distance.clamp_min(0).flatten(), attention.flatten(1))
-    return lags / (len(x) * tokens)
+    return lags, received
 
 
 def coherence(lags: Tensor, rope: Rope) -> Tensor:
-    """`E[e^{j f_i Δ}]` over a head's attention: lags (H, T) and the rotary tables → (H, D/2) complex.
+    """`E[e^{j f_i Δ}]` over a head's attention: lags (H, T), of any sum, and the rotary tables → (H, D/2) complex.
 
     The distances are those of a query at position Δ and a key at position 0, so the tables themselves hold `f_i Δ`.
     """
     cos, sin = (table.chunk(2, dim=-1)[0].to(lags) for table in rope)
     turn = torch.complex(cos, sin)  # (T, D/2)
     turn = turn * turn.abs()  # a rope type that scales its tables scales the query's and the key's
-    return lags.to(turn.dtype) @ turn
+    share = lags / lags.sum(1, keepdim=True).clamp_min(torch.finfo(lags.dtype).tiny)
+    return share.to(turn.dtype) @ turn
 
 
 def search(

@@ -148,7 +148,7 @@ def test_refusals_leave_nothing(folded: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("gguf.GGUFWriter.write_tensor_data", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_gguf(folded, tmp_path / "there.gguf", overwrite=True)
-    assert (tmp_path / "there.gguf").read_text() == "kept" and not (tmp_path / "there.gguf.partial").exists()
+    assert (tmp_path / "there.gguf").read_text() == "kept" and not (tmp_path / ".there.gguf.kvfold").exists()
 
 
 @pytest.mark.parametrize(

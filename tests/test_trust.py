@@ -237,7 +237,7 @@ def test_what_computes_something_else_than_was_folded_gets_no_name(
 
 
 def misled(config: dict[str, Any]) -> dict[str, Any]:
-    return config | {"rope_parameters": {"rope_type": "default", "rope_theta": 3.0}}
+    return config | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}
 
 
 def test_a_source_without_finite_results_is_refused(tmp_path: Path, source: Path) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,10 +11,36 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, Optional
 
 import typer
+from typer.core import TyperGroup
 
-from kvfold.errors import ConversionError, Stopped, UserError
+from kvfold.errors import ConversionError, Stopped, UserError, explain
+
+GO_ON = {
+    "convert": "what is finished is kept, repeat with --resume to go on",
+    "uptrain": "repeat with --resume to go on from the last checkpoint",
+    "evaluate": "repeat the command to go on behind the models that are measured",
+}
+"""After a signal."""
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+class _Verbs(TyperGroup):
+    """typer would end in silence on Ctrl-C."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as signalled:
+            number = signal.SIGTERM if isinstance(signalled, _Terminated) else signal.SIGINT
+            go_on = GO_ON.get(ctx.invoked_subcommand or "", "repeat the command")
+            raise Stopped(f"stopped by {number.name}: {go_on}", 128 + number) from None
+
 
 app = typer.Typer(
+    cls=_Verbs,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -412,11 +439,16 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Show the v
 
 
 def main() -> NoReturn:
-    """Run a verb. Exit 2 for what the user got wrong, 1 for what failed, 143 for a stop by SIGTERM, with one line on
-    standard error. `KVFOLD_TRACEBACK=1` shows where what nobody foresaw came from."""
+    """Run a verb. Exit 2 for what the user got wrong, 1 for what failed, 130 and 143 for a stop by Ctrl-C and SIGTERM, with
+    one line on standard error. `KVFOLD_TRACEBACK=1` shows where what nobody foresaw came from."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may hold what no encoding does
+
+    def terminate(*_: Any) -> NoReturn:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         app(standalone_mode=True)
         sys.exit(0)
@@ -425,15 +457,17 @@ def main() -> NoReturn:
     except ConversionError as error:
         _fail(str(error), 1)
     except Stopped as stopped:
-        _fail(str(stopped), 143)
+        _fail(str(stopped), stopped.code)
     except KeyboardInterrupt:
-        _fail("interrupted; convert and uptrain go on with --resume, evaluate with the same command", 130)
+        _fail("stopped: repeat the command", 130)
     except OSError as error:
-        _fail(f"{error.filename or 'input/output'}: {error.strerror or error}; check the path, its permissions and the disk", 1)
+        _fail(explain(error), 1)
     except Exception as error:
         if os.environ.get("KVFOLD_TRACEBACK"):
             raise
         _fail(_unforeseen(error), 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _unforeseen(error: Exception) -> str:

@@ -1,5 +1,7 @@
 """The ways a command ends before it is done. Every message says what, where, and what to do."""
 
+import errno
+
 
 class UserError(Exception):
     """What was asked for cannot be done as asked: exit code 2."""
@@ -10,4 +12,15 @@ class ConversionError(Exception):
 
 
 class Stopped(Exception):
-    """A signal asked to stop and what was done is saved: exit code 143, as the shell reports SIGTERM."""
+    """A signal asked to stop and what was done is saved. `code` is the exit code, as the shell reports the signal."""
+
+    def __init__(self, message: str, code: int = 143) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def explain(error: OSError, where: object = "input/output") -> str:
+    """What the system refused, where (`where` if the error does not say), and what to do about it."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "free some of the disk" if full else "check the path, its permissions and the disk"
+    return f"{error.filename or where}: {error.strerror or error}; {remedy}"
