@@ -36,8 +36,8 @@ def verify(job: Job, config: dict[str, Any], ids: Tensor | None, device: torch.d
             on tokens drawn at random, where layers are small.
 
     Raises:
-        UserError: the source itself gives no finite numbers.
-        ConversionError: they differ.
+        UserError: the source itself gives no finite numbers, and there was no text that would have shown it before.
+        ConversionError: they differ, or a folded layer gives no finite numbers.
     """
     plan, layers = job.plan, job.layers
     if plan.layout == "step3_text":  # transformers has no such class
@@ -58,7 +58,8 @@ def verify(job: Job, config: dict[str, Any], ids: Tensor | None, device: torch.d
         block.set_attention(design(job.read_written(layer).to(device, torch.float32)))
         after = block(states)
         if not after.isfinite().all():
-            raise UserError(f"layer {layer} gives NaN or infinity on some tokens: check the source's weights there")
+            kind = UserError if ids is None else ConversionError  # work that took hours is kept
+            raise kind(f"layer {layer} gives NaN or infinity on some tokens: check the source's weights there")
         _refuse_other(target.layer(layer)(states * target.scale) / target.scale - after, after - states, f"layer {layer}")
         states = after
     norm, head = source.base.norm, HEAD if HEAD in job.reader.entries and not plan.spec.tied else EMBEDDING
@@ -106,5 +107,5 @@ def _refuse_other(difference: Tensor, wanted: Tensor, where: str) -> None:
     if not error <= MOST_ERROR:
         raise ConversionError(
             f"{where} of the written checkpoint computes something else than was folded (relative error {error:.1e}): that is "
-            "a fault of kvfold, please report it with the source's config.json; --no-verify writes the checkpoint all the same"
+            "a fault of kvfold, please report it with the source's config.json; --resume --no-verify finishes all the same"
         )
