@@ -19,6 +19,7 @@ from kvfold.convert.budgets import measured_widths
 from kvfold.convert.candidates import alone
 from kvfold.convert.checkpoint import TensorSpec, read_json
 from kvfold.convert.data import calibration_windows
+from kvfold.convert.escape import visible
 from kvfold.convert.files import checksum_of_rows
 from kvfold.convert.job import Job, Report
 from kvfold.convert.layouts import layout_of
@@ -82,9 +83,10 @@ def convert(
         dtype = getattr(torch, name) if (name := normal_dtype(settings.dtype)) else None
         layout = layout_of(plan)
         specs = layout.tensor_specs(reader, plan, dtype)
+        wanted = {"source": str(source), **settings.model_dump(), "widths": plan.widths}
         asked = {
             "version": kvfold.__version__,
-            "settings": {"source": str(source), **settings.model_dump(), "widths": plan.widths},
+            "settings": {key: visible(value) if isinstance(value, str) else value for key, value in wanted.items()},
             "source files": identity(reader),
             "calibration text": None if windows is None else checksum_of_rows(windows.ids),
         }
