@@ -100,7 +100,7 @@ def load_causal(folder: Path, **how: Any) -> tuple["PreTrainedModel", list[str]]
     refuse_adapter(folder)
     CheckpointReader(folder)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **how
         )
     except (UserError, torch.OutOfMemoryError, MemoryError):
@@ -108,6 +108,7 @@ def load_causal(folder: Path, **how: Any) -> tuple["PreTrainedModel", list[str]]
     except Exception as error:  # of many kinds, by what stands in the folder
         line = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{folder} does not load in transformers ({line}): check its config.json and weights") from None
+    model, info = loaded
     return model, sorted(info["missing_keys"])
 
 
