@@ -26,6 +26,8 @@ LAST = 3.0
 repair what earlier ones broke, and nothing repairs the last."""
 SPLITS = (0.125, 0.25, 0.375, 0.5, 0.625)
 """Shares of MLA's cache that its rotary key may take."""
+WIDTH_TOKENS = 16384
+"""Calibration tokens on which widths are measured."""
 Widths = tuple[int, int]
 Curve = dict[int, tuple[float, Widths]]
 """Of one layer: numbers cached per token → the error, and the widths of latent and shared key that have it."""
@@ -38,9 +40,11 @@ def measured_widths(
 
     `scratch` holds the hidden states where they do not fit into memory, and is removed.
     """
-    source = SourceModel(reader, plan.family, device, windows.ids.shape[1])
-    on_disk = HiddenStates.needs_disk((*windows.ids.shape, plan.spec.hidden_size), copies=1)
-    original = source.embed(windows.ids, scratch if on_disk else None)
+    tokens = windows.ids.shape[1]
+    ids = windows.ids[: max(1, WIDTH_TOKENS // tokens)]
+    source = SourceModel(reader, plan.family, device, tokens)
+    on_disk = HiddenStates.needs_disk((*ids.shape, plan.spec.hidden_size), copies=1)
+    original = source.embed(ids, scratch if on_disk else None)
     curves: list[Curve] = []
     for layer in range(plan.spec.layers):
         report(0.0, f"measuring layer {layer + 1}/{plan.spec.layers}")

@@ -251,7 +251,10 @@ def _making(record: dict[str, Any], base_model: str | None) -> list[str]:
         text = "text that the source wrote itself" if origin.partition(":")[0] == "self" else text_name(origin)
         lines.append(f"Calibration: {record['calibration_tokens']:,} tokens of {text}.")
         steps, size = settings.get("heal_steps", 0), settings.get("heal_batch_tokens", 0)
-        lines.append(f"Healing: {steps} steps per layer of {size} tokens." if steps else "No healing.")
+        whole = "output_kl" in (record.get("layers") or [{}])[0]
+        lines.append(
+            f"Healing: {steps} steps {'of all layers' if whole else 'per layer'} of {size} tokens." if steps else "No healing."
+        )
     else:
         lines.append("No calibration text and no healing: each layer was folded from its weights alone.")
     lines += [_uptraining(run) for run in record.get("uptraining") or []]

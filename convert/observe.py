@@ -21,6 +21,8 @@ from kvfold.surgery.refit import OutputRegression
 Folded = TypeVar("Folded", bound=FoldedWeights)
 ATTENDED = 0.9
 """How much of a second moment counts tokens by the attention they receive; the rest counts them alike."""
+ATTENTION_TOKENS = 32768
+"""Calibration tokens, about, on which it is seen where attention goes."""
 MEASURED_TOKENS = (2048, 8192)
 """Calibration tokens on which the candidates of a layer are compared: an eighth of all, between these two."""
 
@@ -66,14 +68,16 @@ def observe(plan: ConversionPlan, source: SourceModel, layer: int, block: Block,
     plain, attended = (SecondMoment(plan.spec.hidden_size, source.device) for _ in range(2))
     cos, sin = block.rope
     rope, lags = (cos[0], sin[0]), torch.zeros(())
+    windows, tokens, _ = original.data.shape
     for rows in original.batches():
         counts = None if original.weights is None else original.weights[rows].to(source.device)
         x = block.attention_input(original.data[rows].to(source.device))
         plain.add(x, counts)
+        if rows.start * tokens >= ATTENTION_TOKENS:
+            continue
         seen, received = latent.attention_seen(attention, x, rope)
         attended.add(x, received if counts is None else received * counts)
         lags = lags.to(seen) + seen
-    windows, tokens, _ = original.data.shape
     least, most = MEASURED_TOKENS
     measured = slice(0, max(1, min(most, max(least, windows * tokens // 8)) // tokens))
     before = original.data[measured].clone().to(source.device)  # the stream moves on in place

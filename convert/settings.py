@@ -39,9 +39,9 @@ class ConvertSettings(BaseModel):
     window: int = Field(512, ge=2)
     token_weights: Literal["uniform", "nll"] = "uniform"
     heal_steps: int = Field(300, ge=0)
-    heal_window: int = Field(2, ge=1)
+    heal_window: Annotated[int, Field(ge=1)] | Literal["auto", "all"] = "auto"
     heal_batch_tokens: int = Field(4096, ge=1)
-    heal_lr: float = Field(2e-2, gt=0, le=1e6)
+    heal_lr: float | None = Field(None, gt=0, le=1e6)
     heal_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     dtype: str | None = None
     device: str = "auto"

@@ -40,7 +40,7 @@ def fetch_checkpoint(source: str, revision: str | None = None) -> Path:
     Raises UserError when it cannot be had.
     """
     if _is_here(source):
-        return _spelled(Path(source))
+        return spelled(Path(source))
     _refuse_impossible(source)
     from huggingface_hub import snapshot_download
 
@@ -146,7 +146,7 @@ def _same(reader: CheckpointReader, one: str, other: str) -> bool:
     return all(a == b for a, b in zip(reader.chunks(one), reader.chunks(other), strict=True))
 
 
-def _spelled(folder: Path) -> Path:
+def spelled(folder: Path) -> Path:
     """The folder by a path that can be written in UTF-8: libraries that are not written in Python know no other."""
     try:
         str(folder).encode()

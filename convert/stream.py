@@ -126,13 +126,24 @@ class SourceModel:
         rotary = type(self.base.rotary_emb)(model.config).to(device)  # the model's own is on the meta device
         self.rope: Rope = rotary(like, positions)
 
+    def embedding(self) -> Tensor:
+        """The input embedding (V, d), on the CPU in float32."""
+        return self.reader.tensor(self.prefix + "embed_tokens.weight").float()
+
     def embed(self, ids: Tensor, file: Path | None) -> HiddenStates:
         """(rows, T) token ids → the hidden states before layer 0."""
-        table = self.reader.tensor(self.prefix + "embed_tokens.weight").float()
+        table = self.embedding()
         states = HiddenStates((*ids.shape, table.shape[1]), file)
         for rows in states.batches():
             states.data[rows] = nn.functional.embedding(ids[rows], table)
         return states
+
+    def output(self) -> tuple[nn.Module, Tensor]:
+        """The norm behind the last layer, and the output embedding (V, d), on the device in float32."""
+        norm = self.base.norm
+        set_module_tensor_to_device(norm, "weight", self.device, value=self.reader.tensor(self.prefix + "norm.weight").float())
+        name = "lm_head.weight" if "lm_head.weight" in self.reader.entries else self.prefix + "embed_tokens.weight"
+        return norm, self.reader.tensor(name).float().to(self.device)
 
     @torch.no_grad()
     def surprise(self, ids: Tensor) -> Tensor:
@@ -143,10 +154,7 @@ class SourceModel:
         states = self.embed(ids, None)
         for layer in range(len(self.base.layers)):
             self.block(layer).advance(states)
-        norm = self.base.norm
-        set_module_tensor_to_device(norm, "weight", self.device, value=self.reader.tensor(self.prefix + "norm.weight").float())
-        name = "lm_head.weight" if "lm_head.weight" in self.reader.entries else self.prefix + "embed_tokens.weight"
-        head = self.reader.tensor(name).float().to(self.device)
+        norm, head = self.output()
         weights = torch.ones(ids.shape)
         for row, targets in enumerate(ids.to(self.device)):
             logits = norm(states.data[row, :-1].to(self.device)) @ head.T

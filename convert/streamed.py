@@ -1,54 +1,30 @@
-"""Folding on streams of hidden states, with healing.
+"""Folding on streams of hidden states, with healing a window of layers at a time.
 
-Two streams run over the same calibration tokens: the original's, through the source's layers, and the folded one,
-through the layers as they were written. Layers are opened (read, folded) on the original stream up to `heal_window` ahead,
-healed together so that the folded stream meets the original behind the window, and then the first of them is written and both
-go one layer on.
+Two streams run over the same calibration tokens: the original's, through the source's layers, and the folded one, through the
+layers as they were written. Layers are opened (read, folded) on the original stream up to `heal_window` ahead, healed together
+so that the folded stream meets the original behind the window, and then the first of them is written and both go one layer on.
+Where the whole model fits into memory it is healed at once instead: whole.py.
 """
 
-import json
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import InitVar, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from kvfold.convert.candidates import best
 from kvfold.convert.data import Windows
+from kvfold.convert.folding import OpenLayer, fold_layer, packed, reopen_layer, unpacked
 from kvfold.convert.job import Job, Report
-from kvfold.convert.observe import observe, refit_output
 from kvfold.convert.settings import ConvertSettings
-from kvfold.convert.stream import Block, HiddenStates, SourceModel, check_finite
+from kvfold.convert.stream import HiddenStates, SourceModel, check_finite
+from kvfold.convert.whole import fold_whole, heals_whole
 from kvfold.errors import ConversionError
-from kvfold.surgery.designs import WEIGHTS, FoldedWeights, design
 from kvfold.surgery.healing import heal, relative_error
 
-REFITTED = ("kvfold", "pca")
-"""Methods whose output projection is fitted to the folded heads; the others are left as they were published."""
-
-
-@dataclass
-class _OpenLayer:
-    """A layer that has been folded but not written: its block, and what there is to say of it."""
-
-    block: Block
-    weights: InitVar[FoldedWeights]
-    choice: str
-    error: float
-
-    def __post_init__(self, weights: FoldedWeights) -> None:
-        self.set_weights(weights)
-
-    def set_weights(self, weights: FoldedWeights) -> None:
-        self.design = design(weights.to(self.block.device, torch.float32))
-        self.block.set_attention(self.design)
+WINDOW, WINDOW_RATE = 2, 2e-2
+"""Layers in a window, and the learning rate of its healing."""
 
 
 def fold_on_stream(job: Job, device: torch.device, windows: Windows, report: Report) -> None:
@@ -59,6 +35,9 @@ def fold_on_stream(job: Job, device: torch.device, windows: Windows, report: Rep
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     source = SourceModel(job.reader, plan.family, device, windows.ids.shape[1])
+    if heals_whole(job, source, windows):
+        fold_whole(job, source, windows, report)
+        return
     report(0.0, "embedding")
     on_disk = HiddenStates.needs_disk((*windows.ids.shape, plan.spec.hidden_size))
     files = [job.writer.folder / f"{name}.hidden" for name in ("original", "folded")]
@@ -67,14 +46,14 @@ def fold_on_stream(job: Job, device: torch.device, windows: Windows, report: Rep
         report(0.0, "weighing tokens")
         streams[0].weights = SourceModel(job.reader, plan.family, device, windows.ids.shape[1]).surprise(windows.ids)
     original, folded = streams[0], streams[-1]  # without healing nothing reads the folded stream
-    ahead = settings.heal_window if settings.heal_steps else 1
-    waiting: deque[_OpenLayer] = deque()
+    ahead = (settings.heal_window if isinstance(settings.heal_window, int) else WINDOW) if settings.heal_steps else 1
+    waiting: deque[OpenLayer] = deque()
     for layer in range(layers):
         started = time.time()
         share, title = 0.9 * layer / layers, f"layer {layer + 1}/{layers}"
         while len(waiting) < min(ahead, layers - layer):
             report(share, f"{title}: folding")
-            waiting.append(_open_layer(job, source, layer + len(waiting), original))
+            waiting.append(_open(job, source, layer + len(waiting), original))
         current = waiting[0]
         if not job.finished(layer):
             record: dict[str, Any] = {"choice": current.choice, "block_error": current.error}
@@ -87,7 +66,9 @@ def fold_on_stream(job: Job, device: torch.device, windows: Windows, report: Rep
                 record["window_error"] = _heal(settings, layer, waiting, folded, original, device, progress)
             job.write(current.design.weights(), layer)
             record["seconds"] = round(time.time() - started, 2)
-            _save_waiting(job, layer, list(waiting)[1:])
+            if len(waiting) > 1:
+                job.writer.keep(_waiting(layer), packed(enumerate(list(waiting)[1:], layer + 1)))
+            job.writer.drop(_waiting(layer - 2))  # the last but one: the journal may still name the last
             job.writer.finish(job.unit(layer), record)
         if settings.heal_steps and layer < layers - 1:
             # The folded stream runs through what was written, rounding included: the next layer repairs that too.
@@ -99,35 +80,25 @@ def fold_on_stream(job: Job, device: torch.device, windows: Windows, report: Rep
         file.unlink(missing_ok=True)
 
 
-def _open_layer(job: Job, source: SourceModel, layer: int, original: HiddenStates) -> _OpenLayer:
-    """Read a layer, fold its attention by the candidate of least error, and move the original stream behind it."""
-    block = source.block(layer)
+def _open(job: Job, source: SourceModel, layer: int, original: HiddenStates) -> OpenLayer:
+    """A layer folded now or before an interruption; the original stream moves behind it."""
     if job.finished(layer):
-        block.advance(original)
-        return _OpenLayer(block, job.read_written(layer), "", 0.0)
-    saved = _read_waiting(job, layer)
+        return reopen_layer(source, layer, original, job.read_written(layer))
+    saved = unpacked(job.writer.folder / _waiting(len(job.writer.finished) - 1), layer)
     if saved is not None:
-        block.advance(original)
-        return _OpenLayer(block, *saved)
+        return reopen_layer(source, layer, original, *saved)
+    return fold_layer(job, source, layer, original)
 
-    seen = observe(job.plan, source, layer, block, original)
-    error, label, folded = best(job.plan, seen, layer)
-    if error == math.inf:
-        raise ConversionError(f"folding layer {layer} gave no finite result: check the source's weights there")
-    if job.plan.method in REFITTED:
-        refitted = refit_output(folded, block, original, bias=job.plan.layout == "kvfold")
-        refitted_error = seen.measure(refitted)
-        if refitted_error < error:
-            error, folded = refitted_error, refitted
-    block.advance(original)
-    check_finite(original.data, f"source layer {layer}")
-    return _OpenLayer(block, folded, label, error)
+
+def _waiting(layer: int) -> str:
+    """The file of the layers that wait behind `layer`, as its healing left them."""
+    return f"waiting-behind-{layer}.safetensors"
 
 
 def _heal(
     settings: ConvertSettings,
     layer: int,
-    waiting: Iterable[_OpenLayer],
+    waiting: Iterable[OpenLayer],
     folded: HiddenStates,
     original: HiddenStates,
     device: torch.device,
@@ -147,7 +118,8 @@ def _heal(
                 yield folded.data[pick].to(device), original.data[pick].to(device)
 
     blocks = [item.block for item in waiting]
-    parameters = [p for item in waiting for p in item.design.parameters()]
+    designs = [item.design for item in waiting]
+    parameters = [p for module in designs for p in module.parameters()]
 
     @torch.no_grad()
     def error() -> float:
@@ -159,7 +131,8 @@ def _heal(
     before, kept = error(), [p.detach().clone() for p in parameters]
     try:
         autocast = torch.bfloat16 if settings.heal_dtype == "bfloat16" else None
-        heal(blocks, parameters, batches(), settings.heal_steps, settings.heal_lr, autocast=autocast, report=report)
+        rate = settings.heal_lr or WINDOW_RATE
+        heal(blocks, designs, batches(), settings.heal_steps, rate, autocast=autocast, report=report)
     except FloatingPointError as found:
         raise ConversionError(f"layer {layer}: {found}; lower --heal-lr, or turn healing off with --heal-steps 0") from None
     after = error()
@@ -167,35 +140,3 @@ def _heal(
         for parameter, value in zip(parameters, kept, strict=True):
             parameter.data.copy_(value)
     return {"before": before, "after": min(after, before)}
-
-
-def _waiting_file(job: Job, layer: int) -> Path:
-    return job.writer.folder / f"waiting-behind-{layer}.safetensors"
-
-
-def _save_waiting(job: Job, layer: int, waiting: Iterable[_OpenLayer]) -> None:
-    """Keep the layers behind `layer` as its healing left them, unrounded, for a resume."""
-    tensors: dict[str, Tensor] = {}
-    notes: dict[str, str] = {}
-    for number, item in enumerate(waiting, layer + 1):
-        held = item.design.weights()
-        tensors |= {f"{number}.{name}": t.cpu().contiguous() for name, t in held.tensors().items()}
-        notes[str(number)] = json.dumps([type(held).__name__, item.choice, item.error])
-    if tensors:
-        job.writer.keep(_waiting_file(job, layer).name, save(tensors, notes))
-    _waiting_file(job, layer - 2).unlink(missing_ok=True)  # the last but one: the journal may still name the last
-
-
-def _read_waiting(job: Job, layer: int) -> tuple[FoldedWeights, str, float] | None:
-    """What `_save_waiting` kept of `layer` before an interruption: its weights, choice and error."""
-    file = _waiting_file(job, len(job.writer.finished) - 1)
-    if not file.exists():
-        return None
-    with safe_open(file, "pt") as saved:
-        notes = saved.metadata() or {}
-        if str(layer) not in notes:
-            return None
-        mine = [name for name in saved.keys() if name.startswith(f"{layer}.")]  # noqa: SIM118 — no mapping
-        held = {name.split(".")[1]: saved.get_tensor(name) for name in mine}
-    kind, choice, error = json.loads(notes[str(layer)])
-    return WEIGHTS[kind](**held), choice, error

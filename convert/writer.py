@@ -74,6 +74,7 @@ class CheckpointWriter:
             _lay_down(path, header, end)
         self._journal.keep(self._intact(units))
         self.finished = {unit.unit: unit.record for unit in self._journal.units}
+        self._beside = dict(self._journal.units[-1].files) if self._journal.units else {}
 
     def _lay_out(self, name: str, shard: list[TensorSpec]) -> tuple[bytes, int]:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -170,19 +171,24 @@ class CheckpointWriter:
         self._unfinished.append(name)
 
     def keep(self, name: str, data: bytes) -> None:
-        """Write a file that whoever resumes behind the unit that is finished next will need."""
+        """Write a file that whoever resumes behind the unit that is finished next, or a later one, will need."""
         path = self.folder / name
         write_whole(path, data)
         self._beside[name] = checksum(path)
+
+    def drop(self, name: str) -> None:
+        """Remove a file that nobody will need any more."""
+        self._beside.pop(name, None)
+        (self.folder / name).unlink(missing_ok=True)
 
     def finish(self, unit: str, record: dict[str, Any]) -> None:
         """Journal a unit of work: what was written since the one before. `record` comes back in `finished` after a resume."""
         for path in {self._place[name][0] for name in self._unfinished}:
             os.fsync(self._open[path].fileno())
         tensors = {name: self._checksum(name) for name in self._unfinished}
-        self._journal.append(Unit(unit=unit, record=record, tensors=tensors, files=self._beside))
+        self._journal.append(Unit(unit=unit, record=record, tensors=tensors, files=dict(self._beside)))
         self.finished[unit] = record
-        self._unfinished, self._beside = [], {}
+        self._unfinished = []
 
     def commit(self, texts: dict[str, str], copies: Iterable[Path]) -> None:
         """Write the index and `texts` (name → content), copy the files `copies`, and give the folder its name."""

@@ -1,18 +1,23 @@
-"""Healing: layer-local distillation of folded attention against the original model's hidden states.
+"""Healing: distillation of folded attention against the original model's hidden states or its output.
 
-No labels and no backpropagation through the model: a short window of decoder layers, its input from the already folded
-prefix, its target the original's hidden state behind the window. So every layer also repairs what the layers before it
-broke.
+No labels: the window's input comes from the folded model, its target from the original. A window of a few decoder layers is
+brought near the original's hidden state behind it, so that every layer also repairs what the layers before it broke. The
+window may also be the whole model, and the target the original's distribution of the next token.
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 COARSE = 0.03
 """The relative error from which on healing takes full steps. What steps of a size break by themselves grows with its square."""
+QUIET = 1e-3
+"""Of a projection's loudest input channel: channels below that are taken to be as loud."""
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
@@ -23,54 +28,143 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
     return ((output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).mean()
 
 
+def by_error(first_loss: float) -> float:
+    """Smaller steps where there is less to repair, by the root of the first loss over `COARSE`."""
+    return min(1.0, (first_loss / COARSE) ** 0.5)
+
+
+@dataclass
+class Progress:
+    """Where healing stands, enough to go on from: steps done, their losses, and the optimizer's state."""
+
+    steps: int = 0
+    losses: list[float] = field(default_factory=list)
+    optimizer: dict[str, Any] | None = None
+
+
+class RelativeAdam:
+    """Adam whose step is relative to what each parameter does.
+
+    A step is `rate` times the root mean square of the parameter. For a projection both are measured with its columns
+    multiplied by the root mean square of its input channels, so that the scale of a channel is of no account: a channel a
+    thousand times as loud, with weights a thousandth, gets steps of a thousandth.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.parameters: list[nn.Parameter] = []
+        self.loudness: dict[nn.Parameter, Tensor] = {}
+        self.hooks = []
+        for module in modules:
+            self.parameters += module.parameters()
+            for linear in module.modules():
+                if isinstance(linear, nn.Linear):
+                    self.hooks.append(linear.register_forward_pre_hook(self._listen))
+        self.adam = torch.optim.Adam([{"params": [p]} for p in self.parameters], lr=0.0, betas=(0.9, 0.99), eps=1e-12)
+        self.sizes: list[float] = []
+
+    def _listen(self, linear: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Take the root mean square of a projection's input channels from its first input: (in_features,)."""
+        weight: Any = linear.weight
+        if weight not in self.loudness:
+            loud = inputs[0].detach().float().square().flatten(0, -2).mean(0).sqrt()
+            self.loudness[weight] = loud.clamp_min(float(loud.amax()) * QUIET).clamp_min(1e-8)
+
+    def measure(self) -> None:
+        """Fix the sizes of steps, behind the first forward pass and before the first step."""
+        for hook in self.hooks:
+            hook.remove()
+        self.sizes = [
+            float((p.detach() * self.loudness.get(p, 1.0)).square().mean().sqrt().clamp_min(1e-8)) for p in self.parameters
+        ]
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor], rate: float) -> None:
+        before = [p.detach().clone() for p in self.parameters]
+        for group, p, gradient, size in zip(self.adam.param_groups, self.parameters, gradients, self.sizes, strict=True):
+            group["lr"] = rate * size
+            p.grad = gradient / self.loudness.get(p, 1.0)
+        self.adam.step()
+        for p, old in zip(self.parameters, before, strict=True):
+            if p in self.loudness:
+                p.copy_(old + (p - old) / self.loudness[p])
+            p.grad = None
+
+    def state(self) -> dict[str, Any]:
+        """All that a later run needs beside the parameters."""
+        return {
+            "adam": self.adam.state_dict(),
+            "sizes": self.sizes,
+            "loudness": [self.loudness.get(p) for p in self.parameters],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.adam.load_state_dict(state["adam"])
+        self.sizes = state["sizes"]
+        pairs = zip(self.parameters, state["loudness"], strict=True)
+        self.loudness = {p: loud.to(p.device) for p, loud in pairs if loud is not None}
+
+
 def heal(
     window: Sequence[Callable[[Tensor], Tensor]],
-    parameters: Iterable[nn.Parameter],
+    trained: Iterable[nn.Module],
     batches: Iterable[tuple[Tensor, Tensor]],
     steps: int,
     learning_rate: float = 2e-2,
-    loss: Callable[[Tensor, Tensor], Tensor] = relative_error,
+    loss: Loss = relative_error,
+    scale: Callable[[float], float] = by_error,
+    piece: int | None = None,
     autocast: torch.dtype | None = None,
     report: Callable[[int, float], None] | None = None,
+    begun: Progress | None = None,
+    keep: Callable[[Progress], None] | None = None,
 ) -> list[float]:
-    """Train `parameters` in place so that the window maps each batch's input to its target; returns the loss curve.
+    """Train the modules `trained` in place so that the window maps each batch's input to its target; returns the losses.
 
     Args:
         window: the blocks in order, each (B, T, d) → (B, T, d).
-        parameters: what is trained. Adam's step is `learning_rate` times each parameter's root mean square, so that one
-            setting fits projections of every scale; warm-up over 5 % of the steps, then cosine to zero. Steps are smaller
-            where there is less to repair, by the root of the first loss over `COARSE`.
-        batches: pairs of the window's input and target; `steps` of them are drawn.
+        trained: the modules in them that learn, by `RelativeAdam`; warm-up over 5 % of the steps, then cosine to zero.
+        batches: pairs of the window's input and target; `steps` of them are drawn, those that are still to do.
+        scale: what the learning rate is multiplied by, from the first loss.
+        piece: rows of a batch that run at a time, None for all.
         autocast: dtype of the matrix products, None for the tensors' own. bfloat16 is several times as fast where the
             processor has it; parameters, their gradients and the hidden states between blocks stay as they are.
         report: called with the step and its loss.
+        begun: where an interrupted run stood; the parameters must be those of then.
+        keep: called behind every step with what `begun` wants, for whoever writes it down now and then.
 
     Raises:
         FloatingPointError: the loss stopped being finite.
     """
-    trained = list(parameters)
-    sizes = [float(p.detach().square().mean().sqrt().clamp_min(1e-8)) for p in trained]
-    optimizer = torch.optim.Adam([{"params": [p]} for p in trained], betas=(0.9, 0.99))
+    optimizer = RelativeAdam(trained)
+    progress = begun or Progress()
+    if progress.optimizer is not None:
+        optimizer.restore(progress.optimizer)
     warmup = max(1, steps // 20)
-    losses: list[float] = []
-    for step, (hidden, target) in zip(range(steps), batches, strict=False):
-        with torch.autocast(hidden.device.type, autocast, enabled=autocast is not None):
-            for block in window:
-                hidden = block(hidden)
-        error = loss(hidden.to(target.dtype), target)
-        value = float(error.detach())
-        if not math.isfinite(value):
+    for step, (hidden, target) in zip(range(progress.steps, steps), batches, strict=False):
+        value, gradients = 0.0, None
+        for part, wanted in zip(hidden.split(piece or len(hidden)), target.split(piece or len(hidden)), strict=True):
+            with torch.autocast(part.device.type, autocast, enabled=autocast is not None):
+                output = part
+                for block in window:
+                    output = block(output)
+            error = loss(output.to(wanted.dtype), wanted) * (len(part) / len(hidden))
+            value += float(error.detach())
+            # Blocks may hold frozen weights; only what is trained needs a gradient.
+            found = torch.autograd.grad(error, optimizer.parameters)
+            gradients = found if gradients is None else tuple(a + b for a, b in zip(gradients, found, strict=True))
+        if not math.isfinite(value) or gradients is None:
             raise FloatingPointError(f"healing diverged at step {step + 1} of {steps}: loss {value}")
-        losses.append(value)
-        rate = learning_rate * min(1.0, (losses[0] / COARSE) ** 0.5)
-        rate *= min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
-        for group, size in zip(optimizer.param_groups, sizes, strict=True):
-            group["lr"] = rate * size
-        optimizer.zero_grad(set_to_none=True)
-        # Blocks may hold frozen weights; only what is trained needs a gradient.
-        for p, g in zip(trained, torch.autograd.grad(error, trained), strict=True):
-            p.grad = g
-        optimizer.step()
+        if step == 0:
+            optimizer.measure()
+        progress.losses.append(value)
+        rate = learning_rate * scale(progress.losses[0])
+        optimizer.step(gradients, rate * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps))))
+        progress.steps = step + 1
         if report is not None:
             report(step, value)
-    return losses
+        if keep is not None:
+            progress.optimizer = optimizer.state()
+            keep(progress)
+    return progress.losses

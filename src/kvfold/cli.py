@@ -169,10 +169,18 @@ def convert(
         Optional[str],
         typer.Option(help="How much a calibration token counts: uniform, or nll, what the source finds surprising."),
     ] = None,
-    heal_steps: Annotated[Optional[int], typer.Option(help="Healing steps per layer; 0 turns it off. Default: 300.")] = None,
-    heal_window: Annotated[Optional[int], typer.Option(help="Layers healed together. Default: 2.")] = None,
+    heal_steps: Annotated[
+        Optional[int], typer.Option(help="Healing steps, of all layers or of each window; 0 turns it off. Default: 300.")
+    ] = None,
+    heal_window: Annotated[
+        Optional[str],
+        typer.Option(help="Layers healed together, a number or all. Default: all where the model fits into memory, else 2."),
+    ] = None,
     heal_batch_tokens: Annotated[Optional[int], typer.Option(help="Tokens in a healing step. Default: 4096.")] = None,
-    heal_lr: Annotated[Optional[float], typer.Option(help="Healing step relative to a parameter's RMS. Default: 0.02.")] = None,
+    heal_lr: Annotated[
+        Optional[float],
+        typer.Option(help="Healing step relative to a parameter's RMS. Default: 0.1/√d for all layers, 0.02 for windows."),
+    ] = None,
     heal_dtype: Annotated[
         Optional[str], typer.Option(help="Matrix products of healing: bfloat16 or float32. Default: bfloat16.")
     ] = None,

@@ -1,0 +1,91 @@
+"""One layer folded in closed form on the original stream, and how it is kept for a resume until it is written."""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import InitVar, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from kvfold.convert.candidates import best
+from kvfold.convert.job import Job
+from kvfold.convert.observe import observe, refit_output
+from kvfold.convert.source import spelled
+from kvfold.convert.stream import Block, HiddenStates, SourceModel, check_finite
+from kvfold.errors import ConversionError
+from kvfold.surgery.designs import WEIGHTS, FoldedWeights, design
+
+REFITTED = ("kvfold", "pca")
+"""Methods whose output projection is fitted to the folded heads; the others are left as they were published."""
+
+
+@dataclass
+class OpenLayer:
+    """A layer that has been folded but not written: its block, and what there is to say of it."""
+
+    block: Block
+    weights: InitVar[FoldedWeights]
+    choice: str
+    error: float
+
+    def __post_init__(self, weights: FoldedWeights) -> None:
+        self.set_weights(weights)
+
+    def set_weights(self, weights: FoldedWeights) -> None:
+        self.design = design(weights.to(self.block.device, torch.float32))
+        self.block.set_attention(self.design)
+
+
+def fold_layer(job: Job, source: SourceModel, layer: int, original: HiddenStates) -> OpenLayer:
+    """Fold a layer's attention by the candidate of least error, and move the original stream behind it."""
+    block = source.block(layer)
+    seen = observe(job.plan, source, layer, block, original)
+    error, label, folded = best(job.plan, seen, layer)
+    if error == math.inf:
+        raise ConversionError(f"folding layer {layer} gave no finite result: check the source's weights there")
+    if job.plan.method in REFITTED:
+        refitted = refit_output(folded, block, original, bias=job.plan.layout == "kvfold")
+        refitted_error = seen.measure(refitted)
+        if refitted_error < error:
+            error, folded = refitted_error, refitted
+    block.advance(original)
+    check_finite(original.data, f"source layer {layer}")
+    return OpenLayer(block, folded, label, error)
+
+
+def reopen_layer(
+    source: SourceModel, layer: int, original: HiddenStates, weights: FoldedWeights, choice: str = "", error: float = 0.0
+) -> OpenLayer:
+    """A layer that was folded before an interruption; the original stream moves behind it."""
+    block = source.block(layer)
+    block.advance(original)
+    return OpenLayer(block, weights, choice, error)
+
+
+def packed(items: Iterable[tuple[int, OpenLayer]]) -> bytes:
+    """Layers as they are, unrounded, as a safetensors file."""
+    tensors: dict[str, Tensor] = {}
+    notes: dict[str, str] = {}
+    for layer, item in items:
+        held = item.design.weights()
+        tensors |= {f"{layer}.{name}": t.cpu().contiguous() for name, t in held.tensors().items()}
+        notes[str(layer)] = json.dumps([type(held).__name__, item.choice, item.error])
+    return save(tensors, notes)
+
+
+def unpacked(file: Path, layer: int) -> tuple[FoldedWeights, str, float] | None:
+    """What `packed` kept of `layer`, its weights, choice and error; None when it is not there."""
+    if not file.exists():
+        return None
+    with safe_open(spelled(file.parent) / file.name, "pt") as saved:
+        notes = saved.metadata() or {}
+        if str(layer) not in notes:
+            return None
+        mine = [name for name in saved.keys() if name.startswith(f"{layer}.")]  # noqa: SIM118 — no mapping
+        held = {name.split(".")[1]: saved.get_tensor(name) for name in mine}
+    kind, choice, error = json.loads(notes[str(layer)])
+    return WEIGHTS[kind](**held), choice, error

@@ -1,0 +1,201 @@
+"""Healing of the whole model at once, where it fits into memory: the distribution of the next token meets the original's.
+
+All layers are folded on the original stream first; behind the last one that stream is the target. Errors of many layers add up,
+and no layer knows which of its own matter at the output: healing there needs far fewer tokens than layer by layer.
+"""
+
+import io
+import time
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from kvfold.convert.data import Windows
+from kvfold.convert.folding import OpenLayer, fold_layer, packed, reopen_layer, unpacked
+from kvfold.convert.job import Job, Report
+from kvfold.convert.stream import HiddenStates, SourceModel
+from kvfold.errors import ConversionError
+from kvfold.surgery.healing import Progress, heal
+from kvfold.surgery.output import output_divergence
+
+RATE = 0.1
+"""The learning rate times the root of the hidden size: sums over more numbers want smaller steps of each."""
+PIECE = 2048
+"""Tokens that run forward and back at a time; a step of more adds up their gradients."""
+KEEP_SECONDS = 300.0
+"""How often healing is written down for a resume."""
+HEALED = "healed "
+"""How the journal names a state of healing, before its steps."""
+HELD_OUT = 16
+"""One of so many windows is not healed on, and says what healing was worth."""
+
+
+def heals_whole(job: Job, source: SourceModel, windows: Windows) -> bool:
+    """Whether the model is healed at once: as asked for, as begun, or else where it fits into memory."""
+    settings = job.plan.settings
+    if settings.heal_window != "auto" or not settings.heal_steps:
+        return settings.heal_window == "all" and settings.heal_steps > 0
+    if job.writer.finished:
+        return _unit(0) in job.writer.finished
+    return needed_bytes(job, source, windows.ids.shape[1]) <= 0.6 * free_bytes(source.device)
+
+
+def needed_bytes(job: Job, source: SourceModel, tokens: int) -> int:
+    """An estimate of what healing the whole model takes: float32 weights, three more of each that learns, activations."""
+    spec = job.plan.spec
+    weights = sum(p.numel() for p in source.base.parameters()) + spec.vocab_size * spec.hidden_size
+    learning = spec.layers * spec.hidden_size * spec.head_dim * (2 * spec.heads + 2 * spec.kv_heads)
+    # A token keeps about forty vectors of a layer, and its scores against the window several times.
+    activations = 2 * PIECE * spec.layers * (40 * spec.hidden_size + 5 * spec.heads * tokens)
+    return 4 * (weights + 3 * learning) + activations
+
+
+def free_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def fold_whole(job: Job, source: SourceModel, windows: Windows, report: Report) -> None:
+    """Fold all layers, heal them together, write them. Raises ConversionError when something is not finite."""
+    on_disk = HiddenStates.needs_disk((*windows.ids.shape, job.plan.spec.hidden_size), copies=1)
+    file = job.writer.folder / "original.hidden"
+    original = source.embed(windows.ids, file if on_disk else None)
+    if job.plan.settings.token_weights == "nll":
+        original.weights = SourceModel(job.reader, job.plan.family, source.device, windows.ids.shape[1]).surprise(windows.ids)
+    layers = []
+    for layer in range(job.layers):
+        report(0.3 * layer / job.layers, f"layer {layer + 1}/{job.layers}: folding")
+        layers.append(_open(job, source, layer, original))
+    record = _heal(job, source, windows.ids, original, layers, report)
+    file.unlink(missing_ok=True)
+    for layer, item in enumerate(layers):
+        if not job.finished(layer):
+            job.write(item.design.weights(), layer)
+            job.writer.finish(job.unit(layer), {"choice": item.choice, "block_error": item.error, **record})
+
+
+def _open(job: Job, source: SourceModel, layer: int, original: HiddenStates) -> OpenLayer:
+    """A layer folded now or before an interruption; the original stream moves behind it."""
+    name = f"folded-{layer}.safetensors"
+    if _unit(layer) in job.writer.finished and (kept := unpacked(job.writer.folder / name, layer)) is not None:
+        return reopen_layer(source, layer, original, *kept)
+    item = fold_layer(job, source, layer, original)
+    job.writer.keep(name, packed([(layer, item)]))
+    job.writer.finish(_unit(layer), {})
+    return item
+
+
+def _unit(layer: int) -> str:
+    return f"folded {layer}"
+
+
+def _heal(
+    job: Job, source: SourceModel, ids: Tensor, original: HiddenStates, layers: list[OpenLayer], report: Report
+) -> dict[str, Any]:
+    """Train all layers on the KL from the original at the output; what it was on held-out windows before and after.
+
+    Where it did not fall, the layers stay as they were.
+    """
+    settings, started = job.plan.settings, time.time()
+    rows, tokens = ids.shape
+    held_out = min(rows // 2, max(1, rows // HELD_OUT))
+    size = min(rows - held_out, max(1, settings.heal_batch_tokens // tokens))
+    generator = torch.Generator().manual_seed(settings.seed)
+    autocast = torch.bfloat16 if settings.heal_dtype == "bfloat16" else None
+    table = source.embedding()
+    norm, head = source.output()
+    head = head.to(autocast or torch.float32)
+    blocks, designs = [item.block for item in layers], [item.design for item in layers]
+
+    def batch(pick: Tensor | slice) -> tuple[Tensor, Tensor]:
+        return nn.functional.embedding(ids[pick], table).to(source.device), original.data[pick].to(source.device)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            order = held_out + torch.randperm(rows - held_out, generator=generator)
+            for pick in order[: len(order) // size * size].split(size):
+                yield batch(pick)
+
+    def loss(hidden: Tensor, target: Tensor) -> Tensor:
+        return output_divergence(norm(hidden), norm(target), head)
+
+    @torch.no_grad()
+    def measure() -> float:
+        total = 0.0
+        for row in range(held_out):
+            hidden, target = batch(slice(row, row + 1))
+            with torch.autocast(source.device.type, autocast, enabled=autocast is not None):
+                for block in blocks:
+                    hidden = block(hidden)
+            total += float(loss(hidden.float(), target)) / held_out
+        return total
+
+    def progress(step: int, value: float) -> None:
+        report(0.3 + 0.6 * step / settings.heal_steps, f"healing all layers, KL {value:.3f}")
+
+    begun, before = _kept(job, designs)
+    if begun is None:
+        before = measure()
+    last = time.monotonic()
+
+    def keep(now: Progress) -> None:
+        nonlocal last
+        if now.steps == settings.heal_steps or time.monotonic() - last > KEEP_SECONDS:
+            _keep(job, now, designs, before)
+            last = time.monotonic()
+
+    try:
+        heal(
+            blocks,
+            designs,
+            islice(batches(), begun.steps if begun else 0, None),
+            settings.heal_steps,
+            settings.heal_lr or RATE * job.plan.spec.hidden_size**-0.5,
+            loss=loss,
+            scale=lambda first: 1.0,
+            piece=max(1, PIECE // tokens),
+            autocast=autocast,
+            report=progress,
+            begun=begun,
+            keep=keep,
+        )
+    except FloatingPointError as found:
+        raise ConversionError(f"{found}; lower --heal-lr, or turn healing off with --heal-steps 0") from None
+    after = measure()
+    if not after < before:
+        for layer, item in enumerate(layers):
+            saved = unpacked(job.writer.folder / f"folded-{layer}.safetensors", layer)
+            if saved is not None:
+                item.set_weights(saved[0])
+    return {"output_kl": {"before": before, "after": min(after, before)}, "healing_seconds": round(time.time() - started, 2)}
+
+
+def _keep(job: Job, now: Progress, designs: list[Any], before: float) -> None:
+    """Write down where healing stands, and remove the state before the last one."""
+    parameters = [p.detach() for module in designs for p in module.parameters()]
+    data = io.BytesIO()
+    torch.save({"progress": vars(now), "parameters": parameters, "before": before}, data)
+    for unit in [unit for unit in job.writer.finished if unit.startswith(HEALED)][:-1]:
+        job.writer.drop(_state(unit))
+    unit = f"{HEALED}{now.steps}"
+    job.writer.keep(_state(unit), data.getvalue())
+    job.writer.finish(unit, {})
+
+
+def _kept(job: Job, designs: list[Any]) -> tuple[Progress | None, float]:
+    """Where an interrupted healing stood, with its parameters put in, and the loss that it began with."""
+    units = [unit for unit in job.writer.finished if unit.startswith(HEALED)]
+    if not units:
+        return None, 0.0
+    saved = torch.load(job.writer.folder / _state(units[-1]), weights_only=True)
+    with torch.no_grad():
+        for p, value in zip((p for module in designs for p in module.parameters()), saved["parameters"], strict=True):
+            p.copy_(value)
+    return Progress(**saved["progress"]), saved["before"]
+
+
+def _state(unit: str) -> str:
+    return f"{unit.replace(' ', '-')}.pt"
