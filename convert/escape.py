@@ -1,6 +1,7 @@
 """Names that others chose (folders, texts, tasks, what kvfold.json says), made fit to be shown."""
 
 import unicodedata
+from collections.abc import Callable
 from typing import Any
 
 _MARKUP = {ord(char): f"&#{ord(char)};" for char in "|[]`*$\\~"} | {ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;"}
@@ -20,8 +21,13 @@ def markdown(text: object) -> str:
 
 def all_markdown(data: Any) -> Any:
     """`markdown` of every text in JSON data."""
+    return each(data, markdown)
+
+
+def each(data: Any, change: Callable[[str], str]) -> Any:
+    """JSON data with every text in it changed."""
     if isinstance(data, dict):
-        return {markdown(key): all_markdown(value) for key, value in data.items()}
+        return {change(key): each(value, change) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [all_markdown(value) for value in data]
-    return markdown(data) if isinstance(data, str) else data
+        return [each(value, change) for value in data]
+    return change(data) if isinstance(data, str) else data

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from kvfold.convert.escape import each, visible
 from kvfold.convert.jsonfile import checked, read_json
 from kvfold.errors import UserError
 
@@ -61,7 +62,7 @@ def read_record(folder: Path, missing: str, damaged: str) -> dict[str, Any]:
     if not file.exists():
         raise UserError(f"{folder} has no {RECORD}: {missing}")
     data = read_json(file, damaged)
-    record = checked(Record, data, str(file), damaged)
-    if "\0" in record.source:
+    checked(Record, each(data, visible), str(file), damaged)  # names of files may hold what is no text
+    if "\0" in data["source"]:
         raise UserError(f"{file} is damaged (source: a path has no NUL): {damaged}")
     return data
