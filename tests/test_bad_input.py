@@ -95,7 +95,7 @@ def test_one_line_is_all_there_is_on_standard_error(tmp_path: Path, source: Path
         ("--heal-steps -1", "heal_steps: input should be greater than or equal to 0, got -1"),
         ("--heal-lr 0", "heal_lr: input should be greater than 0"),
         ("--heal-lr inf", "heal_lr: input should be less than or equal to 1000000"),
-        ("--heal-window 0", "heal_window: input should be greater than or equal to 1"),
+        ("--heal-window 0", "input should be greater than or equal to 1"),
         ("--heal-batch-tokens 0", "heal_batch_tokens"),
         ("--window 1", "window: input should be greater than or equal to 2"),
         ("--calibration-tokens 0", "calibration_tokens: input should be greater than 0"),
@@ -488,7 +488,7 @@ def test_healing_that_diverges_fails_with_a_remedy(
         raise FloatingPointError("healing diverged at step 2 of 8: loss nan")
 
     monkeypatch.setattr("kvfold.convert.streamed.heal", diverge)
-    flags = ("--calibrate", tokens, "--heal-steps", 8)
+    flags = ("--calibrate", tokens, "--heal-steps", 8, "--heal-window", 2)
     text = refused(tmp_path / "out", "convert", source, tmp_path / "out", *HEADS, *flags, code=1)
     assert "healing diverged at step" in text
     assert "lower --heal-lr, or turn healing off with --heal-steps 0" in text
