@@ -65,6 +65,7 @@ def widths_to_try(plan: ConversionPlan) -> list[Widths]:
     """Every pair of widths that is measured, the plan's own among them."""
     spec, mean = plan.spec, int(plan.cache_numbers)
     full, widest = full_rank(spec.hidden_size, spec.kv_heads, spec.head_dim), spec.kv_heads * spec.head_dim
+    turning = plan.widest_rope
     step = {"mfa": 4, "mfa-kr": 2, "mla": 1}[plan.settings.to]
     shares = SHARES if plan.settings.layer_budgets == "measured" else (1.0,)
     totals = sorted({max(4, int(mean * share) // step * step) for share in shares})
@@ -77,8 +78,8 @@ def widths_to_try(plan: ConversionPlan) -> list[Widths]:
         elif plan.design == "rebuilt-key":
             tried += [(total, 0)] if total <= full else []
         else:
-            ropes = sorted({max(2, round(total * split / 2) * 2) for split in SPLITS})
-            tried += [(total - rope, rope) for rope in ropes if rope <= widest and 1 <= total - rope <= full]
+            ropes = sorted({min(turning, max(2, round(total * split / 2) * 2)) for split in SPLITS})
+            tried += [(total - rope, rope) for rope in ropes if 1 <= total - rope <= full]
     return list(dict.fromkeys(tried))
 
 

@@ -12,13 +12,17 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from kvfold.convert.checkpoint import read_config, read_json
-from kvfold.convert.pipeline import RECORD
+from kvfold.convert import record
+from kvfold.convert.checkpoint import read_config
+from kvfold.convert.data import TEXT_SUFFIXES
+from kvfold.convert.escape import all_markdown, markdown
 from kvfold.errors import UserError
 
 CARD = "README.md"
 SOURCE_NAME = "kvfold"
 _SECTION = re.compile(r"<!-- kvfold:(\w+) -->.*?<!-- /kvfold:\1 -->", re.DOTALL)
+_NAME = re.compile(r"[A-Za-z0-9][\w.+ -]{0,80}")
+_LINK = re.compile(r"(https://[\w./%#?=&-]+|[\w.-]+)")
 _TARGET = "design kv_heads kv_rank rope_dim method grouping layout"
 _SETTINGS = "kv_budget q_rank dtype seed"
 _RUN_COUNTS = {"tokens": "tokens", "distinct_tokens": "of them distinct", "steps": "steps", "parameters_trained": "parameters"}
@@ -38,6 +42,17 @@ class Licence:
     license: str
     license_name: str | None = None
     license_link: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError for what is no name of a licence: it goes into the card's metadata, and to the Hub."""
+        link = self.license_link or "LICENSE"
+        for what, text, fits in (
+            ("licence", self.license, _NAME.fullmatch(str(self.license))),
+            ("licence name", self.license_name or "x", _NAME.fullmatch(str(self.license_name or "x"))),
+            ("licence link", link, _LINK.fullmatch(str(link))),
+        ):
+            if not isinstance(text, str) or not fits:
+                raise UserError(f"{text!r:.80} is no {what}: give --license as the Hub writes it (apache-2.0, mit, llama3.1)")
 
 
 @dataclass(frozen=True)
@@ -66,28 +81,32 @@ class Facts:
 def make_card(facts: Facts, existing: str | None) -> str:
     """The whole card. `existing` is the one it replaces: its hand-made text, metadata and results are kept.
 
+    What others wrote (names, settings, a licence) stands in it as plain text; `facts.table` and `facts.legend` are Markdown.
+
     Raises:
         UserError: kvfold.json or the existing card's metadata cannot be read.
     """
     record, config = read_record(facts.out), read_config(facts.out)
     remote = "auto_map" in config
     template = files("kvfold.convert").joinpath("card.md.jinja").read_text(encoding="utf-8")
+    named = config.get("architectures")
+    architecture = str(named[0]) if isinstance(named, list) and named else ""
     made = ModelCard.from_template(
         _metadata(facts, record, existing),
         template_str=template,
-        name=facts.repo_id.split("/")[-1],
+        name=markdown(facts.repo_id.split("/")[-1]),
         summary=_summary(facts, record),
         table=facts.table.strip(),
         legend=facts.legend,
         plot=facts.plot,
-        report=facts.report,
-        model=facts.model,
-        text=text_name(facts.report["settings"]["on"]),
+        report=all_markdown(facts.report),
+        model=all_markdown(facts.model),
+        text=markdown(text_name(facts.report["settings"]["on"])),
         repo_id=facts.repo_id,
         remote=remote,
         extra=", trust_remote_code=True" if remote else "",
-        architecture=(config.get("architectures") or ["transformers"])[0],
-        record=record,
+        architecture=architecture if architecture.isidentifier() else "transformers",
+        version=markdown(record["version"]),
         making=_making(record, facts.base_model),
         limits=_limits(facts),
     )
@@ -96,13 +115,7 @@ def make_card(facts: Facts, existing: str | None) -> str:
 
 def read_record(out: Path) -> dict[str, Any]:
     """kvfold.json of a folded checkpoint. Raises UserError when it is missing or damaged."""
-    if not (out / RECORD).is_file():
-        raise UserError(f"{out} has no {RECORD}: push what kvfold convert wrote")
-    record = read_json(out / RECORD)
-    missing = [key for key in ("version", "source", "settings", "target", "calibration_tokens") if key not in record]
-    if missing:
-        raise UserError(f"{out / RECORD} lacks {', '.join(missing)}: convert again")
-    return record
+    return record.read_record(out, "push what kvfold convert wrote", "convert again")
 
 
 def hand_made(card: str) -> list[str]:
@@ -131,8 +144,18 @@ def newer_of(ours: str | None, theirs: str | None, out: Path) -> str | None:
 
 
 def text_name(origin: str) -> str:
-    """A text as the card names it: a Hub dataset whole, of a local path the last part."""
-    return origin.rstrip("/").split("/")[-1] if Path(origin.rpartition(":")[0] or origin).exists() else origin
+    """A text as the card names it: a Hub dataset whole, of a local path the last part, whether it is still there or not."""
+    path = Path(origin.rpartition(":")[0] or origin)
+    local = path.suffix in (*TEXT_SUFFIXES, ".safetensors") or origin.startswith((".", "/", "~")) or path.exists()
+    return origin.rstrip("/").split("/")[-1] if local else origin
+
+
+def read_card(file: Path) -> str | None:
+    """A card's text, None when there is none. Raises UserError when it is no text."""
+    try:
+        return file.read_text(encoding="utf-8") if file.is_file() else None
+    except ValueError as error:
+        raise UserError(f"{file} is no text ({error}): mend it, or delete it") from None
 
 
 def parse_card(card: str) -> ModelCard:
@@ -160,7 +183,8 @@ def _metadata(facts: Facts, record: dict[str, Any], existing: str | None) -> Mod
     old: Any = parse_card(existing).data if existing else ModelCardData()
     results = [result for result in old.eval_results or [] if result.source_name != SOURCE_NAME]
     kept = {key: value for key, value in old.to_dict().items() if key != "model-index"}
-    tags = dict.fromkeys([*(old.tags or []), SOURCE_NAME, "kv-cache", record["target"]["to"]])
+    theirs = [tag for tag in old.tags if isinstance(tag, str)] if isinstance(old.tags, list) else []
+    tags = dict.fromkeys([*theirs, SOURCE_NAME, "kv-cache", record["target"]["to"]])
     values: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -179,7 +203,10 @@ def _results(facts: Facts) -> list[EvalResult]:
     on = facts.report["settings"]["on"]
     model = facts.model
     hub_dataset = text_name(on) == on and "/" in on and ".safetensors" not in on
-    data: dict[str, Any] = {"dataset_type": on.split(":")[0] if hub_dataset else "text", "dataset_name": text_name(on)}
+    data: dict[str, Any] = {
+        "dataset_type": on.split(":")[0] if hub_dataset else "text",
+        "dataset_name": markdown(text_name(on)),
+    }
     measured = {
         "perplexity": ("Perplexity", model["perplexity"]),
         "nll": ("NLL, nats per token", model["nll"]),
@@ -196,7 +223,7 @@ def _results(facts: Facts) -> list[EvalResult]:
     ]
     for task, found in model["tasks"].items():
         for metric, value in found["metrics"].items():
-            place: dict[str, Any] = {"dataset_type": task, "dataset_name": task}
+            place: dict[str, Any] = {"dataset_type": markdown(task), "dataset_name": markdown(task)}
             results.append(EvalResult(**common, **place, metric_type=metric, metric_name=metric, metric_value=value["value"]))
     return results
 
@@ -220,11 +247,11 @@ def _making(record: dict[str, Any], base_model: str | None) -> list[str]:
     chosen += [f"{key} {settings[key]}" for key in _SETTINGS.split() if settings.get(key) is not None]
     lines = [f"Source: {source}{revision}.", f"Fold: {target['to']}, {', '.join(chosen)}."]
     if record["calibration_tokens"]:
-        itself = settings["calibrate"].partition(":")[0] == "self"
-        text = "text that the source wrote itself" if itself else text_name(settings["calibrate"])
+        origin = settings.get("calibrate") or "a text"
+        text = "text that the source wrote itself" if origin.partition(":")[0] == "self" else text_name(origin)
         lines.append(f"Calibration: {record['calibration_tokens']:,} tokens of {text}.")
-        steps, size = settings["heal_steps"], settings["heal_batch_tokens"]
-        whole = "output_kl" in record["layers"][0]
+        steps, size = settings.get("heal_steps", 0), settings.get("heal_batch_tokens", 0)
+        whole = "output_kl" in (record.get("layers") or [{}])[0]
         lines.append(
             f"Healing: {steps} steps {'of all layers' if whole else 'per layer'} of {size} tokens." if steps else "No healing."
         )
@@ -233,20 +260,20 @@ def _making(record: dict[str, Any], base_model: str | None) -> list[str]:
     lines += [_uptraining(run) for run in record.get("uptraining") or []]
     if not record.get("uptraining"):
         lines.append("No uptraining: the model was not trained end to end after the fold.")
-    return lines
+    return [markdown(line) for line in lines]
 
 
 def _uptraining(run: dict[str, Any]) -> str:
     """One entry of `uptraining` in kvfold.json."""
     recipe = run.get("recipe") or {}
     facts = [str(recipe["train"])] if "train" in recipe else []
-    facts += [f"{run[key]:,} {name}" for key, name in _RUN_COUNTS.items() if key in run]
+    facts += [f"{run[key]:,} {name}" for key, name in _RUN_COUNTS.items() if run.get(key) is not None]
     facts += [f"{name} {recipe[key]}" for key, name in _RECIPE_FACTS.items() if recipe.get(key)]
     return f"Uptraining: {', '.join(facts)}."
 
 
 def _limits(facts: Facts) -> list[str]:
-    text, context = text_name(facts.report["settings"]["on"]), facts.report["position_edges"][-1]
+    text, context = markdown(text_name(facts.report["settings"]["on"])), facts.report["position_edges"][-1]
     lines = [
         f"The damage is known on {text} and up to {context:,} tokens of context. Other text, other languages "
         "and longer contexts may suffer more: measure on your own with `kvfold evaluate`.",

@@ -7,6 +7,7 @@ that peak memory is one layer and an interrupted conversion keeps what it had fi
 """
 
 import json
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from pydantic import BaseModel, Field
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvfold.convert.files import CHUNK
+from kvfold.convert.jsonfile import checked, read_json
 from kvfold.errors import UserError
 
 DTYPES = {
@@ -34,6 +38,7 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_SHARD = re.compile(r"[^/\\\x00]{1,240}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -47,39 +52,51 @@ class TensorEntry:
     size: int
 
 
+class _Tensor(BaseModel):
+    """A tensor in a file's header, which the format's library has checked."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+
+class _Index(BaseModel):
+    """`model.safetensors.index.json`."""
+
+    weight_map: dict[str, str] = Field(min_length=1)
+
+
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of one safetensors file. Raises UserError when it is missing, truncated or not such a file."""
+    """The tensors of one safetensors file.
+
+    Raises UserError when it is missing, no plain file, or what the format's own library refuses: truncated, offsets that
+    overlap, leave holes or point outside, sizes against shapes.
+    """
     remedy = "download the checkpoint again"
+    if not path.exists():
+        raise UserError(f"{path} is missing: {remedy}, or remove it from {INDEX}")
+    if not path.is_file():
+        raise UserError(f"{path} is no file: {remedy}")
     try:
-        total = path.stat().st_size
+        with safe_open(path, "pt"):
+            pass
         with path.open("rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]
-            if length > total - 8:
-                raise UserError(f"{path} is truncated inside its header: {remedy}")
             header = json.loads(file.read(length))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: {remedy}, or remove it from {INDEX}") from None
-    except (struct.error, ValueError):
-        raise UserError(f"{path} is not a safetensors file or its header is damaged: {remedy}") from None
-    if not isinstance(header, dict):
-        raise UserError(f"{path} is not a safetensors file: {remedy}")
+    except (SafetensorError, struct.error, ValueError, RecursionError, OverflowError, OSError) as error:
+        raise UserError(f"{path} is not a safetensors file, or damaged ({' '.join(str(error).split())}): {remedy}") from None
     entries = {}
     for name, info in header.items():
         if name == "__metadata__":
             continue
-        if not isinstance(info, dict) or not {"dtype", "shape", "data_offsets"} <= info.keys():
-            raise UserError(f"{path} has a damaged header at tensor {name}: {remedy}")
-        if info["dtype"] not in DTYPES:
+        tensor = checked(_Tensor, info, f"{path}, tensor {name!r:.80}", remedy)
+        if tensor.dtype not in DTYPES:
             raise UserError(
-                f"{path}: tensor {name} has dtype {info['dtype']}, which kvfold does not read; "
+                f"{path}: tensor {name} has dtype {tensor.dtype}, which kvfold does not read; "
                 "start from the unquantised checkpoint"
             )
-        begin, end = info["data_offsets"]
-        if 8 + length + end > total:
-            raise UserError(f"{path} is truncated: tensor {name} ends {8 + length + end - total} bytes past it; {remedy}")
-        if end - begin != DTYPES[info["dtype"]].itemsize * torch.Size(info["shape"]).numel():
-            raise UserError(f"{path} has a damaged header at tensor {name}: {remedy}")
-        entries[name] = TensorEntry(path, DTYPES[info["dtype"]], tuple(info["shape"]), 8 + length + begin, end - begin)
+        begin, end = tensor.data_offsets
+        entries[name] = TensorEntry(path, DTYPES[tensor.dtype], tuple(tensor.shape), 8 + length + begin, end - begin)
     return entries
 
 
@@ -98,23 +115,40 @@ class CheckpointReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = read_config(folder)
-        index = folder / INDEX
+        self.entries = self._read_entries()
+
+    def _read_entries(self) -> dict[str, TensorEntry]:
+        """As transformers chooses: one file before an index, and safetensors alone."""
+        folder, index = self.folder, self.folder / INDEX
+        if (folder / SINGLE).exists():
+            return read_header(folder / SINGLE)
         if index.exists():
-            weight_map = read_json(index).get("weight_map", {})
-            headers = {shard: read_header(folder / shard) for shard in sorted(set(weight_map.values()))}
+            weight_map = checked(_Index, read_json(index), str(index), "download it again").weight_map
+            shards = sorted(set(weight_map.values()))
+            for shard in shards:  # files beside the index and nowhere else
+                if not _SHARD.fullmatch(shard):
+                    raise UserError(f"{index} names {shard!r:.80}, which is no file of weights beside it: download it again")
+            headers = {shard: read_header(folder / shard) for shard in shards}
             for name, shard in weight_map.items():
                 if name not in headers[shard]:
                     raise UserError(f"{index} names tensor {name}, but {shard} does not hold it; download both again")
-            self.entries = {name: headers[shard][name] for name, shard in weight_map.items()}
-        elif (folder / SINGLE).exists():
-            self.entries = read_header(folder / SINGLE)
-        elif any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+            return {name: headers[shard][name] for name, shard in weight_map.items()}
+        refuse_adapter(folder)
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
             raise UserError(
                 f"{folder} holds pickled .bin weights only, which kvfold does not open; convert them once with "
                 "`AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(DIR)` and fold DIR"
             )
-        else:
-            raise UserError(f"{folder} holds no {SINGLE} and no {INDEX}: give a folder with safetensors weights")
+        raise UserError(f"{folder} holds no {SINGLE} and no {INDEX}: give a folder with safetensors weights")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that most of the checkpoint's numbers have, whatever its config says."""
+        counts: dict[torch.dtype, int] = {}
+        for entry in self.entries.values():
+            if entry.dtype.is_floating_point:
+                counts[entry.dtype] = counts.get(entry.dtype, 0) + entry.size // entry.dtype.itemsize
+        return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
 
     def tensor(self, name: str, check_finite: bool = True, meta: bool = False) -> Tensor:
         """Read one tensor, with `meta` its shape without numbers.
@@ -155,21 +189,30 @@ class CheckpointReader:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a local checkpoint. Raises UserError when there is none or it is not JSON."""
-    if not (folder / "config.json").is_file():
+    """config.json of a local checkpoint, with what other files say of a quantisation.
+
+    Raises UserError when there is none, it is not JSON, or the folder is an adapter's.
+    """
+    if not (folder / "config.json").exists():
+        refuse_adapter(folder)
         raise UserError(f"{folder} has no config.json: give the folder of a Hugging Face checkpoint or a Hub id")
-    return read_json(folder / "config.json")
+    for path in folder.iterdir():  # whoever opens one waits for ever, and transformers opens many
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(f"{path} is a pipe or a device, no file: remove it")
+    config = read_json(folder / "config.json")
+    if (folder / "hf_quant_config.json").exists():  # where modelopt says it
+        config.setdefault("quantization_config", {"quant_method": "modelopt"})
+    return config
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError when the file holds none."""
-    try:
-        loaded = json.loads(path.read_text())
-        if not isinstance(loaded, dict):
-            raise ValueError("no object in braces")
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): download it again") from None
-    return loaded
+def refuse_adapter(folder: Path) -> None:
+    """Raise UserError when the folder is a PEFT adapter's, which has no weights of its own."""
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{folder} is an adapter, not a checkpoint: merge it first "
+            "(AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW); where kvfold folded the "
+            "base, copy its kvfold.json too)"
+        )
 
 
 def _refuse_nonfinite(tensor: Tensor, name: str, file: Path) -> None:

@@ -1,6 +1,9 @@
 """Text and tokens: what calibration, healing and evaluation read, cut into windows of equal length."""
 
-from collections.abc import Callable, Iterator
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvfold.convert.checkpoint import read_json
+from kvfold.convert.jsonfile import read_json
+from kvfold.convert.source import load_causal
 from kvfold.errors import UserError
 
 if TYPE_CHECKING:
@@ -84,7 +88,7 @@ def calibration_windows(
         return None
     kind, _, count = settings.calibrate.partition(":")
     if kind == "self":
-        tokens = settings.calibration_tokens if not count else int(count) if count.isdigit() else 0
+        tokens = settings.calibration_tokens if not count else int(count) if re.fullmatch("[0-9]{1,15}", count) else 0
         if tokens < settings.window:
             raise UserError(f"--calibrate {settings.calibrate}: write self or self:N, N tokens of at least one --window")
         return sample_from_source(folder, settings.window, tokens, device, settings.seed, report)
@@ -106,14 +110,25 @@ def sample_from_source(
     """
     import tempfile
 
-    from transformers import AutoModelForCausalLM, set_seed
+    from transformers import GenerationConfig, set_seed
     from transformers.utils import logging
 
     start = _first_token(folder)
     logging.disable_progress_bar()  # ours says more
     with tempfile.TemporaryDirectory() as spill:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", device_map="auto" if device.type == "cuda" else str(device), offload_folder=spill
+        where = "auto" if device.type == "cuda" else str(device)
+        loaded: Any = load_causal(folder, dtype="auto", device_map=where, offload_folder=spill)
+        model: Any = loaded[0]
+        # The checkpoint's own is for chatting: its penalties, beams and stop strings have no place here.
+        model.generation_config = GenerationConfig(
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            eos_token_id=None,  # windows are filled to the end: after an end of text the model goes on with the next one
+            min_new_tokens=window - 1,
+            max_new_tokens=window - 1,
+            pad_token_id=start,
         )
         set_seed(seed)
         rows: list[Tensor] = []
@@ -122,43 +137,35 @@ def sample_from_source(
             report(f"sampling calibration text, window {len(rows) + 1}/{wanted}")
             batch = min(16, wanted - len(rows))
             begin = torch.full((batch, 1), start, device=model.device)
-            # Windows are filled to the end: after an end of text the model goes on with the next one.
-            text = model.generate(
-                begin,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                eos_token_id=None,
-                min_new_tokens=window - 1,
-                max_new_tokens=window - 1,
-                pad_token_id=start,
-            )
-            rows += list(text.cpu())
+            rows += list(model.generate(begin).cpu())
     return Windows(torch.stack(rows), None, "self")
 
 
 def _first_token(folder: Path) -> int:
-    """The id that text begins with: bos, or else eos. Raises UserError when the checkpoint names neither."""
+    """The id that text begins with: bos, or else eos. Raises UserError when the checkpoint names neither in its vocabulary."""
+    vocab = read_json(folder / "config.json").get("vocab_size")
     for file in ("generation_config.json", "config.json"):
         named = read_json(folder / file) if (folder / file).exists() else {}
         for key in ("bos_token_id", "eos_token_id"):
             token = named.get(key)
             token = token[0] if isinstance(token, list) and token else token
-            if isinstance(token, int):
+            if type(token) is int:
+                refuse_foreign_ids(f"{folder / file}, {key},", token, token, vocab)
                 return token
     raise UserError(f"{folder} names no bos or eos token to begin text with: give --calibrate a text instead")
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a checkpoint, by transformers' own classes. Raises UserError when none loads."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare ones
+        line = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{folder} has no tokenizer that loads ({type(error).__name__}): add its tokenizer files, or give tokens as "
-            "file.safetensors:name"
+            f"{folder} has no tokenizer that loads ({type(error).__name__}: {line}): add its tokenizer files, written by a "
+            "version of transformers that is no newer than this one, or give tokens as file.safetensors:name"
         ) from None
 
 
@@ -177,7 +184,7 @@ def token_rows(origin: str, max_tokens: int) -> Tensor:
             if name not in names:
                 raise UserError(f"{path} has no tensor {name!r}: choose one of {', '.join(sorted(names))}, as {path}:NAME")
             rows = file.get_tensor(name)
-    except SafetensorError as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable safetensors file ({error})") from None
     if rows.ndim != 2 or rows.is_floating_point() or rows.dtype == torch.bool or rows.shape[1] < 2 or not len(rows):
         raise UserError(
@@ -213,11 +220,20 @@ def _encode_enough(tokenizer: Any, text: str, wanted: int) -> list[int]:
     """The ids of `text`, of a very long one only as far as `wanted` ids need, and the same as those of the whole."""
     length = 8 * wanted + 4096
     while True:
-        ids: list[int] = tokenizer(text[:length], verbose=False)["input_ids"]
+        ids = encode(tokenizer, text[:length])
         # the cut may change the last ids, so a cut text must give some more than wanted
         if length >= len(text) or len(ids) >= wanted + 256:
             return ids
         length *= 2
+
+
+def encode(tokenizer: Any, text: str, special: bool = True) -> list[int]:
+    """The ids of `text`. Raises UserError when the tokenizer breaks on it, as a damaged one does with bare exceptions."""
+    try:
+        return tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"]
+    except Exception as error:
+        line = " ".join(str(error).split())[:200]
+        raise UserError(f"the tokenizer {tokenizer.name_or_path} encodes no text ({line}): get its files again") from None
 
 
 def documents(origin: str) -> Iterator[str]:
@@ -243,12 +259,29 @@ def _file_documents(path: Path) -> Iterator[str]:
         return
     if path.suffix not in TEXT_SUFFIXES:
         raise UserError(f"{path}: kvfold reads {', '.join(TEXT_SUFFIXES)}")
-    kind = "parquet" if path.suffix == ".parquet" else "json"
-    yield from _dataset_documents(str(path), path=kind, data_files=str(path), split="train")
+    if path.suffix == ".parquet":
+        yield from _dataset_documents(str(path), path="parquet", data_files=str(path), split="train")
+    else:
+        yield from _texts(str(path), None, _json_rows(path))
+
+
+def _json_rows(path: Path) -> Iterator[Any]:
+    """The rows of a file of JSON lines, or of one array."""
+    with path.open(encoding="utf-8") as file:
+        try:
+            first = next((line for line in file if line.strip()), "")
+            if first.lstrip().startswith("["):
+                yield from json.loads(first + file.read())
+            else:
+                yield from map(json.loads, filter(str.strip, itertools.chain([first], file)))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} cannot be read as a text or dataset ({error}): check the file") from None
 
 
 def _hub_documents(origin: str) -> Iterator[str]:
     name, config, split, column = [*origin.split(":"), "", "", ""][:4]
+    if not name.strip() or not name.isprintable():
+        raise UserError(f"{origin!r} names no text: give a file, a folder, or a Hub dataset name[:config[:split[:column]]]")
     yield from _dataset_documents(origin, column or None, path=name, name=config or None, split=split or "train")
 
 
@@ -262,17 +295,24 @@ def _dataset_documents(origin: str, column: str | None = None, **load: Any) -> I
             rows = datasets.load_dataset(**load, streaming=True)
         except StopIteration:  # what an empty file raises
             return
-        for row in rows:
-            if column is None:
-                texts = [key for key, value in row.items() if isinstance(value, str)]
-                column = "text" if "text" in texts else next(iter(texts), None)
-            if column is None or not isinstance(row.get(column), str):
-                raise UserError(
-                    f"{origin} has no text column {column or ''}: it has {', '.join(row)}; name one as name:config:split:column"
-                )
-            yield row[column]
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        yield from _texts(origin, column, rows)
+    except UserError:
+        raise
+    except Exception as error:  # of the library, of what it reads files with, and of the Hub's client
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{origin} cannot be read as a text or dataset ({line}): check the path, the name or the network"
         ) from None
+
+
+def _texts(origin: str, column: str | None, rows: Iterable[Any]) -> Iterator[str]:
+    """The texts in rows: from `column`, `text`, or the first column that holds one. Raises UserError where there is none."""
+    for row in rows:
+        held = row if isinstance(row, dict) else {}
+        if column is None:
+            texts = [key for key, value in held.items() if isinstance(value, str)]
+            column = "text" if "text" in texts else next(iter(texts), None)
+        if column is None or not isinstance(held.get(column), str):
+            there = ", ".join(map(str, held))[:200] or "none"
+            raise UserError(f"{origin} has no text column {column or ''}: it has {there}; name one as name:config:split:column")
+        yield held[column]

@@ -52,7 +52,7 @@ def padded_key(width: int, pad_for: str | None) -> tuple[LatentShape, str]:
     return LatentShape(stored, stored, 0, stored), note + "; transformers has no class for step3_text, vLLM has"
 
 
-def step3_text_obstacles(config: dict[str, Any], spec: AttentionSpec, settings: ConvertSettings, width: int) -> list[str]:
+def step3_text_obstacles(said: dict[str, Any], spec: AttentionSpec, settings: ConvertSettings, width: int) -> list[str]:
     """What the stock step3_text architecture cannot say of this conversion, each in a line."""
     found = {
         f"step3_text is mfa, not {settings.to}": settings.to != "mfa",
@@ -61,12 +61,12 @@ def step3_text_obstacles(config: dict[str, Any], spec: AttentionSpec, settings: 
         not in ("default", "llama3", "linear"),
         f"a key wider than {spec.head_dim} repeats frequencies, which step3_text's grid cannot": width > spec.head_dim,
         "step3_text has the same widths in every layer": settings.layer_budgets == "measured",
-        **_shared_obstacles(config, spec, settings, "step3_text"),
+        **_shared_obstacles(said, spec, settings, "step3_text"),
     }
     return [reason for reason, there in found.items() if there]
 
 
-def deepseek_v3_obstacles(config: dict[str, Any], spec: AttentionSpec, settings: ConvertSettings) -> list[str]:
+def deepseek_v3_obstacles(said: dict[str, Any], spec: AttentionSpec, settings: ConvertSettings) -> list[str]:
     """What the stock deepseek_v3 architecture cannot say of this conversion, each in a line."""
     plain = spec.rope.plain_pairs(spec.head_dim)
     slowed = f"rope type {spec.rope.type} slows all frequencies but the first {plain}, so --rope-dim {2 * plain} at most"
@@ -74,7 +74,7 @@ def deepseek_v3_obstacles(config: dict[str, Any], spec: AttentionSpec, settings:
         "the source has attention biases, which deepseek_v3 engines drop": spec.qkv_bias or spec.o_bias,
         f"rope type {spec.rope.type} is none that deepseek_v3 engines keep": plain == 0,
         slowed: 0 < 2 * plain < min(settings.rope_dim or 0, spec.head_dim),
-        **_shared_obstacles(config, spec, settings, "deepseek_v3"),
+        **_shared_obstacles(said, spec, settings, "deepseek_v3"),
         f"a rotary key wider than {spec.head_dim} repeats frequencies": (settings.rope_dim or 0) > spec.head_dim,
         "low-rank queries stand behind a norm in deepseek_v3": settings.q_rank is not None,
         "rebuilt keys are none of deepseek_v3": settings.keys == "rebuilt",
@@ -84,13 +84,12 @@ def deepseek_v3_obstacles(config: dict[str, Any], spec: AttentionSpec, settings:
     return [reason for reason, there in found.items() if there]
 
 
-def _shared_obstacles(config: dict[str, Any], spec: AttentionSpec, settings: ConvertSettings, layout: str) -> dict[str, bool]:
-    """What neither stock architecture has."""
-    dtype = settings.dtype or str(config.get("dtype") or config.get("torch_dtype"))
-    act = config.get("hidden_act", "silu")
+def _shared_obstacles(said: dict[str, Any], spec: AttentionSpec, settings: ConvertSettings, layout: str) -> dict[str, bool]:
+    """What neither stock architecture has. `said` is the source's config with its defaults."""
+    dtype, act = settings.dtype or said.get("dtype"), said["hidden_act"]
     return {
         f"the source has a sliding window, which {layout} lacks": spec.sliding_window is not None,
         f"the MLP's {act} cannot be said in {layout}, which has silu": act != "silu",
-        f"the source has MLP biases, which {layout} lacks": bool(config.get("mlp_bias")),
-        f"float16 cannot hold the scaled latents of {layout}": dtype in ("float16", "fp16", "half"),
+        f"the source has MLP biases, which {layout} lacks": bool(said.get("mlp_bias")),
+        f"float16 cannot hold the scaled latents of {layout}, --dtype bfloat16 can": dtype in ("float16", "fp16", "half"),
     }

@@ -14,6 +14,7 @@ from torch import Tensor
 from kvfold.convert.candidates import best
 from kvfold.convert.job import Job
 from kvfold.convert.observe import observe, refit_output
+from kvfold.convert.source import spelled
 from kvfold.convert.stream import Block, HiddenStates, SourceModel, check_finite
 from kvfold.errors import ConversionError
 from kvfold.surgery.designs import WEIGHTS, FoldedWeights, design
@@ -80,7 +81,7 @@ def unpacked(file: Path, layer: int) -> tuple[FoldedWeights, str, float] | None:
     """What `packed` kept of `layer`, its weights, choice and error; None when it is not there."""
     if not file.exists():
         return None
-    with safe_open(file, "pt") as saved:
+    with safe_open(spelled(file.parent) / file.name, "pt") as saved:
         notes = saved.metadata() or {}
         if str(layer) not in notes:
             return None

@@ -1,6 +1,7 @@
 """The target's widths from what the user asked for: flags or a KV budget, with a refusal and the nearest choice that works."""
 
 import math
+from typing import Any
 
 from kvfold.convert.engines import LatentShape
 from kvfold.convert.families import AttentionSpec
@@ -9,9 +10,44 @@ from kvfold.errors import UserError
 from kvfold.surgery import baselines
 from kvfold.surgery.latent import full_rank
 
+MOST_GROWTH = 0.1
+"""Share of its parameters by which a model may grow where nobody asked for a width."""
 
-def latent_widths(spec: AttentionSpec, settings: ConvertSettings, layout: str, refusals: list[str]) -> tuple[int, int]:
-    """Widths of the latent and of the shared key."""
+
+def source_parameters(said: dict[str, Any], spec: AttentionSpec) -> int:
+    """Parameters of a source of the known families, whose layers are attention, two norms and a gated MLP."""
+    hidden, inner = spec.hidden_size, said["intermediate_size"]
+    attention = spec.heads * spec.head_dim * (2 * hidden + spec.qkv_bias) + spec.o_bias * hidden
+    attention += 2 * spec.kv_heads * spec.head_dim * (hidden + spec.qkv_bias)
+    mlp = 3 * hidden * inner + (2 * inner + hidden) * bool(said.get("mlp_bias"))
+    return spec.vocab_size * hidden * (1 if spec.tied else 2) + spec.layers * (attention + mlp + 2 * hidden) + hidden
+
+
+def widest_rope(said: dict[str, Any], spec: AttentionSpec, settings: ConvertSettings, layout: str) -> int:
+    """The widest rotary key that the calibration text may choose for MLA in our own layout. Every query head has as many more
+    columns, and the model grows by `MOST_GROWTH` at most, or as much as with one head's width. Elsewhere the width of all keys.
+    """
+    width, full = spec.head_dim, spec.kv_heads * spec.head_dim
+    if settings.to != "mla" or layout != "kvfold" or settings.method not in (None, "kvfold"):
+        return full
+    read = settings.q_rank or spec.hidden_size
+    # what a layer gains: a number that turns costs `read` in every query head, and none in the latent's two matrices
+    gained = spec.heads * (read - 2 * width)
+    try:
+        numbers = spec.cache_numbers * parse_budget(str(settings.kv_budget))
+    except UserError:
+        return full
+    hidden, heads = spec.hidden_size, spec.heads * width
+    still = heads * (read + hidden) + (settings.q_rank or 0) * hidden + numbers * (hidden + 1 + 2 * heads) + hidden
+    whole = 2 * heads * hidden + 2 * full * hidden
+    spare = MOST_GROWTH * source_parameters(said, spec) / spec.layers + whole - still
+    return full if gained <= 0 else min(full, max(width, int(spare / gained) // 2 * 2))
+
+
+def latent_widths(
+    spec: AttentionSpec, settings: ConvertSettings, layout: str, widest: int, refusals: list[str]
+) -> tuple[int, int]:
+    """Widths of the latent and of the shared key; the latter is at most `widest` where nobody asked for one."""
     width_flag = "--kv-rank" if settings.to == "mla" else "--width"
     given = settings.kv_rank if settings.to == "mla" else settings.width
     if (given is None) == (settings.kv_budget is None):
@@ -31,7 +67,7 @@ def latent_widths(spec: AttentionSpec, settings: ConvertSettings, layout: str, r
             )
             return 1, 2
     if settings.to == "mla":
-        return _mla_widths(spec, settings, layout, numbers, refusals)
+        return _mla_widths(spec, settings, layout, numbers, widest, refusals)
     width = given if given is not None else (numbers // 4 * 2 if settings.to == "mfa" else numbers // 2 * 2)
     # MFA-KR has room for all keys and, behind them, all values
     widest = spec.kv_heads * spec.head_dim * (1 if settings.to == "mfa" else 2)
@@ -43,7 +79,7 @@ def latent_widths(spec: AttentionSpec, settings: ConvertSettings, layout: str, r
 
 
 def _mla_widths(
-    spec: AttentionSpec, settings: ConvertSettings, layout: str, numbers: int, refusals: list[str]
+    spec: AttentionSpec, settings: ConvertSettings, layout: str, numbers: int, most_by_default: int, refusals: list[str]
 ) -> tuple[int, int]:
     width, full = spec.head_dim, full_rank(spec.hidden_size, spec.kv_heads, spec.head_dim)
     widest = (2 * spec.rope.plain_pairs(width) or width) if layout == "deepseek_v3" else spec.kv_heads * width
@@ -58,7 +94,7 @@ def _mla_widths(
         # At most half of the budget rotates, so that as much is left for the latent. In deepseek_v3 a frequency that turns by
         # less than a radian over the whole context does without its rotation.
         turning = sum(spec.rope.theta ** (-2 * i / width) * spec.reach >= 1 for i in range(width // 2))
-        most = min(2 * turning, widest) if layout == "deepseek_v3" else widest
+        most = min(2 * turning, widest) if layout == "deepseek_v3" else min(widest, most_by_default)
         rope_dim = settings.rope_dim or max(2, min(most, numbers // 4 * 2))
         rank = min(full, numbers - rope_dim)
     if not rebuilds(settings) and (rope_dim % 2 or not 2 <= rope_dim <= widest):

@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
-from kvfold.convert.checkpoint import CheckpointReader, read_json
+from kvfold.convert.checkpoint import CheckpointReader
+from kvfold.convert.config import ConfigFile
 from kvfold.convert.files import sync
 from kvfold.convert.job import Report
+from kvfold.convert.jsonfile import checked, read_json
 from kvfold.convert.partial import alone
+from kvfold.convert.source import build_on_meta, refuse_mismatch
 from kvfold.errors import UserError
 
 RENAMED = {
@@ -70,8 +74,7 @@ def write_gguf(
     except ImportError:
         raise UserError("writing GGUF needs the package gguf: pip install 'kvfold[gguf]'") from None
     reader = CheckpointReader(folder)
-    config = reader.config
-    _refuse(folder, config)
+    config = _checked_config(reader)
     vocabulary = read_vocabulary(folder, config["vocab_size"], pre)
     partial = out.with_name(f".{out.name}.kvfold")
     writer = GGUFWriter(partial, MODEL_ARCH_NAMES[MODEL_ARCH.DEEPSEEK2])
@@ -105,14 +108,63 @@ def stored_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.ndim == 1 else tensor.dtype
 
 
-def _refuse(folder: Path, config: dict[str, Any]) -> None:
+class _DeepseekConfig(ConfigFile):
+    """What is read of a folded config.json."""
+
+    kv_lora_rank: int
+    q_lora_rank: None = None
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    moe_intermediate_size: int
+    first_k_dense_replace: int
+    rms_norm_eps: float
+    intermediate_size: int
+    max_position_embeddings: int
+    rope_parameters: dict[str, Any]
+
+
+class _Added(BaseModel):
+    id: int
+    content: str
+    special: bool = False
+
+
+class _Bpe(BaseModel):
+    """The model of a byte-pair tokenizer; early files do not state its type."""
+
+    type: str = "BPE"
+    vocab: dict[str, int]
+    merges: list[str | tuple[str, str]]
+    byte_fallback: bool | None = False
+    unk_token: str | None = None
+
+
+class _Tokenizer(BaseModel):
+    model: _Bpe
+    added_tokens: list[_Added] = []
+    normalizer: dict[str, Any] | None = None
+    pre_tokenizer: dict[str, Any] | None = None
+
+
+def _checked_config(reader: CheckpointReader) -> dict[str, Any]:
+    """The config of a checkpoint that can be written, whose tensors are those that it means. Raises UserError otherwise."""
+    folder, config = reader.folder, reader.config
     kind = config.get("model_type")
     if kind == "kvfold":
         raise UserError(f"{folder} is in the kvfold layout, which llama.cpp does not know: fold with --layout deepseek_v3")
     if kind != "deepseek_v3":
         raise UserError(f"{folder} is a {kind} checkpoint: llama.cpp's own convert_hf_to_gguf.py writes that")
-    if config.get("q_lora_rank") is not None or config["first_k_dense_replace"] < config["num_hidden_layers"]:
-        raise UserError(f"{folder} was not folded by kvfold: llama.cpp's own convert_hf_to_gguf.py writes it")
+    theirs = f"{folder} was not folded by kvfold: llama.cpp's own convert_hf_to_gguf.py writes it"
+    if config.get("q_lora_rank") is not None:
+        raise UserError(theirs)
+    said = checked(_DeepseekConfig, config, str(folder / "config.json"), "fold it again")
+    if said.first_k_dense_replace < said.num_hidden_layers:
+        raise UserError(theirs)
+    if not isinstance(said.rope_parameters.get("rope_theta"), (int, float)):
+        raise UserError(f"{folder / 'config.json'} is damaged (rope_parameters names no rope_theta): fold it again")
+    refuse_mismatch(reader, build_on_meta(config))
+    return config
 
 
 def _add_geometry(writer: Any, config: dict[str, Any]) -> None:
@@ -165,42 +217,53 @@ def read_vocabulary(folder: Path, size: int, pre: str | None) -> dict[str, Any]:
         raise UserError(
             f"{folder} has no tokenizer.json, which GGUF needs: copy the source's, or save its fast tokenizer there"
         )
-    tokenizer = read_json(file)
-    model = tokenizer["model"]
-    if model["type"] != "BPE":
-        raise UserError(f"{file} is a {model['type']} tokenizer: kvfold writes BPE ones to GGUF")
-    pieces = model.get("byte_fallback", False)
+    raw = read_json(file)
+    kind = raw["model"].get("type", "BPE") if isinstance(raw.get("model"), dict) else "BPE"
+    if kind != "BPE":
+        raise UserError(f"{file} is a {kind!s:.40} tokenizer: kvfold writes BPE ones to GGUF")
+    tokenizer = checked(_Tokenizer, raw, str(file), "copy the source's")
+    model = tokenizer.model
     tokens, types = [f"[PAD{i}]" for i in range(size)], [TokenType.UNUSED] * size
-    for token, number in model["vocab"].items():
-        is_byte = pieces and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+    for token, number in [*model.vocab.items(), *((added.content, added.id) for added in tokenizer.added_tokens)]:
+        if not 0 <= number < size:
+            raise UserError(
+                f"{file} gives {token!r:.60} the id {number}, outside the model's vocabulary of {size}: copy the source's"
+            )
+    if len(set(model.vocab.values())) < len(model.vocab):
+        raise UserError(f"{file} gives one id to several tokens: copy the source's")
+    for token, number in model.vocab.items():
+        is_byte = model.byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
         tokens[number], types[number] = token, TokenType.BYTE if is_byte else TokenType.NORMAL
-    for added in tokenizer.get("added_tokens", []):
-        special = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-        tokens[added["id"]] = added["content"]
-        types[added["id"]] = TokenType.UNKNOWN if added["content"] == model.get("unk_token") else special
-    if not pieces:
-        return {"model": "gpt2", "pre": pre or _pre_tokenizer(file, tokenizer), "tokens": tokens, "types": types}
+    for added in tokenizer.added_tokens:
+        special = TokenType.CONTROL if added.special else TokenType.USER_DEFINED
+        tokens[added.id] = added.content
+        types[added.id] = TokenType.UNKNOWN if added.content == model.unk_token else special
+    if not model.byte_fallback:
+        return {"model": "gpt2", "pre": pre or _pre_tokenizer(file, raw), "tokens": tokens, "types": types}
     # llama.cpp joins the neighbours of the best score; here the first merge in the list is the best.
     scores = dict.fromkeys(tokens, UNREACHABLE)
-    for rank, pair in enumerate(model["merges"]):
+    for rank, pair in enumerate(model.merges):
         merged = "".join(pair.split(" ") if isinstance(pair, str) else pair)
         scores[merged] = max(scores.get(merged, UNREACHABLE), -float(rank))
-    begins = json.dumps([tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")])
+    begins = json.dumps([tokenizer.normalizer, tokenizer.pre_tokenizer])
     prefix = '"Prepend"' in begins or '"prepend_scheme": "first"' in begins or '"prepend_scheme": "always"' in begins
-    kind = {"model": "llama", "pre": pre or "default", "tokens": tokens, "types": types}
-    return {**kind, "scores": [scores[token] for token in tokens], "space_prefix": prefix}
+    described = {"model": "llama", "pre": pre or "default", "tokens": tokens, "types": types}
+    return {**described, "scores": [scores[token] for token in tokens], "space_prefix": prefix}
 
 
 def _pre_tokenizer(file: Path, tokenizer: dict[str, Any]) -> str:
     """llama.cpp's name for how a byte-level tokenizer cuts text before it merges."""
     steps = tokenizer.get("pre_tokenizer") or {}
-    steps = steps.get("pretokenizers", [steps])
+    steps = steps.get("pretokenizers") or [steps]
+    steps = [step if isinstance(step, dict) else {} for step in steps] if isinstance(steps, list) else [{}]
     kinds = [step.get("type") for step in steps]
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
         return "gpt-2"
     if kinds == ["Digits", "ByteLevel"]:
         return "smollm"
-    found = PRE_TOKENIZERS.get(steps[0].get("pattern", {}).get("Regex", "")) if kinds == ["Split", "ByteLevel"] else None
+    pattern = steps[0].get("pattern")
+    regex = pattern.get("Regex") if isinstance(pattern, dict) and kinds == ["Split", "ByteLevel"] else None
+    found = PRE_TOKENIZERS.get(regex) if isinstance(regex, str) else None
     if found is None:
         raise UserError(f"{file} cuts text in a way kvfold has no name for: give --pre, one of the names in llama-vocab.cpp")
     return found
@@ -217,4 +280,7 @@ def _add_vocabulary(writer: Any, vocabulary: dict[str, Any], folder: Path, size:
     if "scores" in vocabulary:
         writer.add_token_scores(vocabulary["scores"])
         writer.add_add_space_prefix(vocabulary["space_prefix"])
-    SpecialVocab(folder, load_merges="scores" not in vocabulary, n_vocab=size).add_to_gguf(writer, quiet=True)
+    try:
+        SpecialVocab(folder, load_merges="scores" not in vocabulary, n_vocab=size).add_to_gguf(writer, quiet=True)
+    except Exception as error:  # whatever stands in the files that it reads by itself
+        raise UserError(f"the tokenizer files of {folder} are none that GGUF can say ({error}): copy the source's") from None

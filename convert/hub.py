@@ -1,5 +1,6 @@
 """`kvfold push`: the folder of a folded checkpoint, with its card, to the Hub."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +14,18 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
 )
-from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 
-from kvfold.convert.card import CARD, Licence, parse_card
+from kvfold.convert.card import CARD, Licence, parse_card, read_card
 from kvfold.convert.files import write_whole
+from kvfold.convert.sidefiles import is_needed, lies_inside
 from kvfold.errors import ConversionError, UserError
 
-LEFT_OUT = [".*", "*/.*", "*.partial.json"]
-"""What stays at home of a checkpoint's folder."""
+_UPLOADED = re.compile(
+    r"config\.json|kvfold\.json|README\.md|report\.(json|md|html)|modeling_kvfold\.py|adapter_config\.json"
+    r"|[\w.-]+\.safetensors(\.index\.json)?|([\w-]+/)*[\w.-]+\.(png|jpe?g|gif|svg|webp)|runs/([\w.-]+/)*events\.out\.[\w.-]+"
+)
+"""What goes to the Hub of a checkpoint's folder, beside what `sidefiles` says that it needs."""
 
 
 def refuse_name(repo_id: str) -> None:
@@ -33,10 +38,20 @@ def refuse_name(repo_id: str) -> None:
         raise UserError(f"{repo_id} names no user or organisation: give user/{repo_id}")
 
 
-def files_of(out: Path) -> list[str]:
-    """What would be uploaded, as paths in the repository."""
-    found = (path.relative_to(out).as_posix() for path in sorted(out.rglob("*")) if path.is_file())
-    return list(filter_repo_objects(found, ignore_patterns=LEFT_OUT))
+def is_name(text: str) -> bool:
+    """Whether this can be a repository's name, with or without its owner."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
+
+
+def files_of(out: Path) -> tuple[list[str], list[str]]:
+    """What would be uploaded, and what stays at home, as paths in the repository."""
+    found = [path.relative_to(out).as_posix() for path in sorted(out.rglob("*")) if not path.is_dir()]
+    uploaded = [n for n in found if (_UPLOADED.fullmatch(n) or is_needed(n)) and lies_inside(out / n, out)]
+    return uploaded, [n for n in found if n not in uploaded and not n.startswith(".")]
 
 
 def card_on_hub(repo_id: str, revision: str | None) -> str | None:
@@ -65,8 +80,9 @@ def licence_of(out: Path, source: str, base_model: str | None) -> Licence:
         UserError: none is stated, it could not be looked up, or the source is gated and its terms have to be read.
     """
     remedy = "give it with --license, as the Hub writes it (apache-2.0, mit, llama3.1, other)"
-    for card in (folder / CARD for folder in (out, Path(source))):
-        if card.is_file() and (found := _stated(parse_card(card.read_text(encoding="utf-8")).data)):
+    for folder in (out, Path(source)):
+        card = read_card(folder / CARD)
+        if card is not None and (found := _stated(parse_card(card).data)):
             return found
     if base_model is None:
         raise UserError(f"the licence of {source} is not known, no {CARD} there states one: {remedy}")
@@ -106,10 +122,11 @@ def push(out: Path, repo_id: str, card: str, private: bool = False, revision: st
             api.create_branch(repo_id, branch=revision, exist_ok=True)
     write_whole(out / CARD, card)
     message = "Upload a checkpoint folded by kvfold"
+    wanted, _ = files_of(out)
     with _explained(repo_id):
         try:
             done = api.upload_folder(
-                repo_id=repo_id, folder_path=out, revision=revision, commit_message=message, ignore_patterns=LEFT_OUT
+                repo_id=repo_id, folder_path=out, revision=revision, commit_message=message, allow_patterns=wanted
             )
         except RuntimeError as error:
             raise ConversionError(f"the upload to {repo_id} broke off ({error}): repeat the command") from None

@@ -17,30 +17,33 @@ import torch
 import kvfold
 from kvfold.convert.budgets import measured_widths
 from kvfold.convert.candidates import alone
-from kvfold.convert.checkpoint import CheckpointReader, TensorSpec, read_json
+from kvfold.convert.checkpoint import TensorSpec, read_json
 from kvfold.convert.data import calibration_windows
+from kvfold.convert.escape import visible
 from kvfold.convert.files import checksum_of_rows
 from kvfold.convert.job import Job, Report
 from kvfold.convert.layouts import layout_of
 from kvfold.convert.partial import JOURNAL, Partial, refuse_existing, resumable
 from kvfold.convert.plan import make_plan
+from kvfold.convert.record import RECORD
 from kvfold.convert.settings import ConvertSettings, normal_dtype, parse_size
-from kvfold.convert.source import fetch_checkpoint, fetch_config, identity, refuse_mismatch
+from kvfold.convert.sidefiles import side_files
+from kvfold.convert.source import fetch_checkpoint, fetch_config, identity, open_source
 from kvfold.convert.streamed import fold_on_stream
+from kvfold.convert.verify import verify
 from kvfold.convert.writer import CheckpointWriter
 from kvfold.errors import UserError
 
 POOLING = ("mean", "first", "random")
-SIDE_FILES_LEFT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
-RECORD = "kvfold.json"
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` did: where the checkpoint lies and what kvfold.json says of it."""
+    """What `convert` did: where the checkpoint lies, what kvfold.json says of it, and which of the source's files stayed."""
 
     out: Path
     record: dict[str, Any]
+    left: list[str]
 
 
 def convert(
@@ -50,8 +53,9 @@ def convert(
     resume: bool = False,
     overwrite: bool = False,
     report: Report = lambda share, line: None,
+    check: bool = True,
 ) -> Conversion:
-    """Fold the checkpoint `source` (local folder or Hub id) into `out`.
+    """Fold the checkpoint `source` (local folder or Hub id) into `out`, and with `check` verify it before it gets its name.
 
     Raises:
         UserError: the plan refuses, `out` exists, or the source or the calibration text is unusable. Nothing is written.
@@ -67,10 +71,11 @@ def convert(
     device = pick_device(settings.device)
     with Partial(out, JOURNAL, resume, overwrite) as partial, resumable(partial.folder):
         if partial.finished:
-            return Conversion(out, read_json(out / RECORD))
+            return Conversion(out, read_json(out / RECORD), [])
         folder = fetch_checkpoint(source, settings.revision)
-        reader = CheckpointReader(folder)
-        refuse_mismatch(reader)
+        reader, side = open_source(folder), side_files(folder)
+        plan = make_plan(reader.config, settings)  # once more, for what the tensors say otherwise
+        plan.refuse(converting=True)
         windows = calibration_windows(plan, folder, device, lambda line: report(0.0, line))
         if plan.measures_widths and windows is not None:
             scratch = partial.folder / "measured.hidden"
@@ -78,9 +83,10 @@ def convert(
         dtype = getattr(torch, name) if (name := normal_dtype(settings.dtype)) else None
         layout = layout_of(plan)
         specs = layout.tensor_specs(reader, plan, dtype)
+        wanted = {"source": str(source), **settings.model_dump(), "widths": plan.widths}
         asked = {
             "version": kvfold.__version__,
-            "settings": {"source": str(source), **settings.model_dump(), "widths": plan.widths},
+            "settings": {key: visible(value) if isinstance(value, str) else value for key, value in wanted.items()},
             "source files": identity(reader),
             "calibration text": None if windows is None else checksum_of_rows(windows.ids),
         }
@@ -108,10 +114,12 @@ def convert(
             if device.type == "cuda":
                 record["peak_cuda_memory_bytes"] = torch.cuda.max_memory_allocated(device)
             config = layout.config(reader.config, plan, dtype)
+            if check:
+                verify(job, config, None if windows is None else windows.ids, device, report)
             files = {"config.json": json.dumps(config, indent=2) + "\n", RECORD: json.dumps(record, indent=2) + "\n"}
-            writer.commit({**layout.files(), **files}, side_files(folder))
+            writer.commit({**side.texts, **layout.files(), **files}, side.copies)
     report(1.0, "done")
-    return Conversion(out, record)
+    return Conversion(out, record, side.left)
 
 
 def pick_device(name: str) -> torch.device:
@@ -153,13 +161,3 @@ def _copy_rest(job: Job, specs: Iterable[TensorSpec], report: Report) -> None:
         source, factor = job.layout.origin(spec.name, job.plan)
         job.writer.copy(spec.name, job.reader, source, factor)
         done += spec.size
-
-
-def side_files(folder: Path) -> list[Path]:
-    """Tokenizer, chat template, generation config, licence and the like. Not the model card and reports: of other weights."""
-    left = {"config.json", RECORD, "README.md", "report.json", "report.md", "report.html"}
-    return [
-        p
-        for p in sorted(folder.iterdir())
-        if p.is_file() and p.name not in left and not p.name.startswith(".") and not p.name.endswith(SIDE_FILES_LEFT)
-    ]

@@ -1,8 +1,10 @@
 """What a conversion would do: target geometry, KV-budget arithmetic, every refusal with its reason. Reads no tensors."""
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from kvfold.convert.config import resolve
 from kvfold.convert.engines import (
     LatentShape,
     deepseek_v3_obstacles,
@@ -11,7 +13,16 @@ from kvfold.convert.engines import (
     step3_text_obstacles,
 )
 from kvfold.convert.families import AttentionSpec, Family, family_of
-from kvfold.convert.geometry import baseline_widths, latent_widths, rebuilds, refuse_query_rank, target_heads
+from kvfold.convert.geometry import (
+    MOST_GROWTH,
+    baseline_widths,
+    latent_widths,
+    rebuilds,
+    refuse_query_rank,
+    source_parameters,
+    target_heads,
+    widest_rope,
+)
 from kvfold.convert.settings import (
     DTYPE_BYTES,
     TARGETS,
@@ -53,6 +64,7 @@ class ConversionPlan:
         kv_rank, rope_dim: widths of the latent and of the shared key (mla; both the width for mfa, no latent for mfa-kr).
         stored: these and the head widths as the checkpoint stores them, padding included.
         widths: latent and shared key of every layer where they differ, else empty.
+        widest_rope: how wide a layer's rotary key may become where the calibration text decides it.
         method, grouping: resolved, with the defaults filled in.
         refusals: each a reason with the remedy; a plan that has any cannot be carried out.
     """
@@ -68,6 +80,7 @@ class ConversionPlan:
     rope_dim: int = 0
     stored: LatentShape = NOTHING
     widths: tuple[tuple[int, int], ...] = ()
+    widest_rope: int = 0
     note: str = ""
     refusals: list[str] = field(default_factory=list)
 
@@ -123,9 +136,32 @@ class ConversionPlan:
         return self.cache_numbers / self.spec.cache_numbers
 
     def cache_bytes(self, tokens: int, batch: int, dtype: str) -> tuple[int, int]:
-        """Bytes of the whole cache, source and target."""
-        scale = tokens * batch * self.spec.layers * DTYPE_BYTES[dtype]
+        """Bytes of the whole cache, source and target. A layer with a sliding window keeps no more tokens than that."""
+        spec = self.spec
+        kept = spec.full_layers * tokens + (spec.layers - spec.full_layers) * min(tokens, spec.sliding_window or tokens)
+        scale = kept * batch * DTYPE_BYTES[dtype]
         return self.spec.cache_numbers * scale, round(self.cache_numbers * scale)
+
+    @property
+    def parameters_saved_at_least(self) -> int:
+        """`parameters_saved`, whatever widths the calibration text gives the layers, whose cached numbers keep their sum.
+
+        What a layer of MLA or MFA has is affine in its widths, so the widest rotary key that is tried bounds it; in MFA-KR no
+        layer has more per cached number than the widest that is tried.
+        """
+        if not self.measures_widths or self.widths:
+            return self.parameters_saved
+        from kvfold.convert.budgets import widths_to_try
+
+        mean, tried = int(self.cache_numbers), widths_to_try(self)
+        if self.design == "reused-key":
+            without = self._latent_parameters(0, 0)
+            most = without + max((self._latent_parameters(*w) - without) / sum(w) for w in tried) * mean
+        elif self.design == "latent" and self.settings.to == "mla":
+            most = max(self._latent_parameters(mean - rope, rope) for _, rope in tried if rope < mean)
+        else:
+            return self.parameters_saved
+        return math.floor(self.spec.layers * (_grouped_parameters(self.spec, self.spec.kv_heads) - most))
 
     @property
     def parameters_saved(self) -> int:
@@ -188,7 +224,11 @@ class ConversionPlan:
                 "architecture": self.family.architecture,
                 "parameters": parameters,
             },
-            "target": {**self.target(), "parameters": parameters - self.parameters_saved},
+            "target": {
+                **self.target(),
+                "parameters": parameters - self.parameters_saved_at_least,
+                "parameters_are_a_bound": self.measures_widths and not self.widths,
+            },
             "cache_numbers_per_token_per_layer": {"source": self.spec.cache_numbers, "target": self.cache_numbers},
             "cache_bytes_per_token": dict(zip(("source", "target"), self.cache_bytes(1, 1, dtype), strict=True)),
             "kv_budget": self.kv_budget,
@@ -212,7 +252,7 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
         UserError: the family is unknown or the config incomplete. What else stands in the way is collected in `refusals`.
     """
     family = family_of(config)
-    spec = family.spec(config)
+    spec, said = family.spec(config), resolve(config)
     refusals: list[str] = []
     if settings.to not in TARGETS:
         refusals.append(unknown("target", settings.to, TARGETS))
@@ -223,13 +263,19 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
                 flag = f"--{name.replace('_', '-')}" + (f" {value}" if isinstance(value, str) else "")
                 refusals.append(f"{flag} belongs to --to {' or '.join(targets)}, not {settings.to}: leave it out")
     latent = settings.to in LATENT_TARGETS
-    layout, kv_heads, rank, rope_dim = "source", spec.kv_heads, 0, 0
+    layout, kv_heads, rank, rope_dim, most = "source", spec.kv_heads, 0, 0, 0
     stored, note = NOTHING, ""
+    if latent and spec.full_layers:
+        refusals.append(
+            f"{spec.full_layers} of {spec.layers} layers attend over all tokens and the others over {spec.sliding_window}, "
+            f"which no layout of {settings.to} says: use --to gqa"
+        )
     if latent:
-        layout, note = _layout(config, spec, settings, refusals)
-        rank, rope_dim = latent_widths(spec, settings, layout, refusals)
+        layout, note = _layout(said, spec, settings, refusals)
+        most = widest_rope(said, spec, settings, layout)
+        rank, rope_dim = latent_widths(spec, settings, layout, most, refusals)
         if layout == "step3_text":
-            obstacles = step3_text_obstacles(config, spec, settings, rope_dim)
+            obstacles = step3_text_obstacles(said, spec, settings, rope_dim)
             refusals += [f"{reason}: use --layout kvfold" for reason in obstacles]
         if settings.to == "mla" and settings.method in baselines.METHODS:
             rank, rope_dim, note = baseline_widths(spec, settings, rank, rope_dim, note, refusals)
@@ -268,12 +314,17 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
         except UserError as error:
             refusals.append(str(error))
     plan = ConversionPlan(
-        family, spec, settings, layout, kv_heads, method, grouping, rank, rope_dim, stored, note=note, refusals=refusals
+        family, spec, settings, layout, kv_heads, method, grouping, rank, rope_dim, stored, (), most, note, refusals
     )
-    return replace(plan, note=f"{note}; widths are measured on the calibration text") if plan.measures_widths else plan
+    if plan.measures_widths:
+        plan = replace(plan, note=f"{note}; widths are measured on the calibration text")
+    grown = -plan.parameters_saved_at_least / source_parameters(said, spec) if layout == "kvfold" and not refusals else 0.0
+    if grown > MOST_GROWTH:
+        plan = replace(plan, note=f"{plan.note}; the model grows by up to {grown:.0%}, which --q-rank makes less")
+    return plan
 
 
-def _layout(config: dict[str, Any], spec: AttentionSpec, settings: ConvertSettings, refusals: list[str]) -> tuple[str, str]:
+def _layout(said: dict[str, Any], spec: AttentionSpec, settings: ConvertSettings, refusals: list[str]) -> tuple[str, str]:
     """The layout and why: stock where it says all that there is to say, else ours."""
     if settings.to != "mla":
         if settings.layout == "deepseek_v3":
@@ -281,7 +332,7 @@ def _layout(config: dict[str, Any], spec: AttentionSpec, settings: ConvertSettin
         if settings.layout == "step3_text":
             return "step3_text", ""
         return "kvfold", f"transformers has no architecture with {settings.to}: its modelling file travels with the checkpoint"
-    obstacles = deepseek_v3_obstacles(config, spec, settings)
+    obstacles = deepseek_v3_obstacles(said, spec, settings)
     if settings.layout == "step3_text":
         refusals.append("--layout step3_text belongs to --to mfa, not mla: leave it out")
     if settings.layout == "deepseek_v3":

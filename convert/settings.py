@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
+import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from kvfold.errors import UserError
@@ -40,7 +41,7 @@ class ConvertSettings(BaseModel):
     heal_steps: int = Field(300, ge=0)
     heal_window: Annotated[int, Field(ge=1)] | Literal["auto", "all"] = "auto"
     heal_batch_tokens: int = Field(4096, ge=1)
-    heal_lr: float | None = Field(None, gt=0)
+    heal_lr: float | None = Field(None, gt=0, le=1e6)
     heal_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     dtype: str | None = None
     device: str = "auto"
@@ -66,8 +67,25 @@ def parse_settings(kind: type[Settings], values: dict[str, Any]) -> Settings:
                 remedy = f": give --to {' or --to '.join(TARGETS)}" if name == "to" else ""
                 problems.append(f"--{name.replace('_', '-')} is missing{remedy}")
             else:
-                problems.append(f"{name}: {problem['msg'].lower()}, got {problem['input']!r}")
+                problems.append(f"{name}: {problem['msg'].lower()}, got {problem['input']!r:.80}")
         raise UserError("; ".join(problems)) from None
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases: no settings need them, and nested ones grow without end."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias (*name)")
+        return super().compose_node(parent, index)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Settings in YAML. Raises UserError with `where` when it is none, or nested too deeply."""
+    try:
+        return yaml.load(text, Loader=_PlainLoader)  # a SafeLoader: no tag makes an object
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{where} cannot be read as YAML: {' '.join(str(error).split())}") from None
 
 
 def parse_budget(text: str) -> float:
@@ -85,8 +103,8 @@ def parse_budget(text: str) -> float:
 def parse_size(text: str | None) -> int:
     """`5GB`, `500MiB`, `1000000` → bytes. Raises UserError for anything else."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMG]?I?B?)\s*", str(text).upper())
-    if not match or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise UserError(f"{text} is no size: write 5GB, 500MB or 2GiB")
+    if not match or match[2] not in _UNITS or not 0 < float(match[1]) < 1e18:
+        raise UserError(f"{text!s:.60} is no size: write 5GB, 500MB or 2GiB")
     return int(float(match[1]) * _UNITS[match[2]])
 
 

@@ -1,10 +1,14 @@
 """Where checkpoints come from: a local folder or a Hub id."""
 
+import atexit
 import re
+import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvfold.convert.checkpoint import CheckpointReader, read_config
+from kvfold.convert.checkpoint import CheckpointReader, read_config, refuse_adapter
+from kvfold.convert.config import config_of
 from kvfold.convert.files import checksum, checksum_of, stamp
 from kvfold.errors import UserError
 
@@ -12,13 +16,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+UNREAD_BUFFER = "rotary_emb.inv_freq"
+"""What old checkpoints carry and every model computes anew."""
 # Weights in formats that kvfold does not read stay on the Hub.
 _IGNORED = ["*.bin", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.ot", "*.onnx", "*.gguf", "original/*", "consolidated*"]
 
 
 def fetch_config(source: str, revision: str | None = None) -> dict[str, Any]:
     """config.json of a local folder or a Hub id, without any weights. Raises UserError when it cannot be had."""
-    if Path(source).exists():
+    if _is_here(source):
         return read_config(Path(source))
     _refuse_impossible(source)
     from huggingface_hub import hf_hub_download
@@ -33,8 +39,8 @@ def fetch_checkpoint(source: str, revision: str | None = None) -> Path:
 
     Raises UserError when it cannot be had.
     """
-    if Path(source).exists():
-        return Path(source)
+    if _is_here(source):
+        return spelled(Path(source))
     _refuse_impossible(source)
     from huggingface_hub import snapshot_download
 
@@ -45,28 +51,116 @@ def fetch_checkpoint(source: str, revision: str | None = None) -> Path:
 def build_on_meta(config: dict[str, Any]) -> "PreTrainedModel":
     """The model of a config.json with shapes and no numbers. Raises UserError when transformers cannot build it."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    rest = {key: value for key, value in config.items() if key != "model_type"}
+    read = config_of(config)
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
-                AutoConfig.for_model(config["model_type"], **rest), attn_implementation="sdpa", dtype=torch.float32
+                read, attn_implementation="sdpa", dtype=torch.float32, trust_remote_code=False
             )
-    except Exception as error:  # config checks of many kinds, from transformers and the Hub's client alike
+    except Exception as error:  # of many kinds, by what stands in the config
         line = " ".join(str(error).split())
         raise UserError(f"transformers cannot build a model from config.json ({line}): check that file") from None
 
 
-def refuse_mismatch(reader: CheckpointReader) -> None:
-    """Raise UserError when the checkpoint lacks a tensor that its config means, or holds one of another shape."""
-    for name, parameter in build_on_meta(reader.config).named_parameters():
+def open_source(folder: Path) -> CheckpointReader:
+    """The checkpoint in `folder` as transformers loads it: its config says of the tensors what they are.
+
+    A tied output embedding that is stored with other numbers is not tied; one that is stored alone is the embedding of both.
+    The dtype is that of the tensors.
+
+    Raises:
+        UserError: as `CheckpointReader` and `refuse_mismatch`.
+    """
+    reader = CheckpointReader(folder)
+    reader.config["dtype"] = str(reader.dtype).removeprefix("torch.")
+    reader.config.pop("torch_dtype", None)
+    model = build_on_meta(reader.config)
+    embedding, head = model.base_model_prefix + ".embed_tokens.weight", "lm_head.weight"
+    if model.config.tie_word_embeddings and head in reader.entries:
+        if embedding not in reader.entries:
+            reader.entries[embedding] = reader.entries.pop(head)
+        elif not _same(reader, embedding, head):
+            reader.config["tie_word_embeddings"] = False
+            model = build_on_meta(reader.config)
+    refuse_mismatch(reader, model)
+    return reader
+
+
+def load_causal(folder: Path, **how: Any) -> tuple["PreTrainedModel", list[str]]:
+    """The model in `folder` with its weights, by transformers' own classes and no code of the folder's; what it lacks, by name.
+
+    Raises:
+        UserError: it does not load, its weights are no safetensors, or an adapter beside them would be loaded in their place.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    refuse_adapter(folder)
+    CheckpointReader(folder)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **how
+        )
+    except (UserError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # of many kinds, by what stands in the folder
+        line = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{folder} does not load in transformers ({line}): check its config.json and weights") from None
+    model, info = loaded
+    return model, sorted(info["missing_keys"])
+
+
+def refuse_mismatch(reader: CheckpointReader, model: "PreTrainedModel") -> None:
+    """Raise UserError when the checkpoint lacks a tensor of its config's model, or holds one of another shape, one that is not
+    floating-point, or one in the model's own layers that it has no place for."""
+    wanted = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in model.named_parameters():
         entry = reader.entry(name)
         if entry.shape != tuple(parameter.shape):
             raise UserError(
                 f"{name} in {entry.file} has shape {entry.shape}, but config.json means {tuple(parameter.shape)}: "
                 "weights and config are not of one model, download both again"
             )
+        if not entry.dtype.is_floating_point:
+            raise UserError(
+                f"{name} in {entry.file} holds {str(entry.dtype).removeprefix('torch.')}, and weights are floating-point: "
+                "start from the unquantised checkpoint"
+            )
+    modules = (model.base_model_prefix + ".", "lm_head.")
+    strange = [n for n in reader.entries if n.startswith(modules) and n not in wanted and not n.endswith(UNREAD_BUFFER)]
+    if strange:
+        raise UserError(
+            f"{reader.folder} holds {strange[0]!r:.100}{f' and {len(strange) - 1} more' * (len(strange) > 1)}, for which a "
+            f"{model.config.model_type} model of {model.config.num_hidden_layers} layers has no place: the model is another "
+            "than config.json says"
+        )
+
+
+def _same(reader: CheckpointReader, one: str, other: str) -> bool:
+    """Whether two tensors hold the same numbers."""
+    first, second = reader.entry(one), reader.entry(other)
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    return all(a == b for a, b in zip(reader.chunks(one), reader.chunks(other), strict=True))
+
+
+def spelled(folder: Path) -> Path:
+    """The folder by a path that can be written in UTF-8: libraries that are not written in Python know no other."""
+    try:
+        str(folder).encode()
+        return folder
+    except UnicodeEncodeError:
+        link = Path(tempfile.mkdtemp(prefix="kvfold-")) / "checkpoint"
+        link.symlink_to(folder.resolve())
+        atexit.register(shutil.rmtree, link.parent, ignore_errors=True)
+        return link
+
+
+def _is_here(source: str) -> bool:
+    """Whether this is a path; an empty one would be the folder in which the command runs."""
+    return bool(source.strip()) and Path(source).exists()
 
 
 def identity(reader: CheckpointReader) -> dict[str, str]:
@@ -84,7 +178,7 @@ def identity(reader: CheckpointReader) -> dict[str, str]:
 
 def _refuse_impossible(source: str) -> None:
     if not _HUB_ID.fullmatch(source):
-        raise UserError(f"{source} does not exist here and is no Hub id (user/name): check the path")
+        raise UserError(f"{source or 'an empty name'} does not exist here and is no Hub id (user/name): check the path")
 
 
 class _explained:

@@ -201,7 +201,8 @@ class CheckpointWriter:
         for file in copies:
             shutil.copyfile(file, result / file.name)
         for name, text in texts.items():
-            (result / name).write_text(text)
+            (result / name).parent.mkdir(exist_ok=True)
+            (result / name).write_text(text, encoding="utf-8")
         for path in self._files:
             sync(path)
             os.replace(path, result / path.name)

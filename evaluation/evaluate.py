@@ -1,25 +1,24 @@
 """`kvfold evaluate`: any number of folded checkpoints against their source, on the same held-out windows."""
 
 import gc
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import kvfold
 from kvfold.convert.checkpoint import read_config
 from kvfold.convert.data import Windows, load_tokenizer, load_windows
+from kvfold.convert.escape import visible
 from kvfold.convert.layouts import modeling_kvfold  # noqa: F401 — registers our layout with transformers
-from kvfold.convert.pipeline import RECORD
+from kvfold.convert.record import RECORD, read_record
 from kvfold.convert.settings import normal_dtype
-from kvfold.convert.source import fetch_checkpoint
+from kvfold.convert.source import fetch_checkpoint, load_causal
 from kvfold.errors import ConversionError, UserError
 from kvfold.evaluation import greedy, retrieval, speed, tasks
 from kvfold.evaluation.damage import TokenScores, by_position, final_states, interval, position_edges, score
@@ -108,7 +107,7 @@ def evaluate(
     return {
         "schema_version": SCHEMA_VERSION,
         "version": kvfold.__version__,
-        "settings": settings.model_dump(),
+        "settings": settings.model_dump() | {"on": visible(settings.on)},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "tokens": rows * predicted,
         "bytes_per_token": windows.bytes_per_token,
@@ -158,7 +157,7 @@ class Bench:
         """The source's final states of the batches that this process has, on the CPU: 4·d bytes per token."""
         self.scores = self._score(self.source, folder.name)
         self.answers, floor = self._ask(folder)
-        self.own = {"path": name, "greedy": floor, **self._common(self.source, folder, self.scores)}
+        self.own = {"path": visible(name), "greedy": floor, **self._common(self.source, folder, self.scores)}
 
     def measure(self, name: str, folder: Path) -> dict[str, Any]:
         """Everything that the report says of one folded model."""
@@ -168,7 +167,7 @@ class Bench:
         damage = scores.nll - self.scores.nll
         conversion = _conversion(folder)
         found = {
-            "path": name,
+            "path": visible(name),
             "greedy": None if self.answers is None else greedy.compare(model, self.answers),
             **self._common(model, folder, scores),
             "damage_nats": scores.mean_nll - self.scores.mean_nll,
@@ -299,17 +298,12 @@ def load_model(folder: Path, device: torch.device, dtype: str) -> PreTrainedMode
     chosen = dtype if dtype == "auto" else getattr(torch, str(normal_dtype(dtype)))
     try:
         # sdpa, because per-layer errors are taken without a mask and eager attention would then not be causal
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=chosen, attn_implementation="sdpa", output_loading_info=True
-        )
-    except torch.OutOfMemoryError as error:
+        model, missing = load_causal(folder, dtype=chosen, attn_implementation="sdpa")
+        if missing:  # transformers makes them up
+            raise UserError(f"{folder} lacks {', '.join(missing[:3])}{' …' * (len(missing) > 3)}: convert or copy it again")
+        return cast(Any, model).to(device).eval()
+    except (torch.OutOfMemoryError, MemoryError) as error:
         raise ConversionError(f"{folder} does not fit on {device} ({error}): use --dtype bf16 or another --device") from None
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(f"{folder} does not load in transformers: {str(error).strip().splitlines()[0]}") from None
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):  # transformers makes them up
-        raise UserError(f"{folder} lacks {', '.join(missing[:3])}{' …' * (len(missing) > 3)}: convert or copy it again")
-    return model.to(device).eval()
 
 
 def recorded_source(folder: Path) -> str:
@@ -322,12 +316,8 @@ def recorded_source(folder: Path) -> str:
 
 def _conversion(folder: Path) -> dict[str, Any] | None:
     """What kvfold.json says of the conversion, without the per-layer log."""
-    file = folder / RECORD
-    if not file.exists():
+    if not (folder / RECORD).exists():
         return None
-    try:
-        record = json.loads(file.read_text())
-        kept = {key: record[key] for key in ("source", "settings", "target", "kv_budget", "calibration_tokens", "seconds")}
-        return kept | {"uptraining": record.get("uptraining", [])}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is damaged ({error}): convert again, or remove it and give --against") from None
+    record = read_record(folder, "", "convert again, or remove it and give --against")
+    kept = {key: record[key] for key in ("source", "settings", "target", "kv_budget", "calibration_tokens", "seconds")}
+    return kept | {"uptraining": record.get("uptraining") or []}

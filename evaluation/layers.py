@@ -23,7 +23,8 @@ def attention_errors(source: Any, model: Any, ids: Tensor) -> list[float]:
         rope = model.base_model.rotary_emb(hidden, positions)
         forward = model.base_model.layers[len(errors)].self_attn.forward  # no hooks: both may be the same model
         got = forward(hidden_states=hidden, position_embeddings=rope, attention_mask=kwargs.get("attention_mask"))[0]
-        errors.append(float((got - wanted).double().square().sum() / wanted.double().square().sum()))
+        energy = wanted.double().square().sum().clamp_min(torch.finfo(torch.float64).tiny)  # zero in a layer that was pruned
+        errors.append(float((got - wanted).double().square().sum() / energy))
 
     hooks = [layer.self_attn.register_forward_hook(compare, with_kwargs=True) for layer in layers]
     try:

@@ -45,6 +45,7 @@ def themed(theme: str) -> Iterator[dict[str, str]]:
         "grid.linewidth": 0.6,
         "figure.constrained_layout.use": True,
         "svg.hashsalt": "kvfold",
+        "text.parse_math": False,  # a name with a dollar in it is no formula
     }
     with mpl.rc_context(style):
         yield colors

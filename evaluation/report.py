@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvfold.convert import escape
 from kvfold.convert.files import write_whole
 from kvfold.errors import UserError
 from kvfold.evaluation.schema import Report, read_report
@@ -57,12 +58,13 @@ def rows(result: Row) -> list[list[str]]:
 
 def table(result: dict[str, Any], title: str = "") -> "Table":
     from rich.table import Table
+    from rich.text import Text
 
     out = Table(title=title or None, caption=LEGEND)
     for number, (name, _) in enumerate(COLUMNS):
         out.add_column(name, justify="right" if number else "left", no_wrap=True)
     for cells in rows(result):
-        out.add_row(*cells)
+        out.add_row(*map(Text, cells))  # a name is no markup
     return out
 
 
@@ -105,8 +107,8 @@ def write(result: Row, folder: Path) -> list[Path]:
         write_whole(paths[-1], page.page(result, [main, *details(result)], LEGEND))
     text = [
         "# kvfold evaluation",
-        f"{result['tokens']:,} predicted tokens of `{settings['on']}`, windows of {result['position_edges'][-1] + 1}, "
-        f"{settings['dtype']}, {result['device']}, kvfold {result['version']}.",
+        f"{result['tokens']:,} predicted tokens of {escape.markdown(settings['on'])}, "
+        f"windows of {result['position_edges'][-1] + 1}, {settings['dtype']}, {result['device']}, kvfold {result['version']}.",
         markdown(result) + "\n" + LEGEND,
         *(f"![{image.stem}]({PLOTS}/{image.name})" for image in images),
         *(f"## {t['title']}\n\n{t['note']}\n\n{_markdown(t['header'], t['rows'])}" for t in details(result)),
@@ -123,9 +125,10 @@ def for_card(folder: Path, out: Path) -> tuple[Row, Row, str | None]:
         UserError: there is no readable report, or `out` is not in it.
     """
     result = read_report(folder)
-    found = [m for m in result["models"] if Path(m["path"]).resolve() == out.resolve()]
+    whole, name = (escape.visible(text) for text in (out.resolve(), out.resolve().name))
+    found = [m for m in result["models"] if str(Path(m["path"]).resolve()) == whole]
     # a report that has moved along with the models still knows them by name
-    found = found or [m for m in result["models"] if Path(m["path"]).name == out.resolve().name]
+    found = found or [m for m in result["models"] if Path(m["path"]).name == name]
     if len(found) != 1:
         names = ", ".join(m["path"] for m in result["models"])
         raise UserError(f"{folder / 'report.json'} has no results of {out}, only of {names}: measure it with kvfold evaluate")
@@ -139,8 +142,9 @@ def for_card(folder: Path, out: Path) -> tuple[Row, Row, str | None]:
 
 
 def _markdown(header: list[str], body: list[list[str]]) -> str:
+    header, *rows = ([escape.markdown(cell) for cell in cells] for cells in (header, *body))
     lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in body)]) + "\n"
+    return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in rows)]) + "\n"
 
 
 def _named(result: Row) -> list[tuple[str, Row]]:

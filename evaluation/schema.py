@@ -1,11 +1,11 @@
 """What report.json holds. Other programs read it: a change that they would notice raises `SCHEMA_VERSION`."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from kvfold.convert.jsonfile import checked, read_json
 from kvfold.errors import UserError
 
 SCHEMA_VERSION: Literal[2] = 2
@@ -88,12 +88,12 @@ class Task(_Strict):
 class Measured(_Strict):
     """What is measured on the source and on every folded model. NLL in nats per token."""
 
-    path: str
+    path: str = Field(pattern=r"^[^\x00]*$")
     nll: float
     perplexity: float
     bits_per_byte: float | None
-    cache_numbers_per_token_per_layer: float
-    cache_bytes_per_token: float
+    cache_numbers_per_token_per_layer: float = Field(gt=0)
+    cache_bytes_per_token: float = Field(gt=0)
     parameters: int
     greedy: Greedy | None
     needles: Needles | None
@@ -116,18 +116,34 @@ class Folded(Measured):
     conversion: dict[str, Any] | None
 
 
+class Finished(_Strict):
+    """What is kept of one model until the report is written."""
+
+    source: Measured
+    model: Folded
+
+
+class Measurement(BaseModel):
+    """The settings of an evaluation, of which these are shown."""
+
+    model_config = ConfigDict(extra="allow")
+
+    on: str
+    dtype: str
+
+
 class Report(_Strict):
     """`tokens` are predicted tokens; `position_edges` cut the positions of a window, counted in tokens of context."""
 
     schema_version: Literal[2]
     version: str
-    settings: dict[str, Any]
+    settings: Measurement
     device: str
     tokens: int
     bytes_per_token: float | None
-    position_edges: list[int]
+    position_edges: list[int] = Field(min_length=2)
     source: Measured
-    models: list[Folded]
+    models: list[Folded] = Field(min_length=1)
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -135,13 +151,6 @@ def read_report(folder: Path) -> dict[str, Any]:
     file = folder / "report.json"
     if not file.is_file():
         raise UserError(f"{file} does not exist: measure first, with kvfold evaluate OUT --on TEXT")
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        Report.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{file} is no report of this kvfold ({place}: {first['msg'].lower()}): evaluate again") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}): evaluate again") from None
+    data = read_json(file, "evaluate again")
+    checked(Report, data, str(file), "evaluate again")
     return data

@@ -5,7 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from kvfold.convert.files import write_whole
+from kvfold.convert.jsonfile import read_json
+from kvfold.errors import UserError
+from kvfold.evaluation.schema import Finished
 
 PARTIAL = "report.partial.json"
 
@@ -18,17 +23,24 @@ class Unfinished:
         self.results: dict[str, dict[str, Any]] = {}
         if self.file and self.file.exists():
             try:
-                loaded = json.loads(self.file.read_text())
-            except ValueError:  # the process was killed while it wrote
-                loaded = None
-            if isinstance(loaded, dict):
-                self.results = loaded
+                loaded = read_json(self.file)
+            except UserError:  # nothing is lost but time
+                loaded = {}
+            self.results = {key: result for key, result in loaded.items() if _is_whole(result)}
 
     def write(self) -> None:
         """Write the file anew."""
         if self.file:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.file, json.dumps(self.results))
+
+
+def _is_whole(result: Any) -> bool:
+    try:
+        Finished.model_validate(result)
+    except ValidationError:
+        return False
+    return True
 
 
 def key_of(decided: dict[str, Any], *folders: Path) -> str:

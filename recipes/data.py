@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kvfold.convert.data import documents, load_tokenizer, load_windows, refuse_foreign_ids, token_rows
+from kvfold.convert.data import documents, encode, load_tokenizer, load_windows, refuse_foreign_ids, token_rows
 from kvfold.convert.files import files_under, stamp
 from kvfold.errors import UserError
 from kvfold.recipes.recipe import Recipe
@@ -83,7 +83,7 @@ def _windows(origin: str, tokenizer_folder: Path, window: int, tokens: int) -> I
         # A very long document is encoded in pieces, so that its ids need not all be in memory; a window that spans two
         # pieces may then hold one split word.
         for start in range(0, len(text) if text.strip() else 0, PIECE):
-            ids += tokenizer(text[start : start + PIECE], verbose=False, add_special_tokens=start == 0)["input_ids"]
+            ids += encode(tokenizer, text[start : start + PIECE], special=start == 0)
             while len(ids) >= window and left:
                 yield ids[:window]
                 ids, left = ids[window:], left - 1
@@ -95,6 +95,9 @@ def _windows(origin: str, tokenizer_folder: Path, window: int, tokens: int) -> I
 
 PIECE = 1 << 20
 """Characters of a document that are encoded at a time."""
+
+
+MOST_WINDOWS = 10**7
 
 
 class Windows(Dataset):
@@ -116,7 +119,15 @@ def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def training_order(windows: list[int], steps: int, batch: int, seed: int) -> list[int]:
-    """`steps · batch` of these windows: every pass over them in an order of its own."""
+    """`steps · batch` of these windows: every pass over them in an order of its own.
+
+    Raises UserError for more than `MOST_WINDOWS`, whose order alone would fill the memory.
+    """
+    if steps * batch > MOST_WINDOWS:
+        raise UserError(
+            f"{steps:,} steps of {batch:,} windows are {steps * batch:,} windows, and {MOST_WINDOWS:,} are the most: give "
+            "fewer tokens, longer windows or a smaller batch"
+        )
     order: list[int] = []
     generator = torch.Generator().manual_seed(seed)
     while len(order) < steps * batch:

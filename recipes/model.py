@@ -16,10 +16,10 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
-from kvfold.convert.checkpoint import CheckpointReader, TensorSpec, read_json
+from kvfold.convert.checkpoint import CheckpointReader, TensorSpec, refuse_adapter
 from kvfold.convert.layouts import Layout, layout_of
-from kvfold.convert.pipeline import RECORD
 from kvfold.convert.plan import ConversionPlan, make_plan
+from kvfold.convert.record import RECORD, read_record
 from kvfold.convert.settings import ConvertSettings, parse_settings
 from kvfold.convert.source import build_on_meta, fetch_config
 from kvfold.convert.stream import FoldedAttention
@@ -74,28 +74,21 @@ def open_folded(folder: Path, source: str | None) -> Folded:
     Raises:
         UserError: no checkpoint, not one of kvfold's, an adapter, or of a version that folded otherwise.
     """
-    if (folder / "adapter_config.json").exists():
-        raise UserError(
-            f"{folder} is an adapter, not a checkpoint: merge it first "
-            "(AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW), and copy kvfold.json)"
-        )
+    refuse_adapter(folder)
     reader = CheckpointReader(folder)
-    if not (folder / RECORD).exists():
-        raise UserError(f"{folder} has no {RECORD}: uptrain takes what `kvfold convert` wrote")
-    record = read_json(folder / RECORD)
-    try:
-        settings = parse_settings(ConvertSettings, record["settings"])
-        config = record.get("source_config") or fetch_config(source or record["source"], settings.revision)
-        recorded = record["target"]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / RECORD} is damaged ({error}): convert again") from None
-    widths = recorded.get("widths", ()) if isinstance(recorded, dict) else ()
+    record = read_record(folder, "uptrain takes what `kvfold convert` wrote", "convert again")
+    settings = parse_settings(ConvertSettings, record["settings"])
+    config = record.get("source_config") or fetch_config(source or record["source"], settings.revision)
+    recorded = record["target"]
+    widths = recorded.get("widths") or ()
+    if any(len(pair) != 2 for pair in widths):
+        raise UserError(f"{folder / RECORD} is damaged (target.widths are no pairs): convert again")
     plan = replace(make_plan(config, settings), widths=tuple((rank, rope) for rank, rope in widths))
     folded = Folded(reader, record, config, plan)
     missing = [n for i in range(plan.spec.layers) for n in folded.layout.names(i, plan) if n not in reader.entries]
     target = json.loads(json.dumps(plan.target()))
     # the note is for people; a later version may word it otherwise, or record more
-    same = isinstance(recorded, dict) and all(recorded[key] == target.get(key) for key in recorded if key != "note")
+    same = all(recorded[key] == target.get(key) for key in recorded if key != "note")
     if missing or not same:
         raise UserError(f"{folder} holds another design than {RECORD} says: convert again with this version of kvfold")
     return folded

@@ -1,21 +1,21 @@
 """Recipes: YAML files that say how to uptrain, the shipped ones by name."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from kvfold.convert.settings import parse_settings, unknown
+from kvfold.convert.settings import parse_settings, parse_yaml, unknown
 from kvfold.errors import UserError
 
 SHIPPED = Path(__file__).parent / "configs"
 
 
 def _rate(value: Any) -> Any:
-    if value == "auto" or (isinstance(value, (int, float)) and value > 0):
+    if value == "auto" or (isinstance(value, (int, float)) and 0 < value < math.inf):
         return value
-    raise ValueError("write a number above 0, or auto")
+    raise ValueError("write a finite number above 0, or auto")
 
 
 class Recipe(BaseModel):
@@ -48,13 +48,13 @@ class Recipe(BaseModel):
     train: Literal["lora", "attention", "full"]
     norms: bool = True
     lora_rank: int = Field(16, ge=1)
-    kl_weight: float = Field(1.0, ge=0)
-    ce_weight: float = Field(0.0, ge=0)
+    kl_weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+    ce_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
     top_k: int | None = Field(None, ge=1)
     learning_rate: Annotated[float | Literal["auto"], BeforeValidator(_rate)]
     schedule: Literal["cosine", "constant"] = "cosine"
-    warmup: float = Field(0.05, ge=0, lt=1)
-    max_grad_norm: float = Field(1.0, gt=0)
+    warmup: float = Field(0.05, ge=0, lt=1, allow_inf_nan=False)
+    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
     tokens: int = Field(1_000_000, gt=0)
     window: int = Field(512, ge=2)
     batch: int = Field(4, ge=1)
@@ -96,7 +96,10 @@ def load_recipe(name: str, overrides: list[str]) -> Recipe:
         UserError: no such recipe, not YAML, a pair without `=`, and every unknown key or impossible value at once.
     """
     path = recipe_file(name)
-    values = _yaml(path.read_text(), str(path))
+    try:
+        values = _yaml(path.read_text(encoding="utf-8"), f"recipe {path}")
+    except ValueError as error:
+        raise UserError(f"recipe {path} is no text ({error}): write `key: value` lines") from None
     if not isinstance(values, dict):
         raise UserError(f"recipe {path} holds no settings: write `key: value` lines")
     for pair in overrides:
@@ -113,10 +116,7 @@ def load_recipe(name: str, overrides: list[str]) -> Recipe:
 
 
 def _yaml(text: str, where: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+    value = parse_yaml(text, where)
     # YAML 1.1 takes 1e-2 for a string, and people write it
     if isinstance(value, dict):
         return {key: _number(item) for key, item in value.items()}

@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 from transformers.trainer_callback import TrainerState
 
 import kvfold
+from kvfold.convert.checkpoint import read_config
 from kvfold.convert.partial import JOURNAL, Partial
-from kvfold.convert.pipeline import RECORD, side_files
+from kvfold.convert.record import RECORD
 from kvfold.convert.settings import parse_size
+from kvfold.convert.sidefiles import side_files
 from kvfold.convert.writer import CheckpointWriter
 from kvfold.recipes.adapter import write_adapter
 from kvfold.recipes.model import Folded, build, write_folded
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
     from kvfold.recipes.trainer import Uptrainer
 
 TRAINED, LOGS = "trained.safetensors", "runs"
-REPORTS = ("report.json", "report.md", "report.html")
-"""What `evaluate` found out about the checkpoint before."""
 
 
 def entry_of(recipe: Recipe, trainer: "Uptrainer") -> dict[str, Any]:
@@ -71,12 +71,12 @@ def write_result(folded: Folded, entry: dict[str, Any], recipe: Recipe, partial:
     shutil.rmtree(target, ignore_errors=True)
     record = {**folded.record, "uptraining": [*folded.record.get("uptraining", []), entry]}
     texts = {RECORD: json.dumps(record, indent=2) + "\n"}
-    copies = [file for file in side_files(folder) if file.name not in REPORTS]
+    side = side_files(folder)
     if base is not None:
         target.mkdir()  # no config.json in it: that would make it a model to transformers
         write_adapter(folded, trainee, base, target)
         (target / RECORD).write_text(texts[RECORD])
-        for file in copies:
+        for file in side.copies:
             shutil.copyfile(file, target / file.name)
     else:
         causal = trainee.student.causal
@@ -86,7 +86,11 @@ def write_result(folded: Folded, entry: dict[str, Any], recipe: Recipe, partial:
         shard = parse_size(folded.plan.settings.max_shard_size)
         with Partial(target, JOURNAL, overwrite=True) as inner, CheckpointWriter(inner, folded.specs(), shard, {}) as writer:
             write_folded(folded, causal, changed, writer)
-            writer.commit(texts, [folder / "config.json", *copies])
+            config = {**read_config(folder), "auto_map": folded.layout.code()}
+            if not config["auto_map"]:
+                del config["auto_map"]
+            texts["config.json"] = json.dumps(config, indent=2) + "\n"
+            writer.commit({**side.texts, **folded.layout.files(), **texts}, side.copies)
     if (partial.folder / LOGS).is_dir():
         shutil.copytree(partial.folder / LOGS, target / LOGS)
     partial.give_name(target)

@@ -22,7 +22,8 @@ from kvfold.convert.data import load_tokenizer
 from kvfold.convert.files import checksum, checksum_of_rows, checksums, write_whole
 from kvfold.convert.journal import refuse_other
 from kvfold.convert.partial import RUN, Partial, partial_folder, refuse_existing, resumable
-from kvfold.convert.pipeline import RECORD, pick_device
+from kvfold.convert.pipeline import pick_device
+from kvfold.convert.record import RECORD
 from kvfold.convert.source import fetch_checkpoint, identity
 from kvfold.errors import NothingGained, Stopped, UserError
 from kvfold.evaluation.evaluate import load_model, recorded_source

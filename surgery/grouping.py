@@ -188,7 +188,7 @@ def pca_candidates(
         read = shared.conj() * weight  # z = Σ_g read_g k_g, and k_g ≈ (u_g / w_g) z
         power = (read[..., None, :] @ gram @ read[..., None].conj())[..., 0, 0].real  # E|z|²
         before = gram.diagonal(dim1=-2, dim2=-1).real.mean(-1)
-        scale = (before / power.clamp_min(torch.finfo(power.dtype).tiny)).sqrt()[..., None]  # a gauge: keep keys' size
+        scale = _ratio(before, power).sqrt()[..., None]  # a gauge: keep keys' size
         key = scale * (read[..., None, :] @ pairs)[..., 0, :]  # (G', D/2, n)
         gain = (shared.conj() / weight / scale).transpose(1, 2).flatten(0, 1)  # (G, D/2)
 
@@ -196,7 +196,7 @@ def pca_candidates(
         left = torch.stack([torch.block_diag(*block) for block in grouped(root)])  # (G', m·D, m·D)
         basis = top_eigenvectors(left @ value_gram @ left, weights.head_dim)  # (G', m·D, D)
         value = basis.mT @ left @ values  # (G', D, n)
-        level = (values.square().sum((1, 2)) / size / value.square().sum((1, 2))).sqrt()[:, None, None]
+        level = _ratio(values.square().sum((1, 2)) / size, value.square().sum((1, 2))).sqrt()[:, None, None]
         expand = inverse @ (basis / level).unflatten(1, (size, -1)).flatten(0, 1)  # (G, D, D): v_g ≈ expand_g c
         yield (
             f"key power {a:g}, value power {b:g}",
@@ -248,7 +248,13 @@ def _unit(z: Tensor) -> Tensor:
 def _norm_ratio(members: Tensor, merged: Tensor) -> Tensor:
     """Mean Frobenius norm of a group's members over that of their merge: (G', rows, m, n), (G', rows, 1, n) → (G', 1, 1, 1)."""
     norm = torch.linalg.vector_norm(members, dim=(1, 3)).mean(1)
-    return (norm / torch.linalg.vector_norm(merged, dim=(1, 3))[:, 0])[:, None, None, None]
+    return _ratio(norm, torch.linalg.vector_norm(merged, dim=(1, 3))[:, 0])[:, None, None, None]
+
+
+def _ratio(before: Tensor, after: Tensor) -> Tensor:
+    """The quotient of two sizes, and 1 where either is zero, as in a layer that was pruned: nothing is there to be kept."""
+    none = (before <= 0) | (after <= 0)
+    return torch.where(none, 1.0, before / after.masked_fill(none, 1.0))
 
 
 def _outer_root(inner: Tensor) -> Tensor:

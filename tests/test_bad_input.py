@@ -94,7 +94,8 @@ def test_one_line_is_all_there_is_on_standard_error(tmp_path: Path, source: Path
         ("--max-shard-size 0GB", "0GB is no size"),
         ("--heal-steps -1", "heal_steps: input should be greater than or equal to 0, got -1"),
         ("--heal-lr 0", "heal_lr: input should be greater than 0"),
-        ("--heal-window 0", "heal_window: input should be greater than or equal to 1"),
+        ("--heal-lr inf", "heal_lr: input should be less than or equal to 1000000"),
+        ("--heal-window 0", "input should be greater than or equal to 1"),
         ("--heal-batch-tokens 0", "heal_batch_tokens"),
         ("--window 1", "window: input should be greater than or equal to 2"),
         ("--calibration-tokens 0", "calibration_tokens: input should be greater than 0"),
@@ -230,8 +231,11 @@ CONFIGS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "layers in words": (with_config(num_hidden_layers="two"), "num_hidden_layers"),
     "zero heads": (with_config(num_attention_heads=0), "no valid geometry"),
     "3 of 8 heads": (with_config(num_key_value_heads=3), "8 heads over 3 key heads of width 8 is no valid geometry"),
-    "odd width": (with_config(head_dim=7), "key heads of width 7 is no valid geometry"),
-    "lama": (with_config(model_type="lama"), "model_type 'lama' is not a family kvfold knows. The nearest is llama."),
+    "odd width": (with_config(head_dim=7), "even rotary dimension, but got `head_dim`=7"),
+    "lama": (
+        with_config(model_type="lama"),
+        "a family kvfold knows. transformers has no class of that name. The nearest is llama.",
+    ),
     "mamba": (with_config(model_type="mamba"), "Known: llama, mistral, qwen2"),
     "quantised": (with_config(quantization_config={"bits": 4}), "fold the unquantised checkpoint"),
     "unknown rope": (with_config(rope_parameters={"rope_type": "wavy", "rope_theta": 1e4}), "wavy"),
@@ -304,27 +308,31 @@ def edit_index(edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
 Q, UP = "model.layers.1.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"
 K, NORM = "model.layers.1.self_attn.k_proj.weight", "model.layers.1.input_layernorm.weight"
 EMBEDDING = "model.embed_tokens.weight"
+DAMAGED = "is not a safetensors file, or damaged ("
 WEIGHTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "shard missing": (lambda folder: shard_of(folder, Q).unlink(), "is missing: download the checkpoint again"),
-    "shard truncated": (rewrite(lambda b: b[:-1]), "is truncated: tensor"),
-    "header truncated": (rewrite(lambda b: b[:40]), "is truncated inside its header: download the checkpoint again"),
-    "length truncated": (rewrite(lambda b: b[:5]), "its header is damaged: download the checkpoint again"),
-    "length absurd": (rewrite(lambda b: b"\xff" * 8 + b[8:]), "header: download the checkpoint again"),
-    "header is no JSON": (rewrite(lambda b: b[:8] + b"x" + b[9:]), "its header is damaged: download the checkpoint again"),
+    "shard truncated": (rewrite(lambda b: b[:-1]), DAMAGED),
+    "header truncated": (rewrite(lambda b: b[:40]), DAMAGED),
+    "length truncated": (rewrite(lambda b: b[:5]), DAMAGED),
+    "length absurd": (rewrite(lambda b: b"\xff" * 8 + b[8:]), DAMAGED),
+    "header is no JSON": (rewrite(lambda b: b[:8] + b"x" + b[9:]), DAMAGED),
     "header is a list": (edit_header(lambda h: [h]), "download the checkpoint again"),
     "header without offsets": (
         edit_header(lambda h: {**h, Q: {"dtype": "F32", "shape": [64, 64]}}),
         "download the checkpoint again",
     ),
     "shape against size": (edit_header(lambda h: {**h, Q: {**h[Q], "shape": [64, 63]}}), "download the checkpoint again"),
-    "packed dtype": (edit_header(lambda h: {**h, Q: {**h[Q], "dtype": "F8_E4M3"}}), "start from the unquantised checkpoint"),
+    "packed dtype": (
+        edit_header(lambda h: {**h, Q: {**h[Q], "dtype": "F8_E4M3", "shape": [64, 256]}}),
+        "start from the unquantised checkpoint",
+    ),
     "index names an absent tensor": (
         edit_index(lambda i: {**i, "weight_map": {**i["weight_map"], "ghost": i["weight_map"][Q]}}),
         "names tensor ghost, but model-0",
     ),
     "index is no JSON": (lambda folder: (folder / INDEX).write_text("{"), "is not valid JSON"),
     "index is a list": (edit_index(lambda i: [i]), "index.json"),
-    "index without weight_map": (edit_index(lambda i: {}), "incomplete"),
+    "index without weight_map": (edit_index(lambda i: {}), "weight_map: field required"),
     "no index": (lambda folder: (folder / INDEX).unlink(), "give a folder with safetensors weights"),
     "query shape": (change(Q, lambda t: t[:, :32].contiguous()), "shape (64, 32), but config.json means (64, 64)"),
     "key shape": (change(K, lambda t: t[:8].contiguous()), "shape (8, 64), but config.json means (32, 64)"),
@@ -473,8 +481,14 @@ def test_calibration_source(tmp_path: Path, reader: Path, flags: str, words: str
     assert words in refused(tmp_path / "out", "convert", folder, tmp_path / "out", *HEADS, *flags.split())
 
 
-def test_healing_that_diverges_fails_with_a_remedy(tmp_path: Path, source: Path, tokens: str) -> None:
-    flags = ("--calibrate", tokens, "--heal-steps", 8, "--heal-lr", "1e30")
+def test_healing_that_diverges_fails_with_a_remedy(
+    tmp_path: Path, source: Path, tokens: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(*_: Any, **__: Any) -> None:
+        raise FloatingPointError("healing diverged at step 2 of 8: loss nan")
+
+    monkeypatch.setattr("kvfold.convert.streamed.heal", diverge)
+    flags = ("--calibrate", tokens, "--heal-steps", 8, "--heal-window", 2)
     text = refused(tmp_path / "out", "convert", source, tmp_path / "out", *HEADS, *flags, code=1)
     assert "healing diverged at step" in text
     assert "lower --heal-lr, or turn healing off with --heal-steps 0" in text
@@ -523,8 +537,8 @@ def test_evaluate_without_a_source(tmp_path: Path, source: Path, folded: Path, t
     for content in ("{", "{}", "[]"):
         (orphan / "kvfold.json").write_text(content)
         text = refused(tmp_path / "report", "evaluate", orphan, *args)
-        assert "is damaged" in text
-        assert "--against" in text
+        assert "kvfold.json is" in text
+        assert "convert again, or remove it and give --against" in text
 
 
 @pytest.mark.parametrize(

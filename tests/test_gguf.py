@@ -149,3 +149,38 @@ def test_refusals_leave_nothing(folded: Path, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(OSError, match="disk full"):
         write_gguf(folded, tmp_path / "there.gguf", overwrite=True)
     assert (tmp_path / "there.gguf").read_text() == "kept" and not (tmp_path / ".there.gguf.kvfold").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "edit", "words"),
+    [
+        (
+            "tokenizer.json",
+            lambda t: t["model"]["vocab"].update(zzz=-1),
+            "gives 'zzz' the id -1, outside the model's vocabulary",
+        ),
+        ("tokenizer.json", lambda t: t["model"]["vocab"].update(zzz=10**6), "gives 'zzz' the id 1000000, outside"),
+        ("tokenizer.json", lambda t: t["added_tokens"].append({"id": 2050, "content": "x"}), "gives 'x' the id 2050, outside"),
+        ("tokenizer.json", lambda t: t["added_tokens"].append({"content": "x"}), "is damaged (added_tokens"),
+        ("tokenizer.json", lambda t: t["model"].update(merges=[5]), "is damaged (model.merges"),
+        ("tokenizer.json", lambda t: t.pop("model"), "is damaged (model: field required)"),
+        ("config.json", lambda c: c.update(vocab_size=10**9), "vocab_size"),
+        ("config.json", lambda c: c.update(num_hidden_layers=10**9, first_k_dense_replace=10**9), "num_hidden_layers"),
+        ("config.json", lambda c: c.pop("rms_norm_eps"), "is damaged (rms_norm_eps: field required)"),
+        ("config.json", lambda c: c.update(qk_nope_head_dim=4), "has shape"),
+    ],
+)
+def test_damaged_inputs(folded: Path, tmp_path: Path, file: str, edit: Any, words: str) -> None:
+    copy = shutil.copytree(folded, tmp_path / "copy")
+    content = json.loads((copy / file).read_text())
+    edit(content)
+    (copy / file).write_text(json.dumps(content))
+    assert words in refused(tmp_path / "m.gguf", "gguf", copy, tmp_path / "m.gguf")
+
+
+def test_a_tokenizer_that_does_not_state_its_model_is_read_as_what_it_is(folded: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folded, tmp_path / "copy")
+    content = json.loads((copy / "tokenizer.json").read_text())
+    del content["model"]["type"]
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    assert read_vocabulary(copy, 2050, None) == read_vocabulary(folded, 2050, None)

@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from accelerate import cpu_offload
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, StaticCache
 
@@ -225,20 +227,35 @@ def test_saved_again_and_trained_with_checkpointing(design: str, tmp_path: Path)
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+ADAPTERS: dict[str, Callable[[list[str]], PeftConfig]] = {
+    "lora": lambda names: LoraConfig(r=2, target_modules=names, init_lora_weights=False),
+    "dora": lambda names: LoraConfig(r=2, target_modules=names, init_lora_weights=False, use_dora=True),
+    "ia3": lambda names: IA3Config(target_modules=names, feedforward_modules=[], init_ia3_weights=False),
+    "loha": lambda names: LoHaConfig(r=2, target_modules=names, init_weights=False),
+}
+
+
 @pytest.mark.parametrize("design", SMALL)
-def test_adapters_of_peft_reach_every_projection(design: str, tmp_path: Path) -> None:
-    """Absorbed decoding multiplies matrices without calling their modules: unmerged adapters must count there too."""
+def test_adapters_of_peft_and_offloading_reach_every_projection(design: str, tmp_path: Path) -> None:
+    """Absorbed decoding multiplies matrices without calling their modules: what wraps these must count there too."""
     _, out = folded(tmp_path, design)
-    model: Any = load(out)
-    targets = [name for name, module in model.named_modules() if "self_attn" in name and isinstance(module, torch.nn.Linear)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks the model by a name that transformers has given up
-        adapted: Any = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
-    decoded_as_uncached(adapted)
-    with torch.no_grad():
-        wanted = adapted(IDS).logits
-        torch.testing.assert_close(adapted.merge_and_unload()(IDS).logits, wanted, atol=1e-4, rtol=1e-4)
-    assert (wanted - logits(out)).abs().max() > 1e-2
+    for kind, adapter in ADAPTERS.items():
+        model: Any = load(out)
+        targets = [n for n, module in model.named_modules() if "self_attn" in n and isinstance(module, torch.nn.Linear)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks the model by a name that transformers has given up
+            adapted: Any = get_peft_model(model, adapter(targets)).eval()
+        for name, parameter in adapted.named_parameters():
+            if "ia3" in name:
+                parameter.data.uniform_(0.5, 1.5)
+        decoded_as_uncached(adapted)
+        with torch.no_grad():
+            wanted = adapted(IDS).logits
+            torch.testing.assert_close(adapted.merge_and_unload()(IDS).logits, wanted, atol=1e-4, rtol=1e-4)
+        assert (wanted - logits(out)).abs().max() > 1e-2, kind
+    offloaded = cpu_offload(load(out), execution_device=torch.device("cpu"))
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(offloaded.generate(IDS, **options), load(out).generate(IDS, **options))
 
 
 def test_dtypes_and_eager_attention(tmp_path: Path) -> None:

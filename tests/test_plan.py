@@ -1,12 +1,15 @@
 """What the plan says of real models, checked against their published configs and against transformers."""
 
+import itertools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kvfold.convert.budgets import widths_to_try
 from kvfold.convert.engines import LatentShape
 from kvfold.convert.families import AttentionSpec, Rope, family_of
 from kvfold.convert.plan import cache_dtype, count_parameters, make_plan
@@ -188,7 +191,10 @@ def test_sliding_windows_limit_what_calibration_may_reach() -> None:
         ({}, plain(1e4)),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, plain(5e5)),
         ({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}}, Rope("linear", 1e4, {"factor": 2.0})),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}, Rope("yarn", 1e6, {"factor": 4.0})),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}},
+            Rope("yarn", 1e6, {"factor": 4.0, "original_max_position_embeddings": 2048}),
+        ),
     ],
 )
 def test_rope_as_transformers_4_and_5_write_it(written: dict[str, Any], rope: Rope) -> None:
@@ -260,6 +266,49 @@ def test_plan_prints_a_table_and_writes_json(tmp_path: Path) -> None:
         assert [cell in line for cell in cells] == [True, True]
 
 
+def test_the_cache_stops_growing_at_the_sliding_window(tmp_path: Path) -> None:
+    """Mistral 7B v0.1: 4,096 tokens of 131,072 bytes are 0.5 GiB, however long the context."""
+    plan = make_plan(MISTRAL, ConvertSettings(to="gqa", kv_budget="50%"))
+    for context in (4096, 32768, 131072):
+        assert plan.cache_bytes(context, 2, "bfloat16") == (2**30, 2**29)
+    mixed = {**QWEN, "use_sliding_window": True, "sliding_window": 1024, "max_window_layers": 18}
+    plan = make_plan(mixed, ConvertSettings(to="mqa"))
+    assert (plan.spec.sliding_window, plan.spec.full_layers) == (1024, 18)
+    assert plan.cache_bytes(4096, 1, "bfloat16")[0] == (18 * 4096 + 6 * 1024) * 256 * 2
+    (tmp_path / "config.json").write_text(json.dumps(MISTRAL))
+    code, text = invoke("plan", tmp_path, "--to", "mqa")
+    assert code == 0
+    assert "cache at 131,072 × 1 *" in text and "cache at 32,768 × 1 *" not in text
+    assert "* more than the 32,768 positions that the source was made for" in text
+    assert re.search(r"sliding window +│ +4,096 tokens │ +32 of 32 layers", text)
+
+
+def test_our_own_layout_grows_by_a_tenth_by_default() -> None:
+    """Every query head reads the whole rotary key, so a wide one makes the model larger."""
+    for budget, widths, growth in (("25%", (1810, 238), 0.099), ("50%", (3968, 128), 0.154)):  # no less than one head turns
+        plan = make_plan(LLAMA_2_7B, ConvertSettings(to="mla", kv_budget=budget))  # float16, so no deepseek_v3
+        assert (plan.layout, plan.kv_rank, plan.rope_dim) == ("kvfold", *widths)
+        assert "float16 cannot hold the scaled latents of deepseek_v3, --dtype bfloat16 can" in plan.note
+        assert -plan.parameters_saved_at_least / 6_738_415_616 == pytest.approx(growth, abs=1e-3)
+        assert ("the model grows by up to" in plan.note) == (growth > 0.1)
+        assert all(rope <= widths[1] for _, rope in widths_to_try(plan))
+    assert make_plan(LLAMA_2_7B, ConvertSettings(to="mla", kv_rank=1024, rope_dim=1024)).rope_dim == 1024
+    note = make_plan(LLAMA_2_7B, ConvertSettings(to="mfa-kr", kv_budget="12.5%")).note
+    assert "the model grows by up to 44%, which --q-rank makes less" in note
+
+
+@pytest.mark.parametrize("to", ["mla", "mfa", "mfa-kr"])
+def test_parameters_of_measured_widths_are_a_bound(to: str) -> None:
+    config = tiny_config("llama", num_hidden_layers=4).to_dict()
+    plan = make_plan(config, ConvertSettings(to=to, kv_budget="25%", layer_budgets="measured", layout="kvfold"))
+    tried = [w for w in widths_to_try(plan) if sum(w)]
+    total = int(plan.cache_numbers) * 4
+    bound = plan.parameters_saved_at_least
+    for widths in itertools.combinations_with_replacement(tried, 4):
+        if sum(map(sum, widths)) <= total:
+            assert replace(plan, widths=widths).parameters_saved >= bound
+
+
 def test_plan_and_the_converted_checkpoint_agree(tmp_path: Path) -> None:
     source = save_model(tmp_path / "source", "qwen2")
     (tmp_path / "source" / "model.safetensors").rename(tmp_path / "weights")
@@ -285,7 +334,7 @@ def test_budgets_in_percent_and_as_a_share_are_the_same() -> None:
 def test_every_whole_percentage_that_divides_is_accepted() -> None:
     """Rounding of the percentage must not refuse a budget that is exact on paper."""
     for kv_heads in range(1, 129):
-        config = {**LLAMA_2_7B, "num_attention_heads": kv_heads, "head_dim": 64}
+        config = {**LLAMA_2_7B, "num_attention_heads": kv_heads, "head_dim": 64, "hidden_size": 64 * kv_heads}
         for percent in range(1, 101):
             wanted, rest = divmod(kv_heads * percent, 100)
             if wanted and rest == 0 and kv_heads % wanted == 0:
@@ -434,9 +483,21 @@ def test_settings_name_every_mistake() -> None:
     assert parse_settings(ConvertSettings, {"to": "mqa"}).model_dump() == ConvertSettings(to="mqa").model_dump()
 
 
-def test_unknown_families_name_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"'qwen3' is not a family .*The nearest is qwen2. Known: llama, mistral, qwen2"):
-        family_of({"model_type": "qwen3"})
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "qwen3"}, "What stands in the way: queries and keys go through norms before they meet. Known: llama"),
+        ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, "its attention is MLA already"),
+        ({"model_type": "gemma2", "attn_logit_softcapping": 50.0}, "its attention scores are soft-capped"),
+        ({"model_type": "llava", "text_config": {"model_type": "llama"}}, "one part of several (text_config)"),
+        ({"model_type": "olmo3", "layer_types": ["full_attention", "sliding_attention"]}, "its layers are of several kinds"),
+        ({"model_type": "lama"}, "transformers has no class of that name. The nearest is llama."),
+        ({"model_type": ["llama"]}, "is not a family kvfold knows"),
+    ],
+)
+def test_unknown_families_are_told_what_stands_in_the_way(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        family_of(config)
 
 
 # Latent attention
@@ -525,7 +586,7 @@ def test_latent_refusals(config: dict[str, Any], settings: dict[str, Any], refus
     [
         ({}, {"kv_rank": 512, "dtype": "fp16"}, "float16 cannot hold the scaled latents"),
         ({"torch_dtype": "float16"}, {"kv_rank": 512}, "float16 cannot hold the scaled latents"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, {"kv_rank": 512}, "rope type llama3"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, {"kv_rank": 512}, "rope type linear"),
         ({"attention_bias": True}, {"kv_rank": 512}, "attention biases"),
         ({"mlp_bias": True}, {"kv_rank": 512}, "MLP biases"),
         ({"hidden_act": "gelu"}, {"kv_rank": 512}, "gelu"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from kvfold.convert.config import resolve
 from kvfold.errors import UserError
 from kvfold.surgery.attention import AttentionWeights
 
@@ -39,7 +40,7 @@ class AttentionSpec:
     """The geometry of a source's attention, the same in every layer.
 
     Attributes:
-        sliding_window: tokens a layer looks back, None when all.
+        sliding_window: tokens a layer looks back, None when all; `full_layers` are without it where others have it.
         qkv_bias, o_bias: which projections carry a bias.
         norm_eps: eps of every RMSNorm.
         tied: the output embedding is the input embedding.
@@ -58,6 +59,7 @@ class AttentionSpec:
     vocab_size: int
     tied: bool
     norm_eps: float
+    full_layers: int = 0
 
     @property
     def cache_numbers(self) -> int:
@@ -74,12 +76,13 @@ class AttentionSpec:
 class Family:
     """A source architecture: which tensor plays which role, and which biases there are.
 
+    What is read from a config is read from one that `convert.config.resolve` has completed.
+
     Attributes:
         projections: role (q, k, v, o) → module name, `{layer}` standing for the layer's number.
         layer_prefix: what the names of a decoder layer's tensors begin with.
         qkv_bias, o_bias: read from a config whether these projections carry a bias.
-        sliding_window: read from a config how far its layers look back (None: no limit).
-        default_theta: RoPE base when the config names none.
+        windows: read from a config how many tokens each layer looks back (None: all).
     """
 
     model_type: str
@@ -88,51 +91,55 @@ class Family:
     projections: dict[str, str]
     qkv_bias: Callable[[dict[str, Any]], bool]
     o_bias: Callable[[dict[str, Any]], bool]
-    sliding_window: Callable[[dict[str, Any]], int | None]
-    default_theta: float = 10000.0
+    windows: Callable[[dict[str, Any]], list[int | None]]
 
     def spec(self, config: dict[str, Any]) -> AttentionSpec:
-        """Read the geometry from config.json. Raises UserError for a missing or impossible value."""
-        try:
-            hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-            layers, vocab = int(config["num_hidden_layers"]), int(config["vocab_size"])
-        except KeyError as missing:
-            raise UserError(f"config.json lacks {missing}: it is not a complete {self.model_type} config") from None
-        except (TypeError, ValueError):
-            raise UserError(
-                "config.json: hidden_size, num_attention_heads, num_hidden_layers and vocab_size must be numbers; "
-                "download it again"
-            ) from None
-        if min(hidden, heads, layers, vocab) < 1:
-            raise UserError(f"config.json: {heads} heads, {layers} layers, width {hidden}, {vocab} tokens is no valid geometry")
-        if "quantization_config" in config:
-            raise UserError("the source is quantised (config.json has quantization_config): fold the unquantised checkpoint")
-        kv_heads = int(config.get("num_key_value_heads") or heads)
-        head_dim = int(config.get("head_dim") or hidden // heads)
-        if heads % kv_heads or head_dim % 2:
+        """Read the geometry from config.json, as transformers reads it.
+
+        Raises UserError for a missing or impossible value, and for a model that is quantised or no language model.
+        """
+        self._refuse_other(config)
+        said = resolve(config)
+        hidden, heads, kv_heads = said["hidden_size"], said["num_attention_heads"], said["num_key_value_heads"]
+        head_dim = said.get("head_dim") or hidden // heads
+        if heads % kv_heads or head_dim % 2 or head_dim == 0:
             raise UserError(f"config.json: {heads} heads over {kv_heads} key heads of width {head_dim} is no valid geometry")
+        windows = self.windows(said)
+        narrow = {window for window in windows if window is not None}
         return AttentionSpec(
             hidden_size=hidden,
-            layers=layers,
+            layers=said["num_hidden_layers"],
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            qkv_bias=self.qkv_bias(config),
-            o_bias=self.o_bias(config),
-            rope=self._rope(config),
-            sliding_window=self.sliding_window(config),
-            max_positions=int(config.get("max_position_embeddings") or 2048),
-            vocab_size=vocab,
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            tied=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=self.qkv_bias(said),
+            o_bias=self.o_bias(said),
+            rope=self._rope(said["rope_parameters"]),
+            sliding_window=min(narrow, default=None),
+            max_positions=said["max_position_embeddings"],
+            vocab_size=said["vocab_size"],
+            norm_eps=said["rms_norm_eps"],
+            tied=said["tie_word_embeddings"],
+            full_layers=windows.count(None) if narrow else 0,
         )
 
-    def _rope(self, config: dict[str, Any]) -> Rope:
-        # transformers 5 writes rope_parameters; before, rope_theta stood beside rope_scaling.
-        parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        theta = parameters.pop("rope_theta", None) or config.get("rope_theta") or self.default_theta
-        kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
-        return Rope(kind, float(theta), parameters)
+    def _refuse_other(self, config: dict[str, Any]) -> None:
+        """Raise UserError for quantised weights, and for another head than a language model's on the same layers."""
+        for key in ("quantization_config", "compression_config"):
+            if config.get(key) is not None:
+                raise UserError(f"the source is quantised (config.json has {key}): fold the unquantised checkpoint")
+        named = config.get("architectures") or [self.architecture]
+        if not isinstance(named, list) or self.architecture.lower() not in [str(name).lower() for name in named]:
+            raise UserError(
+                f"config.json names {', '.join(map(str, named)) if isinstance(named, list) else named} (architectures), and "
+                f"kvfold folds {self.architecture}: reward, classification and embedding models have another head or none; "
+                "fold the language model that it was made from"
+            )
+
+    @staticmethod
+    def _rope(parameters: dict[str, Any]) -> Rope:
+        others = {key: value for key, value in parameters.items() if key not in ("rope_type", "type", "rope_theta")}
+        return Rope(parameters["rope_type"], float(parameters["rope_theta"]), others)
 
     def names(self, layer: int, spec: AttentionSpec) -> dict[str, str]:
         """Role → tensor name in one layer; biases as `q_bias`, … where the source has them."""

@@ -9,5 +9,5 @@ LLAMA = Family(
     projections={role: "model.layers.{layer}.self_attn." + role + "_proj" for role in "qkvo"},
     qkv_bias=lambda config: bool(config.get("attention_bias")),
     o_bias=lambda config: bool(config.get("attention_bias")),
-    sliding_window=lambda config: None,
+    windows=lambda said: [None] * said["num_hidden_layers"],
 )

@@ -9,6 +9,5 @@ MISTRAL = Family(
     projections={role: "model.layers.{layer}.self_attn." + role + "_proj" for role in "qkvo"},
     qkv_bias=lambda config: False,
     o_bias=lambda config: False,
-    # The key's absence means 4096 to transformers; an explicit null means no window.
-    sliding_window=lambda config: config.get("sliding_window", 4096),
+    windows=lambda said: [said["sliding_window"]] * said["num_hidden_layers"],
 )

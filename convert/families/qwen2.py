@@ -9,5 +9,5 @@ QWEN2 = Family(
     projections={role: "model.layers.{layer}.self_attn." + role + "_proj" for role in "qkvo"},
     qkv_bias=lambda config: True,
     o_bias=lambda config: False,
-    sliding_window=lambda config: config.get("sliding_window") if config.get("use_sliding_window") else None,
+    windows=lambda said: [said["sliding_window"] if kind == "sliding_attention" else None for kind in said["layer_types"]],
 )

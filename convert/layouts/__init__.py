@@ -34,6 +34,9 @@ class Layout(Protocol):
     def files(self) -> dict[str, str]:
         """What a checkpoint needs beside weights and config, by name."""
 
+    def code(self) -> dict[str, str]:
+        """`auto_map` of the target's config.json, empty where transformers has its classes."""
+
 
 LAYOUTS: dict[str, Layout] = {"source": source, "deepseek_v3": deepseek_v3, "step3_text": step3_text, "kvfold": kvfold}
 

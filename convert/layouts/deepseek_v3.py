@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kvfold.convert.checkpoint import CheckpointReader, TensorSpec
+from kvfold.convert.config import resolve
 from kvfold.convert.layouts.source import in_place_of_attention, written_dtype
 from kvfold.convert.plan import ConversionPlan
 from kvfold.surgery.designs import LatentWeights
@@ -30,13 +31,13 @@ LATENT = 2.0**-19
 
 def config(source: dict[str, Any], plan: ConversionPlan, dtype: torch.dtype | None) -> dict[str, Any]:
     """A dense DeepSeek-V3 config: `first_k_dense_replace` goes past the last layer, and no engine uses the MoE fields."""
-    spec = plan.spec
+    said, spec = resolve(source), plan.spec
     carried = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
     ids = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "initializer_range", "use_cache")
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
-        **{key: source[key] for key in (*carried, *ids) if key in source},
+        **{key: said[key] for key in (*carried, *ids) if key in said},
         "num_key_value_heads": spec.heads,
         "q_lora_rank": None,
         "kv_lora_rank": plan.stored.rank,
@@ -55,7 +56,7 @@ def config(source: dict[str, Any], plan: ConversionPlan, dtype: torch.dtype | No
         "num_experts_per_tok": 2,
         "n_group": 1,
         "topk_group": 1,
-        "moe_intermediate_size": source["intermediate_size"],
+        "moe_intermediate_size": said["intermediate_size"],
         "norm_topk_prob": True,
         "routed_scaling_factor": 1.0,
         "num_nextn_predict_layers": 0,
@@ -162,4 +163,8 @@ def origin(name: str, plan: ConversionPlan) -> tuple[str, float]:
 
 
 def files() -> dict[str, str]:
+    return {}
+
+
+def code() -> dict[str, str]:
     return {}

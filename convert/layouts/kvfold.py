@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvfold.convert.checkpoint import CheckpointReader, TensorSpec
+from kvfold.convert.config import resolve
 from kvfold.convert.layouts.source import in_place_of_attention, written_dtype
 from kvfold.convert.plan import ConversionPlan
 from kvfold.surgery.designs import Design, FoldedWeights, LatentWeights, RebuiltKeyWeights, ReusedKeyWeights, design
@@ -19,19 +20,19 @@ MODELLING = Path(__file__).parent / "modeling_kvfold.py"
 CARRIED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "mlp_bias"),
     *("max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "tie_word_embeddings"),
-    *("rope_parameters", "rope_theta", "rope_scaling", "bos_token_id", "eos_token_id", "pad_token_id"),
+    *("rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
 
 
 def config(source: dict[str, Any], plan: ConversionPlan, dtype: torch.dtype | None) -> dict[str, Any]:
     """The source's config under our model type, with the widths of the design."""
-    spec, latent = plan.spec, plan.design != "reused-key"
+    said, spec, latent = resolve(source), plan.spec, plan.design != "reused-key"
     ranks, ropes = ([plan.layer_widths(layer)[part] for layer in range(spec.layers)] for part in (0, 1))
     return {
         "architectures": ["KvfoldForCausalLM"],
         "model_type": "kvfold",
-        "auto_map": {"AutoConfig": "modeling_kvfold.KvfoldConfig", "AutoModelForCausalLM": "modeling_kvfold.KvfoldForCausalLM"},
-        **{key: source[key] for key in CARRIED if key in source},
+        "auto_map": code(),
+        **{key: said[key] for key in CARRIED if key in said},
         "num_key_value_heads": spec.kv_heads,
         "head_dim": spec.head_dim,
         "sliding_window": spec.sliding_window,
@@ -138,3 +139,8 @@ def origin(name: str, plan: ConversionPlan) -> tuple[str, float]:
 def files() -> dict[str, str]:
     """What a checkpoint needs beside its weights and config."""
     return {MODELLING.name: MODELLING.read_text()}
+
+
+def code() -> dict[str, str]:
+    """`auto_map`: the classes in `files`."""
+    return {"AutoConfig": "modeling_kvfold.KvfoldConfig", "AutoModelForCausalLM": "modeling_kvfold.KvfoldForCausalLM"}

@@ -89,14 +89,15 @@ def of_layer(widths: int | list[int], layer: int) -> int:
     return widths if isinstance(widths, int) else widths[layer]
 
 
-def matrix(linear: Any) -> Tensor:
-    """The weight of a linear map, adapters of PEFT included that are not merged into it."""
-    weight = linear.weight
-    if not getattr(linear, "merged", True) and not linear.disable_adapters:
-        for name in linear.active_adapters:
-            if name in linear.lora_A:
-                weight = weight + linear.get_delta_weight(name).to(weight)
-    return weight
+def matrix(linear: Any, columns: int, like: Tensor) -> Tensor:
+    """The matrix (rows, columns) of a linear map without bias, in the dtype and on the device of `like`.
+
+    What wraps or replaces the map (adapters, offloading, quantisation) acts when it is called: then it is called on the unit
+    vectors.
+    """
+    if type(linear) is nn.Linear and "forward" not in vars(linear) and not linear._forward_hooks | linear._forward_pre_hooks:
+        return linear.weight
+    return linear(torch.eye(columns, dtype=like.dtype, device=like.device)).mT
 
 
 class FoldedAttention(nn.Module):
@@ -160,7 +161,8 @@ class LatentAttention(FoldedAttention):
         # Products per key and head: in the latent T·(2r + R), expanded T·(N + R + D) and once r·(N + D).
         tokens = x.shape[1]
         if self.nope == 0 or tokens * (2 * self.rank - self.nope - self.value) <= self.rank * (self.nope + self.value):
-            up_k, up_v = matrix(self.kv_b_proj).unflatten(0, (-1, self.nope + self.value)).split([self.nope, self.value], 1)
+            up = matrix(self.kv_b_proj, self.rank, keys).unflatten(0, (-1, self.nope + self.value))
+            up_k, up_v = up.split([self.nope, self.value], 1)
             q = torch.cat([q_nope @ up_k, q_rope], -1) if self.nope else q_rope  # (B, H, T, r + R), or R
             read = keys if self.nope else keys[..., self.rank :]
             return attend(q, read, keys[..., : self.rank], mask, self.scale) @ up_v.mT  # (B, H, T, r) → (B, H, T, D)
@@ -213,7 +215,7 @@ class ReusedKeyAttention(ReadTimeRotation):
         q = rotate(self.queries(x), *pick(new, self.rope_pairs))
         mixed = attend(q, rotate(key, *pick(every, self.rope_pairs)), key, mask, self.scale)  # (B, H, T, C)
         mixed = mixed + self.alpha * self.reuse_proj(mixed)
-        return mixed @ matrix(self.v_b_proj).unflatten(0, (-1, self.value)).mT  # (B, H, T, D)
+        return mixed @ matrix(self.v_b_proj, key.shape[-1], key).unflatten(0, (-1, self.value)).mT  # (B, H, T, D)
 
 
 class RebuiltKeyAttention(ReadTimeRotation):
@@ -269,3 +271,6 @@ class KvfoldForCausalLM(KvfoldPreTrainedModel, MistralForCausalLM):
 
 AutoConfig.register("kvfold", KvfoldConfig, exist_ok=True)
 AutoModelForCausalLM.register(KvfoldConfig, KvfoldForCausalLM, exist_ok=True)
+# `save_pretrained` then copies this file too
+KvfoldConfig.register_for_auto_class()
+KvfoldForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -9,16 +9,16 @@ from torch import Tensor
 
 from kvfold.convert.checkpoint import CheckpointReader, TensorSpec
 from kvfold.convert.plan import ConversionPlan
+from kvfold.convert.source import UNREAD_BUFFER
 from kvfold.surgery.attention import AttentionWeights
 
 
 def config(source: dict[str, Any], plan: ConversionPlan, dtype: torch.dtype | None) -> dict[str, Any]:
-    """The source's config.json with fewer key heads, and the head width written out."""
+    """The source's config.json with fewer key heads, and head width and dtype written out; without code that it names."""
     changed = {**source, "num_key_value_heads": plan.kv_heads, "head_dim": plan.spec.head_dim}
-    if dtype is not None:
-        changed.pop("torch_dtype", None)
-        changed["dtype"] = str(dtype).removeprefix("torch.")
-    return changed
+    for left in ("auto_map", "torch_dtype", "quantization_config", "compression_config"):  # the last two are null
+        changed.pop(left, None)
+    return {**changed, "dtype": written_dtype(source, dtype)}
 
 
 def tensor_specs(reader: CheckpointReader, plan: ConversionPlan, dtype: torch.dtype | None) -> list[TensorSpec]:
@@ -64,7 +64,7 @@ def kept(reader: CheckpointReader, plan: ConversionPlan) -> dict[str, Any]:
     return {
         name: entry
         for name, entry in reader.entries.items()
-        if not name.endswith("rotary_emb.inv_freq") and not (plan.spec.tied and name == "lm_head.weight")
+        if not name.endswith(UNREAD_BUFFER) and not (plan.spec.tied and name == "lm_head.weight")
     }
 
 
@@ -101,4 +101,8 @@ def origin(name: str, plan: ConversionPlan) -> tuple[str, float]:
 
 
 def files() -> dict[str, str]:
+    return {}
+
+
+def code() -> dict[str, str]:
     return {}

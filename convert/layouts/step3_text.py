@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvfold.convert.checkpoint import CheckpointReader, TensorSpec
+from kvfold.convert.config import resolve
 from kvfold.convert.layouts.deepseek_v3 import EMBEDDING, HEAD, LATENT, pad, with_output_embedding
 from kvfold.convert.layouts.source import in_place_of_attention, written_dtype
 from kvfold.convert.plan import ConversionPlan
@@ -22,13 +23,13 @@ from kvfold.surgery.designs import LatentWeights
 
 def config(source: dict[str, Any], plan: ConversionPlan, dtype: torch.dtype | None) -> dict[str, Any]:
     """A dense Step3 config: `moe_layers_enum` names a layer that there is not."""
-    spec, width = plan.spec, plan.stored.rope
+    said, spec, width = resolve(source), plan.spec, plan.stored.rope
     carried = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
     ids = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache")
     return {
         "architectures": ["Step3TextForCausalLM"],
         "model_type": "step3_text",
-        **{key: source[key] for key in (*carried, *ids) if key in source},
+        **{key: said[key] for key in (*carried, *ids) if key in said},
         "head_dim": width,
         "share_q_dim": plan.q_rank,
         "num_attention_groups": 1,
@@ -122,4 +123,8 @@ def origin(name: str, plan: ConversionPlan) -> tuple[str, float]:
 
 
 def files() -> dict[str, str]:
+    return {}
+
+
+def code() -> dict[str, str]:
     return {}

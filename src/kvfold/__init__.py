@@ -1,12 +1,16 @@
 """kvfold folds the KV cache of a trained Hugging Face model into a cheaper attention.
 
 Public API: `convert_checkpoint`, `ConvertSettings`, `make_plan`, `evaluate`, `uptrain`, `load_recipe`, and the errors.
-Everything heavy is imported on first use. Where transformers was imported before, checkpoints of our own layout load without
-`trust_remote_code` from then on.
+Everything heavy is imported on first use. Checkpoints of our own layout load without `trust_remote_code` from here on, whether
+transformers was imported before or is afterwards.
 """
 
 import sys
+from collections.abc import Sequence
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from kvfold.errors import ConversionError, UserError
@@ -49,5 +53,30 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
-if "transformers" in sys.modules:  # importing it here would make every `kvfold --help` wait for seconds
-    import_module("kvfold.convert.layouts.modeling_kvfold")
+TABLE, MODELLING = "transformers.models.auto.modeling_auto", "kvfold.convert.layouts.modeling_kvfold"
+
+
+class _Registering(MetaPathFinder):
+    """Enters our model into transformers' table of models as soon as that is imported; importing it here would make every
+    `kvfold --help` wait for seconds."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != TABLE:
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def and_register(module: ModuleType) -> None:
+                execute(module)
+                import_module(MODELLING)
+
+            spec.loader.exec_module = and_register  # type: ignore[method-assign]
+        return spec
+
+
+if TABLE in sys.modules:
+    import_module(MODELLING)
+else:
+    sys.meta_path.insert(0, _Registering())

@@ -1,5 +1,6 @@
 """The verbs. Thin: each parses its flags, imports what it needs, calls one function and prints what came of it."""
 
+import io
 import json
 import os
 import signal
@@ -193,6 +194,10 @@ def convert(
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with OUT.partial where it was interrupted.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify/--no-verify", help="Compare what is written with what was folded before OUT is there."),
+    ] = True,
     json_path: Json = None,
 ) -> None:
     """Fold a checkpoint into another one with a smaller KV cache."""
@@ -201,18 +206,20 @@ def convert(
         GEOMETRY + " grouping calibrate calibration_tokens window token_weights heal_steps "
         "heal_window heal_batch_tokens heal_lr heal_dtype dtype device max_shard_size seed revision",
     )
+    from kvfold.convert.escape import visible
     from kvfold.convert.pipeline import convert as run
     from kvfold.convert.settings import ConvertSettings, parse_settings
 
     settings = parse_settings(ConvertSettings, {**_read_settings(settings_file), **flags})
     with _progress(f"{source} → {out}") as report:
-        done = run(source, out, settings, resume, overwrite, report)
+        done = run(source, out, settings, resume, overwrite, report, verify)
     _write_json(json_path, done.record)
     if json_path != Path("-"):
         print(
-            f"{out}: {done.record['cache_numbers_per_token_per_layer']} numbers per token per layer, "
+            f"{visible(out)}: {done.record['cache_numbers_per_token_per_layer']} numbers per token per layer, "
             f"{done.record['kv_budget']:.1%} of the source's cache, in {done.record['seconds']:.0f} s"
         )
+        _print_left(done.left)
 
 
 @app.command()
@@ -296,7 +303,10 @@ def push(
     record = card.read_record(out)
     report, model, plot = reports.for_card(report_dir or out, out)
     source = str(record["source"])
-    base_model = base_model or (None if Path(source).exists() else source)
+    if base_model is not None:
+        hub.refuse_name(base_model)
+    elif not Path(source).exists() and hub.is_name(source):
+        base_model = source
     facts = card.Facts(
         out=out,
         repo_id=repo,
@@ -308,13 +318,15 @@ def push(
         legend=reports.LEGEND,
         plot=plot,
     )
-    ours = (out / card.CARD).read_text(encoding="utf-8") if (out / card.CARD).is_file() else None
+    ours = card.read_card(out / card.CARD)
     theirs = None if dry_run else hub.card_on_hub(repo, revision)
     text = card.make_card(facts, card.newer_of(ours, theirs, out))
     if dry_run:
         (out / card.CARD).write_text(text, encoding="utf-8")
-        for name in hub.files_of(out):
+        uploaded, left = hub.files_of(out)
+        for name in uploaded:
             print(f"{(out / name).stat().st_size:>15,}  {name}")
+        _print_left(left)
         print(f"nothing was uploaded; {out / card.CARD} is written")
     else:
         print(hub.push(out, repo, text, private, revision))
@@ -438,7 +450,10 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Show the v
 
 def main() -> NoReturn:
     """Run a verb. Exit 2 for what the user got wrong, 1 for what failed, 130 and 143 for a stop by Ctrl-C and SIGTERM, with
-    one line on standard error."""
+    one line on standard error. `KVFOLD_TRACEBACK=1` shows where what nobody foresaw came from."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may hold what no encoding does
 
     def terminate(*_: Any) -> NoReturn:
         raise _Terminated
@@ -457,12 +472,30 @@ def main() -> NoReturn:
         _fail("stopped: repeat the command", 130)
     except OSError as error:
         _fail(explain(error), 1)
+    except Exception as error:
+        if os.environ.get("KVFOLD_TRACEBACK"):
+            raise
+        _fail(_unforeseen(error), 1)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
+def _unforeseen(error: Exception) -> str:
+    """One line on an exception that no part of kvfold expected, and how to report it."""
+    import traceback
+
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    what = " ".join(str(error).split())[:300]
+    return (
+        f"unforeseen {type(error).__name__} in {Path(last.filename).name}, line {last.lineno}: {what}; that is a fault of "
+        "kvfold: please report this line, the command and what it shows with KVFOLD_TRACEBACK=1 before it"
+    )
+
+
 def _fail(message: str, code: int) -> NoReturn:
-    print("kvfold: " + " ".join(message.split()), file=sys.stderr)
+    from kvfold.convert.escape import visible
+
+    print("kvfold: " + visible(" ".join(message.split())), file=sys.stderr)
     sys.exit(code)
 
 
@@ -481,17 +514,26 @@ def _listed(flag: str, text: str) -> list[str]:
 def _read_settings(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
-    import yaml
+    from kvfold.convert.settings import parse_yaml
 
     try:
-        loaded = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        loaded = parse_yaml(path.read_text(encoding="utf-8"), f"--settings {path}")
+    except (OSError, ValueError) as error:
         raise UserError(f"--settings {path} cannot be read: {' '.join(str(error).split())}") from None
     if isinstance(loaded, dict):
         loaded = loaded.get("settings", loaded)  # a kvfold.json keeps them one level down
     if not isinstance(loaded, dict):
         raise UserError(f"--settings {path} holds no settings: write `name: value` lines")
     return loaded
+
+
+def _print_left(names: list[str]) -> None:
+    """Say in one line which files stay where they are."""
+    from kvfold.convert.escape import visible
+
+    if names:
+        more = f" and {len(names) - 5} more" * (len(names) > 5)
+        print(f"left behind, not known to belong to a checkpoint: {', '.join(map(visible, names[:5]))}{more}")
 
 
 def _write_json(path: Path | None, data: dict[str, Any]) -> None:
@@ -506,7 +548,7 @@ def _progress(title: str) -> Iterator[Callable[[float, str], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=1.0)
@@ -531,21 +573,29 @@ def _print_plan(record: dict[str, Any]) -> None:
     for name in ("", "source", "target"):
         out.add_column(name, justify="right" if name else "left")
     numbers, size = record["cache_numbers_per_token_per_layer"], record["cache_bytes_per_token"]
+    bound = "at most " * target["parameters_are_a_bound"]
     lines: list[tuple[str, Any, Any]] = [
         ("query heads", source["heads"], source["heads"]),
         ("key/value heads", source["kv_heads"], target.get("kv_heads", "–")),
         ("latent + shared key", "–", f"{target['kv_rank']} + {target['rope_dim']}" if "kv_rank" in target else "–"),
         ("head width", source["head_dim"], source["head_dim"]),
         ("architecture", source["architecture"], target["architecture"]),
-        ("parameters", f"{source['parameters']:,}", f"{target['parameters']:,}"),
+        ("parameters", f"{source['parameters']:,}", bound + f"{target['parameters']:,}"),
         ("cached numbers / token / layer", numbers["source"], numbers["target"]),
         ("cached bytes / token", f"{size['source']:,}", f"{size['target']:,}"),
     ]
     for row in record["cache_bytes"]:
         before, after = (f"{row[side] / 2**30:,.2f} GiB" for side in ("source", "target"))
-        lines.append((f"cache at {row['context']:,} × {row['batch']}", before, after))
+        beyond = " *" * (row["context"] > source["max_positions"])
+        lines.append((f"cache at {row['context']:,} × {row['batch']}{beyond}", before, after))
+    if source["sliding_window"]:
+        layers = source["layers"] - source["full_layers"]
+        lines.append(("sliding window", f"{source['sliding_window']:,} tokens", f"{layers} of {source['layers']} layers"))
     lines.append(("KV budget", "100%", f"{record['kv_budget']:.1%}"))
     for name, before, after in lines:
         out.add_row(name, str(before), str(after))
-    out.caption = target.get("note")
+    notes = [target.get("note")]
+    if record["cache_bytes"][-1]["context"] > source["max_positions"]:
+        notes.append(f"* more than the {source['max_positions']:,} positions that the source was made for")
+    out.caption = "\n".join(filter(None, notes))
     Console().print(out)

@@ -1,0 +1,123 @@
+"""config.json as transformers' own class reads it: its defaults, its precedence of old and new keys, its kinds of layers.
+
+kvfold takes that class's word for what a source is. What the class lets through but no attention here can be, is refused.
+"""
+
+import copy
+import math
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kvfold.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+class ConfigFile(BaseModel):
+    """Sizes that decide how much is allocated, far above those of any model, and numbers that would spoil every other."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    hidden_size: int = Field(ge=1, le=10**6)
+    num_attention_heads: int = Field(ge=1, le=10**5)
+    num_hidden_layers: int = Field(ge=1, le=1000)
+    vocab_size: int = Field(ge=1, le=10**8)
+    num_key_value_heads: int | None = Field(None, ge=1, le=10**5)
+    head_dim: int | None = Field(None, ge=1, le=10**5)
+    intermediate_size: int = Field(1, ge=1, le=10**8)
+    max_position_embeddings: int = Field(1, ge=1)
+    sliding_window: int | None = Field(None, ge=1)
+    rms_norm_eps: float = Field(0.0, ge=0, allow_inf_nan=False)
+    tie_word_embeddings: bool = False
+
+
+def config_of(config: dict[str, Any]) -> "PreTrainedConfig":
+    """transformers' config of a config.json, without the code that it may name.
+
+    Raises:
+        UserError: a key is missing or of the wrong type, a number is impossible, or transformers does not take it.
+    """
+    from transformers import CONFIG_MAPPING
+    from transformers.utils import logging
+
+    _check_sizes(config)
+    told = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is wrong with it is told once, here
+    try:
+        return CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(told))
+    except Exception as error:  # checks of many kinds, of transformers and of the Hub's client alike
+        raise UserError(f"transformers does not take config.json ({_line(error)}): check that file") from None
+    finally:
+        logging.set_verbosity(before)
+
+
+def resolve(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json with every default of transformers' class written out, and the keys of older versions in their new places.
+
+    Raises UserError as `config_of` does, and for a model whose attention is none that kvfold folds.
+    """
+    read = config_of(config)
+    refuse_strange(read)
+    return read.to_dict()
+
+
+def refuse_strange(config: "PreTrainedConfig") -> None:
+    """Raise UserError for what a known family's config can say and its folded attention cannot."""
+    said: dict[str, Any] = config.to_dict()
+    rope = said.get("rope_parameters") or {}
+    found = {
+        "its attention is not causal (is_causal is false), an embedding model's": said.get("is_causal") is False
+        or bool(said.get("use_bidirectional_attention")),
+        "its layers have different geometry (per_layer_config)": bool(getattr(config, "is_heterogeneous", False)),
+        "its kinds of layers differ in their RoPE": any(isinstance(value, dict) for value in rope.values()),
+        f"its RoPE turns a part of each head only (partial_rotary_factor {rope.get('partial_rotary_factor')})": rope.get(
+            "partial_rotary_factor"
+        )
+        not in (None, 1, 1.0),
+        "it attends in chunks (attention_chunk_size)": said.get("attention_chunk_size") is not None,
+        "it names other weight files (transformers_weights)": said.get("transformers_weights") is not None,
+    }
+    reasons = [reason for reason, there in found.items() if there]
+    if reasons:
+        raise UserError(f"config.json describes a model that kvfold does not fold: {'; '.join(reasons)}")
+    _check_rope(config, rope)
+
+
+def _check_rope(config: "PreTrainedConfig", rope: dict[str, Any]) -> None:
+    """Raise UserError when transformers has no such RoPE, or its frequencies are no numbers."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kind, theta = rope.get("rope_type", "default"), rope.get("rope_theta")
+    if not isinstance(theta, (int, float)) or isinstance(theta, bool) or not 0 < theta < math.inf:
+        raise UserError(f"config.json: rope_theta is {theta!r:.40}, which is no base of a RoPE: check that file")
+    if not isinstance(kind, str) or (kind != "default" and kind not in ROPE_INIT_FUNCTIONS):
+        known = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
+        raise UserError(f"config.json: rope type {kind!r:.40} is none that transformers knows ({known}): check that file")
+    try:
+        frequencies = ROPE_INIT_FUNCTIONS[kind](config, device="cpu")[0] if kind != "default" else None
+        sound = frequencies is None or bool(frequencies.isfinite().all())
+    except Exception as error:  # arithmetic with whatever stands there
+        raise UserError(f"config.json: rope_parameters do not fit type {kind} ({_line(error)}): check that file") from None
+    if not sound:
+        raise UserError(f"config.json: rope_parameters give frequencies that are no numbers ({rope}): check that file")
+
+
+def _check_sizes(config: dict[str, Any]) -> None:
+    try:
+        ConfigFile.model_validate(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        if first["type"] == "missing":
+            raise UserError(f"config.json lacks {name!r}: it is not a complete {config.get('model_type')} config") from None
+        raise UserError(
+            f"config.json: {name} is {first['input']!r:.40}, which is no valid geometry ({first['msg'].lower()}): "
+            "download it again"
+        ) from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

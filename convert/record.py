@@ -1,0 +1,68 @@
+"""kvfold.json: what is recorded of a conversion beside its weights, and its reading back."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kvfold.convert.escape import each, visible
+from kvfold.convert.jsonfile import checked, read_json
+from kvfold.errors import UserError
+
+RECORD = "kvfold.json"
+
+
+class _Kept(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class Target(_Kept):
+    to: Literal["gqa", "mqa", "mla", "mfa", "mfa-kr"]
+    method: str
+    layout: str = "source"
+    widths: list[list[int]] | None = None
+
+
+class Settings(_Kept):
+    """Those that are read again by themselves."""
+
+    calibrate: str | None = None
+    heal_steps: int = 0
+    heal_batch_tokens: int = 0
+
+
+class Uptraining(_Kept):
+    recipe: dict[str, Any] = {}
+    tokens: int | None = None
+    distinct_tokens: int | None = None
+    steps: int | None = None
+    parameters_trained: int | None = None
+
+
+class Record(_Kept):
+    version: str
+    source: str = Field(min_length=1)
+    source_config: dict[str, Any] | None = None
+    revision: str | None = None
+    settings: Settings
+    target: Target
+    kv_budget: float
+    calibration_tokens: int = Field(ge=0)
+    seconds: float
+    layers: list[dict[str, Any]] = []
+    uptraining: list[Uptraining] = []
+
+
+def read_record(folder: Path, missing: str, damaged: str) -> dict[str, Any]:
+    """kvfold.json of a folded checkpoint, as it stands there.
+
+    Raises UserError when it is not there or a field that kvfold reads is wrong, with what to do in either case.
+    """
+    file = folder / RECORD
+    if not file.exists():
+        raise UserError(f"{folder} has no {RECORD}: {missing}")
+    data = read_json(file, damaged)
+    checked(Record, each(data, visible), str(file), damaged)  # names of files may hold what is no text
+    if "\0" in data["source"]:
+        raise UserError(f"{file} is damaged (source: a path has no NUL): {damaged}")
+    return data
