@@ -138,7 +138,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fold(root: Path, out: Path, *flags: Any) -> tuple[int, str]:
     tokens = f"{root}/tokens.safetensors:calibration"
-    heal = ("--calibrate", tokens, "--heal-steps", 3, "--heal-batch-tokens", 64)
+    heal = ("--calibrate", tokens, "--heal-steps", 3, "--heal-window", 2, "--heal-batch-tokens", 64)
     return invoke("convert", root / "source", out, "--to", "gqa", "--kv-heads", 2, *heal, "--max-shard-size", "100KB", *flags)
 
 
