@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from safetensors import SafetensorError
+
 from kvfold.convert.files import sync, write_whole
 from kvfold.errors import ConversionError, UserError, explain
 
@@ -147,6 +149,8 @@ class Partial:
     def _empty(self) -> None:
         """Remove all but the lock; last what says that it was begun and done."""
         last = [self.begun, DONE]
+        if not self.folder.is_dir():
+            return
         for path in sorted(self.folder.iterdir(), key=lambda path: last.index(path.name) if path.name in last else -1):
             if path.name != LOCK:
                 remove(path)
@@ -207,6 +211,8 @@ def resumable(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConversionError(f"{explain(error, folder)}; then repeat with --resume") from error
+    except SafetensorError as error:  # which hides what the system said
+        raise ConversionError(f"{folder}: {error}; check the disk, then repeat with --resume") from error
 
 
 @contextmanager

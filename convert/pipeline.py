@@ -97,22 +97,7 @@ def convert(
             else:
                 fold_on_stream(job, device, windows, report)
             _copy_rest(job, specs, report)
-            record = {
-                "version": kvfold.__version__,
-                "source": str(source),
-                "source_config": reader.config,
-                "revision": settings.revision,
-                "settings": settings.model_dump(),
-                "target": plan.target(),
-                "kv_budget": plan.kv_budget,
-                "cache_numbers_per_token_per_layer": plan.cache_numbers,
-                "calibration_tokens": 0 if windows is None else windows.ids.numel(),
-                "layers": [writer.finished[job.unit(i)] for i in range(job.layers)],
-                "seconds": round(time.time() - started, 2),
-                "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            }
-            if device.type == "cuda":
-                record["peak_cuda_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+            record = _record(source, job, 0 if windows is None else windows.ids.numel(), time.time() - started, device)
             config = layout.config(reader.config, plan, dtype)
             if check:
                 verify(job, config, None if windows is None else windows.ids, device, report)
@@ -120,6 +105,28 @@ def convert(
             writer.commit({**side.texts, **layout.files(), **files}, side.copies)
     report(1.0, "done")
     return Conversion(out, record, side.left)
+
+
+def _record(source: str, job: Job, tokens: int, seconds: float, device: torch.device) -> dict[str, Any]:
+    """What kvfold.json says."""
+    plan, settings = job.plan, job.plan.settings
+    record = {
+        "version": kvfold.__version__,
+        "source": str(source),
+        "source_config": job.reader.config,
+        "revision": settings.revision,
+        "settings": settings.model_dump(),
+        "target": plan.target(),
+        "kv_budget": plan.kv_budget,
+        "cache_numbers_per_token_per_layer": plan.cache_numbers,
+        "calibration_tokens": tokens,
+        "layers": [job.writer.finished[job.unit(i)] for i in range(job.layers)],
+        "seconds": round(seconds, 2),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    if device.type == "cuda":
+        record["peak_cuda_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+    return record
 
 
 def pick_device(name: str) -> torch.device:

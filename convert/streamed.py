@@ -68,7 +68,7 @@ def fold_on_stream(job: Job, device: torch.device, windows: Windows, report: Rep
             record["seconds"] = round(time.time() - started, 2)
             if len(waiting) > 1:
                 job.writer.keep(_waiting(layer), packed(enumerate(list(waiting)[1:], layer + 1)))
-            job.writer.drop(_waiting(layer - 2))  # the last but one: the journal may still name the last
+            job.writer.drop(_waiting(layer - 1))
             job.writer.finish(job.unit(layer), record)
         if settings.heal_steps and layer < layers - 1:
             # The folded stream runs through what was written, rounding included: the next layer repairs that too.

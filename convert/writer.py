@@ -54,6 +54,8 @@ class CheckpointWriter:
         self._open: dict[Path, IO[bytes]] = {}
         self._unfinished: list[str] = []
         self._beside: dict[str, str] = {}
+        self._dropped: list[str] = []
+        self._removable: list[str] = []
         shards = assign_shards(specs, max_shard_size)
         headers: dict[Path, tuple[bytes, int]] = {}
         for number, shard in enumerate(shards, 1):
@@ -159,7 +161,7 @@ class CheckpointWriter:
             return frombuffer(bytearray(file.read(spec.size)), dtype=spec.dtype).view(spec.shape)
 
     def _put(self, name: str, pieces: Iterable[memoryview]) -> None:
-        path, offset, _ = self._place[name]
+        path, offset, spec = self._place[name]
         if path not in self._open:
             self._open[path] = path.open("r+b", buffering=0)
         file = self._open[path]
@@ -168,6 +170,8 @@ class CheckpointWriter:
             rest = piece
             while rest:
                 rest = rest[file.write(rest) :]
+        if hasattr(os, "posix_fadvise"):  # Linux begins to write then, and has little left when it must have written
+            os.posix_fadvise(file.fileno(), offset, spec.size, os.POSIX_FADV_DONTNEED)
         self._unfinished.append(name)
 
     def keep(self, name: str, data: bytes) -> None:
@@ -177,9 +181,12 @@ class CheckpointWriter:
         self._beside[name] = checksum(path)
 
     def drop(self, name: str) -> None:
-        """Remove a file that nobody will need any more."""
+        """Give up a file that nobody will need behind the next unit.
+
+        It is removed one unit later: should what that one keeps be damaged, the unit before it is still good.
+        """
         self._beside.pop(name, None)
-        (self.folder / name).unlink(missing_ok=True)
+        self._dropped.append(name)
 
     def finish(self, unit: str, record: dict[str, Any]) -> None:
         """Journal a unit of work: what was written since the one before. `record` comes back in `finished` after a resume."""
@@ -188,7 +195,9 @@ class CheckpointWriter:
         tensors = {name: self._checksum(name) for name in self._unfinished}
         self._journal.append(Unit(unit=unit, record=record, tensors=tensors, files=dict(self._beside)))
         self.finished[unit] = record
-        self._unfinished = []
+        for name in self._removable:
+            (self.folder / name).unlink(missing_ok=True)
+        self._unfinished, self._removable, self._dropped = [], self._dropped, []
 
     def commit(self, texts: dict[str, str], copies: Iterable[Path]) -> None:
         """Write the index and `texts` (name → content), copy the files `copies`, and give the folder its name."""

@@ -5,14 +5,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from kvfold.convert.files import write_whole
-from kvfold.convert.jsonfile import read_json
-from kvfold.errors import UserError
-from kvfold.evaluation.schema import Finished
 
 PARTIAL = "report.partial.json"
+
+
+class _Kept(BaseModel):
+    """The file: results, and a checksum without which none of them is believed."""
+
+    results: dict[str, dict[str, Any]]
+    checksum: str
 
 
 class Unfinished:
@@ -21,26 +25,24 @@ class Unfinished:
     def __init__(self, folder: Path | None) -> None:
         self.file = None if folder is None else folder / PARTIAL
         self.results: dict[str, dict[str, Any]] = {}
-        if self.file and self.file.exists():
+        if self.file and self.file.is_file():
             try:
-                loaded = read_json(self.file)
-            except UserError:  # nothing is lost but time
-                loaded = {}
-            self.results = {key: result for key, result in loaded.items() if _is_whole(result)}
+                kept = _Kept.model_validate_json(self.file.read_bytes())
+            except ValidationError:  # another version's, or damaged
+                return
+            if kept.checksum == _checksum(kept.results):
+                self.results = kept.results
 
     def write(self) -> None:
         """Write the file anew."""
         if self.file:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.file, json.dumps(self.results))
+            results = json.loads(json.dumps(self.results))  # as they will be read: all keys texts
+            write_whole(self.file, json.dumps({"results": results, "checksum": _checksum(results)}))
 
 
-def _is_whole(result: Any) -> bool:
-    try:
-        Finished.model_validate(result)
-    except ValidationError:
-        return False
-    return True
+def _checksum(results: dict[str, dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()
 
 
 def key_of(decided: dict[str, Any], *folders: Path) -> str:

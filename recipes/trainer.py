@@ -192,7 +192,7 @@ class Uptrainer(Trainer):
                 raise
             free, line = shutil.disk_usage(folder).free, " ".join(str(error).split())
             raise ConversionError(
-                f"saving a checkpoint in {folder} failed with {free:,} bytes free there ({line}): free some of the disk, "
+                f"saving a checkpoint in {folder} failed with {free:,} bytes free there ({line}): check the disk, "
                 "then repeat with --resume"
             ) from error
         self.accelerator.wait_for_everyone()

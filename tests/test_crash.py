@@ -18,6 +18,7 @@ from kvfold.convert.files import write_whole
 from kvfold.convert.partial import JOURNAL, LOCK, RUN, Partial, exchange
 from kvfold.convert.writer import CheckpointWriter
 from kvfold.errors import ConversionError, UserError
+from kvfold.evaluation.unfinished import PARTIAL, Unfinished
 from tests.helpers import invoke, save_model, save_tokens
 
 
@@ -137,7 +138,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fold(root: Path, out: Path, *flags: Any) -> tuple[int, str]:
     tokens = f"{root}/tokens.safetensors:calibration"
-    heal = ("--calibrate", tokens, "--heal-steps", 3, "--heal-batch-tokens", 64)
+    heal = ("--calibrate", tokens, "--heal-steps", 3, "--heal-window", 2, "--heal-batch-tokens", 64)
     return invoke("convert", root / "source", out, "--to", "gqa", "--kv-heads", 2, *heal, "--max-shard-size", "100KB", *flags)
 
 
@@ -349,3 +350,13 @@ def test_kill_before_any_file_operation_leaves_the_old_or_the_new_and_resume_giv
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["wrong"] == []
     assert result["killed"] > 40
+
+
+@pytest.mark.parametrize("change", [lambda raw: raw.replace(b"1.5", b"2.5"), lambda raw: b"[" * 10**5, lambda raw: b"\xff"])
+def test_kept_results_are_believed_with_their_checksum_only(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
+    kept = Unfinished(tmp_path)
+    kept.results["key"] = {"model": {"nll": 1.5, "positions": {8: float("inf")}}}
+    kept.write()
+    assert Unfinished(tmp_path).results == {"key": {"model": {"nll": 1.5, "positions": {"8": float("inf")}}}}
+    edit(tmp_path / PARTIAL, change)
+    assert Unfinished(tmp_path).results == {}

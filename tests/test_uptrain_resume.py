@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from kvfold.convert.pipeline import convert
 from kvfold.convert.settings import ConvertSettings
-from kvfold.errors import Stopped, UserError
+from kvfold.errors import ConversionError, Stopped, UserError
 from kvfold.recipes import uptrain as module
 from kvfold.recipes.recipe import load_recipe
 from kvfold.recipes.uptrain import uptrain
@@ -142,3 +142,15 @@ def test_killed_while_packing_it_can_be_resumed(copied: Path, tmp_path: Path, mo
     assert (tmp_path / "out.partial" / "data").exists()
     assert invoke(*argv, "--resume")[0] == 0
     assert uptrained(out) == uptrained(copied / "whole")
+
+
+def test_a_full_disk_is_told_in_one_line(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("torch.save", full)
+        with pytest.raises(ConversionError, match=r"saving a checkpoint .* with [\d,]+ bytes free there \(Pyt.*--resume"):
+            run(copied, "full")
+    assert run(copied, "full", resume=True)["resumed_from_step"] == 0
+    assert uptrained(copied / "full") == uptrained(copied / "whole")

@@ -27,4 +27,4 @@ def explain(error: OSError, where: object = "input/output") -> str:
     """What the system refused, where (`where` if the error does not say), and what to do about it."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     remedy = "free some of the disk" if full else "check the path, its permissions and the disk"
-    return f"{error.filename or where}: {error.strerror or error}; {remedy}"
+    return f"{error.filename2 or error.filename or where}: {error.strerror or error}; {remedy}"
