@@ -116,13 +116,6 @@ class Folded(Measured):
     conversion: dict[str, Any] | None
 
 
-class Finished(_Strict):
-    """What is kept of one model until the report is written."""
-
-    source: Measured
-    model: Folded
-
-
 class Measurement(BaseModel):
     """The settings of an evaluation, of which these are shown."""
 
