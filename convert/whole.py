@@ -19,7 +19,7 @@ from kvfold.convert.folding import OpenLayer, fold_layer, packed, reopen_layer, 
 from kvfold.convert.job import Job, Report
 from kvfold.convert.stream import HiddenStates, SourceModel
 from kvfold.errors import ConversionError
-from kvfold.surgery.healing import Progress, heal
+from kvfold.surgery.healing import COARSE_KL, Progress, by_error, heal
 from kvfold.surgery.output import output_divergence
 
 RATE = 0.1
@@ -124,13 +124,13 @@ def _heal(
 
     @torch.no_grad()
     def measure() -> float:
-        total = 0.0
-        for row in range(held_out):
+        total, measured = 0.0, max(1, held_out)  # a text of one window has none to hold out
+        for row in range(measured):
             hidden, target = batch(slice(row, row + 1))
             with torch.autocast(source.device.type, autocast, enabled=autocast is not None):
                 for block in blocks:
                     hidden = block(hidden)
-            total += float(loss(hidden.float(), target)) / held_out
+            total += float(loss(hidden.float(), target)) / measured
         return total
 
     def progress(step: int, value: float) -> None:
@@ -155,7 +155,7 @@ def _heal(
             settings.heal_steps,
             settings.heal_lr or RATE * job.plan.spec.hidden_size**-0.5,
             loss=loss,
-            scale=lambda first: 1.0,
+            scale=lambda first: by_error(first, COARSE_KL),
             piece=max(1, PIECE // tokens),
             autocast=autocast,
             report=progress,

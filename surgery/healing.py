@@ -28,9 +28,13 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
     return ((output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).mean()
 
 
-def by_error(first_loss: float) -> float:
-    """Smaller steps where there is less to repair, by the root of the first loss over `COARSE`."""
-    return min(1.0, (first_loss / COARSE) ** 0.5)
+COARSE_KL = 0.05
+"""The same in nats at the model's output."""
+
+
+def by_error(first_loss: float, coarse: float = COARSE) -> float:
+    """Smaller steps where there is less to repair, by the root of the first loss over `coarse`."""
+    return min(1.0, (first_loss / coarse) ** 0.5)
 
 
 @dataclass

@@ -53,7 +53,10 @@ def leading_directions(rows: Tensor, moment: Tensor, rank: int) -> Tensor:
     if len(rows) <= len(moment):
         return top_eigenvectors(rows @ moment @ rows.mT, rank)
     shift = moment.diagonal().mean() * 1e-13 + torch.finfo(moment.dtype).tiny
-    root = torch.linalg.cholesky(moment + shift * torch.eye(len(moment), dtype=moment.dtype, device=moment.device))
+    root, failed = torch.linalg.cholesky_ex(moment + shift * torch.eye(len(moment), dtype=moment.dtype, device=moment.device))
+    if failed:  # fewer tokens than numbers: the moment is singular, and rounding took it below zero
+        values, vectors = torch.linalg.eigh(moment)
+        root = vectors * values.clamp_min(0).sqrt()
     seen = rows @ root  # (m, n)
     return torch.linalg.qr(seen @ top_eigenvectors(seen.mT @ seen, rank)).Q
 

@@ -1,0 +1,68 @@
+"""Healing of the whole model at once: it lowers the KL at the output, and goes on after an interruption to the same bytes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvfold.convert import whole
+from kvfold.convert.pipeline import convert
+from kvfold.convert.settings import ConvertSettings
+from tests.helpers import save_model, save_tokens
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return save_model(tmp_path / "source", "llama")
+
+
+def settings(tmp_path: Path, **more: Any) -> ConvertSettings:
+    tokens = save_tokens(tmp_path / "t.safetensors", 64, 32)
+    fixed = {"to": "mla", "kv_budget": "12.5%", "heal_steps": 40, "heal_batch_tokens": 512, "layout": "kvfold"}
+    return ConvertSettings(**{**fixed, "calibrate": tokens, **more})
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_healing_at_the_output_lowers_its_kl(tmp_path: Path, source: Path) -> None:
+    healed = convert(str(source), tmp_path / "out", settings(tmp_path)).record
+    kl = healed["layers"][0]["output_kl"]
+    assert 0 < kl["after"] < 0.9 * kl["before"]
+    assert all(layer["output_kl"] == kl for layer in healed["layers"])
+
+
+def test_an_interrupted_healing_goes_on_to_the_same_bytes(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(str(source), tmp_path / "whole", settings(tmp_path))
+    monkeypatch.setattr(whole, "KEEP_SECONDS", 0.0)
+
+    def stop(share: float, line: str, at: list[int] = [0]) -> None:  # noqa: B006 — counts its calls
+        at[0] += line.startswith("healing")
+        if at[0] == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(str(source), tmp_path / "out", settings(tmp_path), report=stop)
+    kept = [path.name for path in (tmp_path / "out.partial").glob("healed-*")]
+    assert "healed-6.pt" in kept
+    assert len(kept) <= 3  # the last, the one before in case of damage, and what goes next
+    convert(str(source), tmp_path / "out", settings(tmp_path), resume=True)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert not list((tmp_path / "out").glob("*.pt"))
+
+
+def test_what_does_not_fit_is_healed_in_windows(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole, "free_bytes", lambda device: 1000)
+    record = convert(str(source), tmp_path / "out", settings(tmp_path)).record
+    assert all(layer["window_error"]["after"] <= layer["window_error"]["before"] for layer in record["layers"])
+    asked = convert(str(source), tmp_path / "all", settings(tmp_path, heal_window="all")).record
+    assert "output_kl" in asked["layers"][0]
+
+
+def test_a_text_of_one_window_is_enough(tmp_path: Path, source: Path) -> None:
+    record = convert(str(source), tmp_path / "out", settings(tmp_path, calibrate=save_tokens(tmp_path / "o.safetensors", 1, 32)))
+    kl = record.record["layers"][0]["output_kl"]
+    assert 0 < kl["after"] < kl["before"]
