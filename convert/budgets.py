@@ -21,9 +21,6 @@ from kvfold.surgery.latent import full_rank
 
 SHARES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 3.0)
 """Multiples of the mean width that are measured where budgets differ."""
-LAST = 3.0
-"""How much more the last layer's error counts than the first one's, with those between in line: healing lets later layers
-repair what earlier ones broke, and nothing repairs the last."""
 SPLITS = (0.125, 0.25, 0.375, 0.5, 0.625)
 """Shares of MLA's cache that its rotary key may take."""
 WIDTH_TOKENS = 16384
@@ -51,9 +48,8 @@ def measured_widths(
         block = source.block(layer)
         seen = observe(plan, source, layer, block, original)
         curve: Curve = {}
-        weight = 1 + (LAST - 1) * layer / max(1, plan.spec.layers - 1)
         for widths in widths_to_try(plan):
-            error = weight * best_latent(plan, seen, *widths, search=False)[0]
+            error = best_latent(plan, seen, *widths, search=False)[0]
             curve[sum(widths)] = min(curve.get(sum(widths), (inf, widths)), (error, widths))
         curves.append(curve)
         block.advance(original)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from kvfold.convert import budgets
 from kvfold.convert.budgets import Curve, allocate, widths_to_try
 from kvfold.convert.checkpoint import CheckpointReader
 from kvfold.convert.pipeline import convert
@@ -47,7 +46,6 @@ def test_the_allocation_is_the_best_of_all() -> None:
 def test_measured_widths_keep_the_total_and_lose_less(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(budgets, "LAST", 1.0)  # all layers alike, so that the sum of errors tells
     source = save_model(tmp_path / "source", "llama", num_hidden_layers=3)
     shape = {**settings, "calibrate": save_tokens(tmp_path / "t.safetensors", 16, 40)}
     uniform = fold(source, tmp_path / "uniform", **{"layout": "kvfold", **shape})
@@ -66,23 +64,23 @@ def test_measured_widths_keep_the_total_and_lose_less(
 
 
 def test_a_budget_is_split_by_what_each_layer_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of all splits of the same cache each layer takes one that loses no more than the half and half of the plan."""
+    """Of all splits of the same cache each layer takes one that loses no more than the plan's."""
     monkeypatch.setattr(latent, "FREE", {})  # what comes behind the split may tip the scales
     source = save_model(tmp_path / "source", "llama", num_hidden_layers=3)
     shape = {"to": "mla", "layout": "kvfold", "calibrate": save_tokens(tmp_path / "t.safetensors", 16, 40)}
-    plan = make_plan(CheckpointReader(source).config, ConvertSettings(**shape, kv_budget="50%"))
+    plan = make_plan(CheckpointReader(source).config, ConvertSettings(**shape, kv_budget="25%"))
     assert plan.measures_widths and "widths are measured" in plan.note
-    assert plan.kv_rank == plan.rope_dim == plan.cache_numbers / 2
+    assert plan.kv_rank + plan.rope_dim == plan.cache_numbers
     assert {sum(pair) for pair in widths_to_try(plan)} == {plan.cache_numbers}
-    measured = fold(source, tmp_path / "measured", **shape, kv_budget="50%")
-    halves = fold(source, tmp_path / "halves", **shape, kv_rank=plan.kv_rank, rope_dim=plan.rope_dim)
-    assert measured["cache_numbers_per_token_per_layer"] == halves["cache_numbers_per_token_per_layer"]
+    measured = fold(source, tmp_path / "measured", **shape, kv_budget="25%")
+    planned = fold(source, tmp_path / "planned", **shape, kv_rank=plan.kv_rank, rope_dim=plan.rope_dim)
+    assert measured["cache_numbers_per_token_per_layer"] == planned["cache_numbers_per_token_per_layer"]
     assert all(sum(pair) == plan.cache_numbers for pair in measured["target"]["widths"])
     assert any(tuple(pair) != (plan.kv_rank, plan.rope_dim) for pair in measured["target"]["widths"])
-    pairs = zip(measured["layers"], halves["layers"], strict=True)
+    pairs = zip(measured["layers"], planned["layers"], strict=True)
     assert all(ours["block_error"] <= theirs["block_error"] for ours, theirs in pairs)
     decoded_as_uncached(load(tmp_path / "measured"))
-    for fixed in ({"kv_budget": "50%", "rope_dim": 8}, {"kv_rank": 8}, {"kv_budget": "50%", "method": "svd-joint"}):
+    for fixed in ({"kv_budget": "25%", "rope_dim": 8}, {"kv_rank": 8}, {"kv_budget": "50%", "method": "svd-joint"}):
         assert not make_plan(CheckpointReader(source).config, ConvertSettings(**shape, **fixed)).measures_widths
 
 
@@ -91,7 +89,7 @@ def test_resumed_with_measured_widths(tmp_path: Path, monkeypatch: pytest.Monkey
     source = save_model(tmp_path / "source", "llama", num_hidden_layers=3)
     tokens = save_tokens(tmp_path / "t.safetensors", 8, 40)
     settings = ConvertSettings(
-        to="mfa-kr", width=16, layer_budgets="measured", calibrate=tokens, heal_steps=3, heal_batch_tokens=80
+        to="mfa-kr", width=16, layer_budgets="measured", calibrate=tokens, heal_steps=3, heal_window=2, heal_batch_tokens=80
     )
     convert(str(source), tmp_path / "whole", settings)
     from kvfold.convert import streamed

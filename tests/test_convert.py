@@ -241,17 +241,18 @@ def test_hidden_states_on_disk_give_the_same_bytes(tmp_path: Path, monkeypatch: 
 def test_healing_brings_every_window_nearer_to_the_original(tmp_path: Path) -> None:
     source = save_model(tmp_path / "source", "llama", num_hidden_layers=3)
     tokens = save_tokens(tmp_path / "t.safetensors", 32, 40)
-    record = fold(source, tmp_path / "out", to="mqa", calibrate=tokens, heal_steps=80, heal_batch_tokens=320)
+    record = fold(source, tmp_path / "out", to="mqa", calibrate=tokens, heal_steps=80, heal_window=2, heal_batch_tokens=320)
     for layer in record["layers"]:
         assert layer["window_error"]["after"] < layer["window_error"]["before"]
 
 
-def test_healing_that_does_not_help_is_undone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("window", "measure"), [(2, "window_error"), ("all", "output_kl")])
+def test_healing_that_does_not_help_is_undone(tmp_path: Path, window: int | str, measure: str) -> None:
     source = save_model(tmp_path / "source", "llama")
     settings = {"kv_heads": 2, "calibrate": save_tokens(tmp_path / "t.safetensors", 8, 32), "heal_steps": 4}
-    record = fold(source, tmp_path / "torn", **settings, heal_lr=1e3)
+    record = fold(source, tmp_path / "torn", **settings, heal_window=window, heal_lr=1e3)
     closed = fold(source, tmp_path / "closed", **{**settings, "heal_steps": 0})
-    assert all(layer["window_error"]["after"] == layer["window_error"]["before"] for layer in record["layers"])
+    assert all(layer[measure]["after"] == layer[measure]["before"] for layer in record["layers"])
     assert [layer["choice"] for layer in record["layers"]] == [layer["choice"] for layer in closed["layers"]]
     assert _weights(tmp_path / "torn") == _weights(tmp_path / "closed")
 

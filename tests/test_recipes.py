@@ -259,7 +259,7 @@ def test_a_damaged_record_is_told(fold: Path, tmp_path: Path) -> None:
     record = json.loads((fold / "gqa" / "kvfold.json").read_text())
     for change, said in (
         ({"settings": {**record["settings"], "kv_heads": 4}}, "holds another design than kvfold.json says"),
-        ({"target": None}, "holds another design"),
+        ({"target": None}, "is damaged"),
         ({"settings": None}, "is damaged"),
     ):
         shutil.rmtree(tmp_path / "fold", ignore_errors=True)

@@ -1,7 +1,7 @@
 """The main job on a real model: stories260k, calibrated on `calibration`, measured on `evaluation`.
 
-The bounds are what a prototype reached (GQA `pca` 0.679 and healed 0.135, MQA 1.322 and 0.300); `mean` must
-give the 3.118 nats that the paper's mean pooling gives on this model.
+The bounds lie a little above what was measured with tokens counted by the attention they receive; `mean` must give the 3.118
+nats that the paper's mean pooling gives on this model.
 """
 
 from pathlib import Path
@@ -58,14 +58,14 @@ def test_published_methods_do_what_they_do_elsewhere(
 @pytest.mark.parametrize(
     ("target", "bound"),
     [
-        (GQA, 0.60),
-        (MQA, 1.33),
-        (MLA_HALF, 0.16),
-        (MLA_QUARTER, 1.25),
-        (MFA, 1.35),
+        (GQA, 0.40),
+        (MQA, 0.95),
+        (MLA_HALF, 0.13),
+        (MLA_QUARTER, 0.85),
+        (MFA, 0.93),
         (MFA_KR, 0.85),
         (REBUILT, 0.40),
-        (MEASURED, 2.05),
+        (MEASURED, 1.60),
     ],
 )
 def test_closed_form(shared: Path, tmp_path: Path, target: dict[str, Any], bound: float) -> None:
@@ -74,7 +74,7 @@ def test_closed_form(shared: Path, tmp_path: Path, target: dict[str, Any], bound
 
 def test_healed_in_few_steps(shared: Path, tmp_path: Path) -> None:
     """100 steps of a quarter of the tokens already beat what 200 steps on the attention output reached (0.199)."""
-    assert damage(shared, tmp_path / "out", **GQA, heal_steps=100, heal_batch_tokens=1024) <= 0.19
+    assert damage(shared, tmp_path / "out", **GQA, heal_steps=100, heal_window=2, heal_batch_tokens=1024) <= 0.19
 
 
 @pytest.mark.slow

@@ -63,6 +63,8 @@ def test_what_does_not_fit_is_healed_in_windows(tmp_path: Path, source: Path, mo
 
 
 def test_a_text_of_one_window_is_enough(tmp_path: Path, source: Path) -> None:
-    record = convert(str(source), tmp_path / "out", settings(tmp_path, calibrate=save_tokens(tmp_path / "o.safetensors", 1, 32)))
+    record = convert(
+        str(source), tmp_path / "out", settings(tmp_path, calibrate=save_tokens(tmp_path / "o.safetensors", 1, 32))
+    )
     kl = record.record["layers"][0]["output_kl"]
     assert 0 < kl["after"] < kl["before"]
