@@ -12,6 +12,7 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
 from kvfold.convert.job import Job, Report
+from kvfold.convert.layouts import modeling_kvfold  # noqa: F401 — registers our layout with transformers
 from kvfold.convert.layouts.deepseek_v3 import EMBEDDING, HEAD, residual_scale
 from kvfold.convert.source import build_on_meta
 from kvfold.convert.stream import Block, SourceModel

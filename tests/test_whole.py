@@ -8,7 +8,7 @@ import pytest
 from kvfold.convert import whole
 from kvfold.convert.pipeline import convert
 from kvfold.convert.settings import ConvertSettings
-from tests.helpers import save_model, save_tokens
+from tests.helpers import run_cli, save_model, save_tokens
 
 
 @pytest.fixture
@@ -68,3 +68,12 @@ def test_a_text_of_one_window_is_enough(tmp_path: Path, source: Path) -> None:
     )
     kl = record.record["layers"][0]["output_kl"]
     assert 0 < kl["after"] < kl["before"]
+
+
+def test_the_command_alone_knows_our_layout(tmp_path: Path, source: Path) -> None:
+    """In a process of its own, where nothing else has registered our layout with transformers."""
+    tokens = save_tokens(tmp_path / "t.safetensors", 4, 32)
+    shape = ("--to", "mla", "--kv-rank", 8, "--rope-dim", 4, "--layout", "kvfold", "--heal-steps", 0)
+    ran = run_cli("convert", source, tmp_path / "out", *shape, "--calibrate", tokens)
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "out" / "modeling_kvfold.py").exists()
