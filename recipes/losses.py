@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-PIECE_BYTES = 256 << 20
-"""Size of the float32 logits of one piece."""
+from kvfold.surgery.output import PIECE_BYTES
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ import torch
 
 from kvfold.convert.plan import ConversionPlan
 from kvfold.errors import UserError
-from kvfold.recipes.losses import PIECE_BYTES
 from kvfold.recipes.model import Trainee
 from kvfold.recipes.recipe import Recipe
+from kvfold.surgery.output import PIECE_BYTES
 
 PIECE_COPIES = 6
 """Of the logits of one piece: both models', their log-probabilities and the gradient."""
