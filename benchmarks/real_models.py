@@ -136,7 +136,9 @@ class Benchmark:
     def decided(self, model: Model, form: dict[str, Any], stage: str) -> dict[str, Any]:
         """All that decides a result."""
         args, decided = self.args, {"weights": model.weights, "evaluation": self.evaluation.model_dump(), "stage": stage}
-        decided |= {"form": form, "calibrate": args.calibrate, "set": self.set}
+        healed = stage not in ("source", "closed")
+        settings = {key: value for key, value in self.set.items() if healed or not key.startswith("heal")}
+        decided |= {"form": form, "calibrate": args.calibrate, "set": settings}
         if stage == "uptrained":
             decided |= {"recipe": load_recipe(args.recipe, args.uptrain).model_dump(), "data": args.data or args.calibrate}
         return decided
