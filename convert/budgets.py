@@ -5,6 +5,7 @@ cache between latent and rotary key (MLA) and, with `--layer-budgets measured`, 
 widths of least summed error.
 """
 
+import time
 from math import inf
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from kvfold.convert.candidates import best_latent
 from kvfold.convert.checkpoint import CheckpointReader
 from kvfold.convert.data import Windows
+from kvfold.convert.duration import spoken
 from kvfold.convert.job import Report
 from kvfold.convert.observe import observe
 from kvfold.convert.plan import ConversionPlan
@@ -43,6 +45,7 @@ def measured_widths(
     on_disk = HiddenStates.needs_disk((*ids.shape, plan.spec.hidden_size), copies=1)
     original = source.embed(ids, scratch if on_disk else None)
     curves: list[Curve] = []
+    started = time.monotonic()
     for layer in range(plan.spec.layers):
         report(0.0, f"measuring layer {layer + 1}/{plan.spec.layers}")
         block = source.block(layer)
@@ -53,6 +56,8 @@ def measured_widths(
             curve[sum(widths)] = min(curve.get(sum(widths), (inf, widths)), (error, widths))
         curves.append(curve)
         block.advance(original)
+        if layer == 0:
+            report(None, f"measuring widths will take about {spoken((time.monotonic() - started) * plan.spec.layers)}")
     scratch.unlink(missing_ok=True)
     return allocate(curves, int(plan.cache_numbers) * plan.spec.layers)
 

@@ -11,8 +11,8 @@ from kvfold.convert.writer import CheckpointWriter
 from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.designs import FoldedWeights
 
-Report = Callable[[float, str], None]
-"""Called with the share of the work that is done and a line on what is going on."""
+Report = Callable[[float | None, str], None]
+"""Called with the share of the work that is done and a line on what is going on; with None for a line that shall stay."""
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,19 @@ import torch
 from torch import Tensor
 
 from kvfold.convert.data import Windows
+from kvfold.convert.duration import announced, training_seconds
 from kvfold.convert.folding import OpenLayer, fold_layer, packed, reopen_layer, unpacked
 from kvfold.convert.job import Job, Report
 from kvfold.convert.settings import ConvertSettings
 from kvfold.convert.stream import HiddenStates, SourceModel, check_finite
-from kvfold.convert.whole import fold_whole, heals_whole
-from kvfold.errors import ConversionError
+from kvfold.convert.whole import autocast_of, failed, fold_whole, heals_whole
 from kvfold.surgery.healing import heal, relative_error
 
 WINDOW, WINDOW_RATE = 2, 2e-2
 """Layers in a window, and the learning rate of its healing."""
+
+REPEATED = 16
+"""How often healing may go over its text before a line says so."""
 
 
 def fold_on_stream(job: Job, device: torch.device, windows: Windows, report: Report) -> None:
@@ -34,6 +37,10 @@ def fold_on_stream(job: Job, device: torch.device, windows: Windows, report: Rep
         return
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+    tokens = windows.ids.numel()
+    if (passes := settings.heal_steps * settings.heal_batch_tokens / tokens) > REPEATED:
+        line = f"healing goes {passes:.0f} times over the {tokens:,} tokens of calibration text: give more of it"
+        report(None, f"{line}, or --heal-steps {int(REPEATED * tokens / settings.heal_batch_tokens)}")
     source = SourceModel(job.reader, plan.family, device, windows.ids.shape[1])
     if heals_whole(job, source, windows):
         fold_whole(job, source, windows, report)
@@ -53,7 +60,11 @@ def fold_on_stream(job: Job, device: torch.device, windows: Windows, report: Rep
         share, title = 0.9 * layer / layers, f"layer {layer + 1}/{layers}"
         while len(waiting) < min(ahead, layers - layer):
             report(share, f"{title}: folding")
+            fresh, before = not job.writer.finished and not waiting, time.monotonic()
             waiting.append(_open(job, source, layer + len(waiting), original))
+            if fresh:
+                folding = (time.monotonic() - before) * layers
+                report(None, announced(folding, _seconds(job, waiting[0], original, ahead) if settings.heal_steps else 0.0))
         current = waiting[0]
         if not job.finished(layer):
             record: dict[str, Any] = {"choice": current.choice, "block_error": current.error}
@@ -78,6 +89,14 @@ def fold_on_stream(job: Job, device: torch.device, windows: Windows, report: Rep
         waiting.popleft()
     for file in files:
         file.unlink(missing_ok=True)
+
+
+def _seconds(job: Job, first: OpenLayer, original: HiddenStates, ahead: int) -> float:
+    """What healing will take, from a pass of one layer over a batch."""
+    rows, tokens, _ = original.data.shape
+    hidden = original.data[: max(1, min(rows, job.plan.settings.heal_batch_tokens // tokens))].to(first.block.device)
+    settings = job.plan.settings
+    return settings.heal_steps * job.layers * ahead * training_seconds(first, hidden, autocast_of(settings))
 
 
 def _open(job: Job, source: SourceModel, layer: int, original: HiddenStates) -> OpenLayer:
@@ -130,11 +149,10 @@ def _heal(
 
     before, kept = error(), [p.detach().clone() for p in parameters]
     try:
-        autocast = torch.bfloat16 if settings.heal_dtype == "bfloat16" else None
         rate = settings.heal_lr or WINDOW_RATE
-        heal(blocks, designs, batches(), settings.heal_steps, rate, autocast=autocast, report=report)
+        heal(blocks, designs, batches(), settings.heal_steps, rate, autocast=autocast_of(settings), report=report)
     except FloatingPointError as found:
-        raise ConversionError(f"layer {layer}: {found}; lower --heal-lr, or turn healing off with --heal-steps 0") from None
+        raise failed(settings, found, f"layer {layer}: ") from None
     after = error()
     if not after < before:
         for parameter, value in zip(parameters, kept, strict=True):

@@ -6,7 +6,7 @@ and no layer knows which of its own matter at the output: healing there needs fa
 
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from kvfold.convert.data import Windows
+from kvfold.convert.duration import announced, seconds_of, training_seconds
 from kvfold.convert.folding import OpenLayer, fold_layer, packed, reopen_layer, unpacked
 from kvfold.convert.job import Job, Report
+from kvfold.convert.settings import ConvertSettings
 from kvfold.convert.stream import HiddenStates, SourceModel
 from kvfold.errors import ConversionError
 from kvfold.surgery.healing import COARSE_KL, Progress, by_error, heal
@@ -26,6 +28,8 @@ RATE = 0.1
 """The learning rate times the root of the hidden size: sums over more numbers want smaller steps of each."""
 PIECE = 2048
 """Tokens that run forward and back at a time; a step of more adds up their gradients."""
+FOLDING = 0.3
+"""The share of the work that folding is taken for until its first layer has been timed."""
 KEEP_SECONDS = 300.0
 """How often healing is written down for a resume."""
 HEALED = "healed "
@@ -65,11 +69,17 @@ def fold_whole(job: Job, source: SourceModel, windows: Windows, report: Report) 
     original = source.embed(windows.ids, file if on_disk else None)
     if job.plan.settings.token_weights == "nll":
         original.weights = SourceModel(job.reader, job.plan.family, source.device, windows.ids.shape[1]).surprise(windows.ids)
-    layers = []
+    layers: list[OpenLayer] = []
+    fresh, started, share = not job.writer.finished, time.monotonic(), FOLDING
     for layer in range(job.layers):
-        report(0.3 * layer / job.layers, f"layer {layer + 1}/{job.layers}: folding")
+        report(share * layer / job.layers, f"layer {layer + 1}/{job.layers}: folding")
         layers.append(_open(job, source, layer, original))
-    record = _heal(job, source, windows.ids, original, layers, report)
+        if layer == 0 and fresh:
+            folding = (time.monotonic() - started) * job.layers
+            healing = _seconds(job, source, layers[0], original)
+            report(None, announced(folding, healing))
+            share = 0.9 * folding / (folding + healing)
+    record = _heal(job, source, windows.ids, original, layers, lambda done, line: report(share + (0.9 - share) * done, line))
     file.unlink(missing_ok=True)
     for layer, item in enumerate(layers):
         if not job.finished(layer):
@@ -92,8 +102,36 @@ def _unit(layer: int) -> str:
     return f"folded {layer}"
 
 
+def _seconds(job: Job, source: SourceModel, first: OpenLayer, original: HiddenStates) -> float:
+    """What healing will take, from a pass of one layer and of the output over a piece of the tokens."""
+    settings, tokens = job.plan.settings, original.data.shape[1]
+    hidden = original.data[: max(1, min(PIECE, settings.heal_batch_tokens) // tokens)].to(source.device)
+    autocast = autocast_of(settings)
+    norm, head = source.output()
+    head = head.to(autocast or torch.float32)
+    output = seconds_of(lambda: output_divergence(norm(hidden).requires_grad_(), norm(hidden), head), source.device)
+    seconds = job.layers * training_seconds(first, hidden, autocast) + output
+    return settings.heal_steps * max(1, settings.heal_batch_tokens // hidden[..., 0].numel()) * seconds
+
+
+def autocast_of(settings: ConvertSettings) -> torch.dtype | None:
+    """The dtype of healing's matrix products, None for the tensors' own."""
+    return torch.bfloat16 if settings.heal_dtype == "bfloat16" else None
+
+
+def failed(settings: ConvertSettings, found: FloatingPointError, where: str = "") -> ConversionError:
+    """What to do about a loss that is not finite."""
+    dtype = "pass --heal-dtype float32, " if settings.heal_dtype == "bfloat16" else ""
+    return ConversionError(f"{where}{found}; {dtype}lower --heal-lr, or turn healing off with --heal-steps 0")
+
+
 def _heal(
-    job: Job, source: SourceModel, ids: Tensor, original: HiddenStates, layers: list[OpenLayer], report: Report
+    job: Job,
+    source: SourceModel,
+    ids: Tensor,
+    original: HiddenStates,
+    layers: list[OpenLayer],
+    report: Callable[[float, str], None],
 ) -> dict[str, Any]:
     """Train all layers on the KL from the original at the output; what it was on held-out windows before and after.
 
@@ -104,7 +142,7 @@ def _heal(
     held_out = min(rows // 2, max(1, rows // HELD_OUT))
     size = min(rows - held_out, max(1, settings.heal_batch_tokens // tokens))
     generator = torch.Generator().manual_seed(settings.seed)
-    autocast = torch.bfloat16 if settings.heal_dtype == "bfloat16" else None
+    autocast = autocast_of(settings)
     table = source.embedding()
     norm, head = source.output()
     head = head.to(autocast or torch.float32)
@@ -134,7 +172,7 @@ def _heal(
         return total
 
     def progress(step: int, value: float) -> None:
-        report(0.3 + 0.6 * step / settings.heal_steps, f"healing all layers, KL {value:.3f}")
+        report(step / settings.heal_steps, f"healing all layers, KL {value:.3f}")
 
     begun, before = _kept(job, designs)
     if begun is None:
@@ -163,7 +201,7 @@ def _heal(
             keep=keep,
         )
     except FloatingPointError as found:
-        raise ConversionError(f"{found}; lower --heal-lr, or turn healing off with --heal-steps 0") from None
+        raise failed(settings, found) from None
     after = measure()
     if not after < before:
         for layer, item in enumerate(layers):

@@ -147,7 +147,7 @@ def uptrain(
         job, tried = settle_rate(job, model, processes, log)
         trainer = make_trainer(job, model, processes, log)
         resumed = run(trainer, job, log)
-        refuse_no_gain(trainer, job, partial, processes)
+        refuse_no_gain(trainer, job, bool(tried), partial, processes)
         entry = entry_of(job.recipe, trainer)
         entry |= {"rates_tried": tried} if tried else {}
         entry |= {"teacher": original and str(original), "data": data, "eval": held_out}
@@ -318,7 +318,7 @@ def run(trainer: Uptrainer, job: Job, log: Log) -> int:
     return 0 if last is None else int(last.name.rpartition("-")[2])
 
 
-def refuse_no_gain(trainer: Uptrainer, job: Job, partial: Partial | None, processes: PartialState) -> None:
+def refuse_no_gain(trainer: Uptrainer, job: Job, auto: bool, partial: Partial | None, processes: PartialState) -> None:
     """Raise NothingGained when no step came below the checkpoint that was given. There is nothing to go on with then."""
     state, recipe = trainer.state, job.recipe
     if state.best_global_step:
@@ -329,6 +329,7 @@ def refuse_no_gain(trainer: Uptrainer, job: Job, partial: Partial | None, proces
     least = min(log["eval_loss"] for log in state.log_history if log.get("eval_loss") is not None and log["step"])
     raise NothingGained(
         f"held-out loss was {state.best_metric:.4f} before the first step and {least:.4f} at best in {state.max_steps} steps, "
-        f"so nothing is written: lower learning_rate (now {recipe.learning_rate:g}) or set it to auto, "
+        f"so nothing is written: lower learning_rate ({'auto found' if auto else 'now'} {recipe.learning_rate:g})"
+        f"{'' if auto else ' or set it to auto'}, "
         f"give more tokens (now {recipe.tokens:,}), or text that is more like the held-out one"
     )

@@ -38,6 +38,7 @@ FOLDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 """Family, changes to its config, and how it is folded."""
 SHORT = ["tokens=3072", "batch=4", "micro_batch=2", "eval_every=6", "eval_tokens=256", "log_every=1", "bf16=false"]
+SHORT += ["learning_rate=0.01"]
 """24 steps of four windows of 32 ids."""
 
 

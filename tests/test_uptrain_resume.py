@@ -20,6 +20,7 @@ from kvfold.recipes.uptrain import uptrain
 from tests.helpers import invoke, save_model, save_tokens
 
 SETTINGS = ["tokens=1024", "batch=4", "micro_batch=4", "eval_every=2", "eval_tokens=256", "log_every=1", "bf16=false"]
+SETTINGS += ["learning_rate=0.01"]
 """8 steps of four windows of 32 ids, a checkpoint every other step."""
 
 

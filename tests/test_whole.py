@@ -1,5 +1,7 @@
 """Healing of the whole model at once: it lowers the KL at the output, and goes on after an interruption to the same bytes."""
 
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +79,20 @@ def test_the_command_alone_knows_our_layout(tmp_path: Path, source: Path) -> Non
     ran = run_cli("convert", source, tmp_path / "out", *shape, "--calibrate", tokens)
     assert ran.returncode == 0, ran.stderr
     assert (tmp_path / "out" / "modeling_kvfold.py").exists()
+
+
+@pytest.mark.parametrize("window", ["all", 2])
+def test_it_says_at_the_start_how_long_it_will_take(tmp_path: Path, source: Path, window: str | int) -> None:
+    """Behind the first layer, within a factor of three of what it then takes."""
+    said: list[tuple[float | None, str]] = []
+    started = time.monotonic()
+    asked = settings(tmp_path, heal_window=window, heal_steps=200, heal_batch_tokens=2048, heal_dtype="float32")
+    convert(str(source), tmp_path / "out", asked, report=lambda share, line: said.append((share, line)), check=False)
+    taken = time.monotonic() - started
+    widths, repeated, duration = [line for share, line in said if share is None]
+    assert widths.startswith("measuring widths will take about ")
+    assert repeated == "healing goes 200 times over the 2,048 tokens of calibration text: give more of it, or --heal-steps 16"
+    (wanted,) = re.findall(r"^this will take about (\d+) s: folding \d+ s, healing \d+ s ", duration)
+    assert taken / 3 < int(wanted) < 3 * taken
+    shares = [share for share, _ in said if share is not None]
+    assert shares == sorted(shares)

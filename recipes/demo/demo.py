@@ -64,8 +64,9 @@ def run_demo(directory: Path, report: Callable[[float, str], None] = lambda shar
     for name, choice in FOLDS.items():
         settings, begun = ConvertSettings(**demo_settings(choice, calibration)), len(names)
 
-        def progress(done: float, line: str, begun: int = begun, name: str = name) -> None:
-            report(share * (begun + done), f"{name}: {line}")
+        def progress(done: float | None, line: str, begun: int = begun, name: str = name) -> None:
+            if done is not None:  # one fold's time tells little of the demo's
+                report(share * (begun + done), f"{name}: {line}")
 
         convert(str(source), directory / name, settings, overwrite=True, report=progress)
         names.append(name)

@@ -543,8 +543,8 @@ def _write_json(path: Path | None, data: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _progress(title: str) -> Iterator[Callable[[float, str], None]]:
-    """A bar on standard error that takes the share done and a line on what is going on."""
+def _progress(title: str) -> Iterator[Callable[[float | None, str], None]]:
+    """A bar on standard error that takes the share done and a line on what is going on, or a line to print above it."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -552,7 +552,14 @@ def _progress(title: str) -> Iterator[Callable[[float, str], None]]:
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=1.0)
-        yield lambda share, line: progress.update(task, completed=share, description=line)
+
+        def report(share: float | None, line: str) -> None:
+            if share is None:
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+            else:
+                progress.update(task, completed=share, description=line)
+
+        yield report
 
 
 def _print_report(result: dict[str, Any]) -> None:
