@@ -21,9 +21,6 @@ test-gpu: $(READY)
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@# mypy follows no editable install that maps folders: show it the package as links
-	@rm -rf build/mypy && mkdir -p build/mypy/kvfold
-	@ln -s $(CURDIR)/src/kvfold/* $(CURDIR)/convert $(CURDIR)/surgery $(CURDIR)/evaluation $(CURDIR)/recipes build/mypy/kvfold/
 	$(BIN)/mypy -p kvfold
 	$(BIN)/python -m pytest
 

@@ -32,8 +32,9 @@ from kvfold.convert.pipeline import convert
 from kvfold.convert.settings import ConvertSettings, parse_budget, parse_settings, unknown
 from kvfold.convert.source import fetch_checkpoint
 from kvfold.errors import ConversionError, NothingGained, UserError
-from kvfold.evaluation.evaluate import Bench, EvaluateSettings, held_out_windows
+from kvfold.evaluation.evaluate import Bench, held_out_windows
 from kvfold.evaluation.parallel import own_device
+from kvfold.evaluation.settings import EvaluateSettings
 from kvfold.recipes.recipe import load_recipe
 from kvfold.recipes.uptrain import uptrain
 from kvfold.surgery.baselines import METHODS, REBUILT, rotary_width

@@ -24,7 +24,8 @@ from typing import Any
 
 from kvfold.convert.pipeline import convert
 from kvfold.convert.settings import ConvertSettings
-from kvfold.evaluation.evaluate import EvaluateSettings, evaluate
+from kvfold.evaluation.evaluate import evaluate
+from kvfold.evaluation.settings import EvaluateSettings
 from kvfold.recipes.demo.corpus import HELDOUT, standard_library
 from kvfold.recipes.demo.demo import FOLDS, MODEL, PIECE, demo_settings, write_texts
 from kvfold.recipes.recipe import load_recipe

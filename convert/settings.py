@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
@@ -16,38 +17,75 @@ DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "f32"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
+TARGET, CALIBRATION, HEALING, OUTPUT = "Target", "Calibration", "Healing", "Output"
+"""Panels of `--help`."""
+
+
+def setting(default: Any, panel: str, help: str, **limits: Any) -> Any:
+    """A field of a settings model, from which its option on the command line is made."""
+    return Field(default, description=help, json_schema_extra={"panel": panel}, **limits)
+
+
 class ConvertSettings(BaseModel):
     """Everything that decides what a conversion writes. Recorded in kvfold.json, and readable from there."""
 
     model_config = ConfigDict(extra="forbid")
 
-    to: str
-    kv_heads: int | None = None
-    kv_rank: int | None = None
-    rope_dim: int | None = None
-    width: int | None = None
-    q_rank: int | None = Field(None, ge=1)
-    keys: Literal["absorbed", "rebuilt"] = "absorbed"
-    layer_budgets: Literal["uniform", "measured"] = "uniform"
-    layout: Literal["auto", "deepseek_v3", "step3_text", "kvfold"] = "auto"
-    pad_for: Literal["vllm", "vllm-cpu", "none"] | None = None
-    kv_budget: Annotated[str | None, BeforeValidator(lambda v: str(v) if isinstance(v, float) else v)] = None
-    method: str | None = None
-    grouping: Literal["neighbours", "similar"] | None = None
-    calibrate: str | None = None
-    calibration_tokens: int = Field(131072, gt=0)
-    window: int = Field(512, ge=2)
-    token_weights: Literal["uniform", "nll"] = "uniform"
-    heal_steps: int = Field(300, ge=0)
-    heal_window: Annotated[int, Field(ge=1)] | Literal["auto", "all"] = "auto"
-    heal_batch_tokens: int = Field(4096, ge=1)
-    heal_lr: float | None = Field(None, gt=0, le=1e6)
-    heal_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    dtype: str | None = None
-    device: str = "auto"
-    max_shard_size: str = "5GB"
-    seed: int = Field(0, ge=0, lt=2**32)
-    revision: str | None = None
+    to: str = setting(..., TARGET, "Target attention: gqa, mqa, mla, mfa or mfa-kr.")
+    kv_heads: int | None = setting(None, TARGET, "Key/value heads to keep (gqa).")
+    kv_rank: int | None = setting(None, TARGET, "Width of the latent (mla).")
+    rope_dim: int | None = setting(None, TARGET, "Width of the shared rotary key (mla). Default: the head width, at most 64.")
+    width: int | None = setting(None, TARGET, "Width of the one key, and of the one value of mfa (mfa, mfa-kr).")
+    q_rank: int | None = setting(None, TARGET, "Rank of the queries (mla, mfa, mfa-kr). Default: full.", ge=1)
+    kv_budget: Annotated[str | None, BeforeValidator(lambda v: str(v) if isinstance(v, float) else v)] = setting(
+        None, TARGET, "Share of the source's cache to keep, 25% or 0.25, in place of the target's widths."
+    )
+    keys: Literal["absorbed", "rebuilt"] = setting(
+        "absorbed", TARGET, "rebuilt is mla without rotary key, milder, but decoding rebuilds all keys at every step."
+    )
+    layer_budgets: Literal["uniform", "measured"] = setting(
+        "uniform", TARGET, "measured keeps the same total, and gives more where a layer needs it (mla, mfa, mfa-kr)."
+    )
+    layout: Literal["auto", "deepseek_v3", "step3_text", "kvfold"] = setting(
+        "auto", TARGET, "How it is written; auto is what transformers runs, stock first. step3_text is for vLLM only."
+    )
+    pad_for: Literal["vllm", "vllm-cpu", "none"] | None = setting(
+        None, TARGET, "Zero-pad mla for an engine's kernels. Default: where the cache does not grow."
+    )
+    method: str | None = setting(
+        None,
+        TARGET,
+        "mean, first, random, align or pca; for mla kvfold or, to compare, svd-split, svd-joint, partial-rope-high, -low, "
+        "-uniform, -2norm, rorope, whitened. Default: pca with calibration text, align without; kvfold for mla.",
+    )
+    grouping: Literal["neighbours", "similar"] | None = setting(
+        None, TARGET, "Which heads share one. Default: similar for align and pca, else neighbours."
+    )
+    calibrate: str | None = setting(
+        None,
+        CALIBRATION,
+        "Text file, folder, Hub dataset name[:config[:split[:column]]], tokens file.safetensors:name, or self[:tokens] to "
+        "let the source write it.",
+    )
+    calibration_tokens: int = setting(131072, CALIBRATION, "Tokens to take from it.", gt=0)
+    window: int = setting(512, CALIBRATION, "Tokens in a window of calibration text.", ge=2)
+    token_weights: Literal["uniform", "nll"] = setting(
+        "uniform", CALIBRATION, "How much a token counts; nll: by what the source finds surprising."
+    )
+    heal_steps: int = setting(300, HEALING, "Steps, of all layers or of each window; 0 turns healing off.", ge=0)
+    heal_window: Annotated[int, Field(ge=1)] | Literal["auto", "all"] = setting(
+        "auto", HEALING, "Layers healed together; auto is all of a deep model that fits into memory, else 2."
+    )
+    heal_batch_tokens: int = setting(2048, HEALING, "Tokens in a step.", ge=1)
+    heal_lr: float | None = setting(
+        None, HEALING, "Step relative to a parameter's RMS. Default: 0.1/√d for all layers, 0.02 for windows.", gt=0, le=1e6
+    )
+    heal_dtype: Literal["bfloat16", "float32"] = setting("bfloat16", HEALING, "Of the matrix products.")
+    dtype: str | None = setting(None, OUTPUT, "float32, bfloat16 or float16. Default: as the source.")
+    device: str = setting("auto", OUTPUT, "auto, cpu, cuda or cuda:N.")
+    max_shard_size: str = setting("5GB", OUTPUT, "Size of a weight file, 5GB or 500MiB.")
+    seed: int = setting(0, OUTPUT, "Of whatever is drawn.", ge=0, lt=2**32)
+    revision: str | None = setting(None, OUTPUT, "Branch, tag or commit of the source on the Hub.")
 
 
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -67,7 +105,7 @@ def parse_settings(kind: type[Settings], values: dict[str, Any]) -> Settings:
                 remedy = f": give --to {' or --to '.join(TARGETS)}" if name == "to" else ""
                 problems.append(f"--{name.replace('_', '-')} is missing{remedy}")
             else:
-                problems.append(f"{name}: {problem['msg'].lower()}, got {problem['input']!r:.80}")
+                problems.append(f"{name}: {problem['msg'].lower()}, got {problem['input']!s:.80}")
         raise UserError("; ".join(problems)) from None
 
 
@@ -86,6 +124,21 @@ def parse_yaml(text: str, where: str) -> Any:
         return yaml.load(text, Loader=_PlainLoader)  # a SafeLoader: no tag makes an object
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{where} cannot be read as YAML: {' '.join(str(error).split())}") from None
+
+
+def read_settings(path: Path | None) -> dict[str, Any]:
+    """Settings from YAML, JSON or a kvfold.json; none for None. Raises UserError when it holds none."""
+    if path is None:
+        return {}
+    try:
+        loaded = parse_yaml(path.read_text(encoding="utf-8"), f"--settings {path}")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--settings {path} cannot be read: {' '.join(str(error).split())}") from None
+    if isinstance(loaded, dict):
+        loaded = loaded.get("settings", loaded)  # a kvfold.json keeps them one level down
+    if not isinstance(loaded, dict):
+        raise UserError(f"--settings {path} holds no settings: write `name: value` lines")
+    return loaded
 
 
 def parse_budget(text: str) -> float:

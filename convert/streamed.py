@@ -26,7 +26,7 @@ from kvfold.surgery.healing import heal, relative_error
 WINDOW, WINDOW_RATE = 2, 2e-2
 """Layers in a window, and the learning rate of its healing."""
 
-REPEATED = 16
+REPEATED = 32
 """How often healing may go over its text before a line says so."""
 
 
@@ -40,7 +40,7 @@ def fold_on_stream(job: Job, device: torch.device, windows: Windows, report: Rep
     tokens = windows.ids.numel()
     if (passes := settings.heal_steps * settings.heal_batch_tokens / tokens) > REPEATED:
         line = f"healing goes {passes:.0f} times over the {tokens:,} tokens of calibration text: give more of it"
-        report(None, f"{line}, or --heal-steps {int(REPEATED * tokens / settings.heal_batch_tokens)}")
+        report(None, f"{line}, or --heal-steps {max(1, REPEATED * tokens // settings.heal_batch_tokens)}")
     source = SourceModel(job.reader, plan.family, device, windows.ids.shape[1])
     if heals_whole(job, source, windows):
         fold_whole(job, source, windows, report)

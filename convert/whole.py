@@ -34,17 +34,21 @@ KEEP_SECONDS = 300.0
 """How often healing is written down for a resume."""
 HEALED = "healed "
 """How the journal names a state of healing, before its steps."""
+SHALLOW = 8
+"""Layers of a model that is healed in windows: its errors add up little, and a window learns more from as many steps."""
 HELD_OUT = 16
 """One of so many windows is not healed on, and says what healing was worth."""
 
 
 def heals_whole(job: Job, source: SourceModel, windows: Windows) -> bool:
-    """Whether the model is healed at once: as asked for, as begun, or else where it fits into memory."""
+    """Whether the model is healed at once: as asked for, as begun, or else where it is deep and fits into memory."""
     settings = job.plan.settings
     if settings.heal_window != "auto" or not settings.heal_steps:
         return settings.heal_window == "all" and settings.heal_steps > 0
     if job.writer.finished:
         return _unit(0) in job.writer.finished
+    if job.layers <= SHALLOW:
+        return False
     return needed_bytes(job, source, windows.ids.shape[1]) <= 0.6 * free_bytes(source.device)
 
 

@@ -3,10 +3,9 @@
 import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -25,29 +24,12 @@ from kvfold.evaluation.damage import TokenScores, by_position, final_states, int
 from kvfold.evaluation.layers import attention_errors, measure_cache
 from kvfold.evaluation.parallel import on_main, own_device, spread
 from kvfold.evaluation.schema import SCHEMA_VERSION
+from kvfold.evaluation.settings import EvaluateSettings
 from kvfold.evaluation.unfinished import Unfinished, key_of
 
 LAYER_ROWS, LAYER_TOKENS = 8, 4096
 """Windows on which the per-layer error is measured, and tokens of which they may be."""
 Report = Callable[[float, str], None]
-
-
-class EvaluateSettings(BaseModel):
-    """All that decides what a report says. `detail` is how finely answers, needles and
-    speed are sampled, `damage` not at all."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    on: str
-    window: int = Field(512, ge=2)
-    max_tokens: int = Field(65536, gt=0)
-    batch: int = Field(8, ge=1)
-    device: str = "auto"
-    dtype: str = "float32"
-    detail: Literal["damage", "quick", "normal", "full"] = "normal"
-    tasks: list[str] = []
-    include_path: str | None = None
-    limit: int | None = Field(None, gt=0)
 
 
 def evaluate(

@@ -4,9 +4,9 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
-from kvfold.convert.settings import parse_settings, parse_yaml, unknown
+from kvfold.convert.settings import parse_settings, parse_yaml, setting, unknown
 from kvfold.errors import UserError
 
 SHIPPED = Path(__file__).parent / "configs"
@@ -18,54 +18,49 @@ def _rate(value: Any) -> Any:
     raise ValueError("write a finite number above 0, or auto")
 
 
-class Recipe(BaseModel):
-    """Everything that decides what an uptraining does. Recorded in kvfold.json.
+LEARNING, STEPS, TEXT, RUNNING = "What learns", "Steps", "Text of the run", "Running"
+"""Panels of `--help`."""
 
-    Attributes:
-        train: what learns. `lora`: low-rank adapters on the new attention's projections, and in full those that an adapter
-            would not make smaller; `attention`: the new attention in full; `full`: every parameter.
-        norms: train the model's norms along.
-        lora_rank: rank of the adapters.
-        kl_weight, ce_weight: of the two losses, both in nats per token: KL(teacher ‖ student) and cross-entropy.
-        top_k: compare only the teacher's k most likely tokens and the rest as one; None compares all.
-        learning_rate: Adam's step relative to the root mean square of each parameter, as in healing; `auto` measures it.
-        schedule: what becomes of it behind the warm-up: it falls to zero along a cosine, or stays.
-        warmup: share of the steps over which it rises.
-        max_grad_norm: the gradient of a step is shortened to this norm.
-        tokens: to train on in all, repetitions included.
-        window: tokens in a window of text. Rows of token files keep their own length.
-        batch: windows in an optimizer step, over all processes.
-        micro_batch: windows in a forward pass of one process.
-        eval_tokens: held-out tokens, taken off the data where no text is given for them.
-        eval_every: steps between evaluations, each of which saves a checkpoint.
-        log_every: steps between lines of the log.
-        bf16: matrix products in bfloat16.
-        gradient_checkpointing: keep only the layers' inputs and compute the rest twice.
-    """
+
+class Recipe(BaseModel):
+    """Everything that decides what an uptraining does. Recorded in kvfold.json."""
 
     model_config = ConfigDict(extra="forbid")
 
-    train: Literal["lora", "attention", "full"]
-    norms: bool = True
-    lora_rank: int = Field(16, ge=1)
-    kl_weight: float = Field(1.0, ge=0, allow_inf_nan=False)
-    ce_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
-    top_k: int | None = Field(None, ge=1)
-    learning_rate: Annotated[float | Literal["auto"], BeforeValidator(_rate)]
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup: float = Field(0.05, ge=0, lt=1, allow_inf_nan=False)
-    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
-    tokens: int = Field(1_000_000, gt=0)
-    window: int = Field(512, ge=2)
-    batch: int = Field(4, ge=1)
-    micro_batch: int = Field(4, ge=1)
-    eval_tokens: int = Field(16384, gt=0)
-    eval_every: int = Field(100, ge=1)
-    log_every: int = Field(10, ge=1)
-    bf16: bool = True
-    gradient_checkpointing: bool = False
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: int = Field(0, ge=0, lt=2**32)
+    train: Literal["lora", "attention", "full"] = setting(
+        ...,
+        LEARNING,
+        "lora: low-rank adapters on the new attention's projections, and in full those that an adapter would not make smaller; "
+        "attention: the new attention in full; full: every parameter.",
+    )
+    norms: bool = setting(True, LEARNING, "Train the model's norms along.")
+    lora_rank: int = setting(16, LEARNING, "Rank of the adapters.", ge=1)
+    kl_weight: float = setting(
+        1.0, LEARNING, "Of KL(teacher ‖ student) in the loss, in nats per token.", ge=0, allow_inf_nan=False
+    )
+    ce_weight: float = setting(0.0, LEARNING, "Of cross-entropy, the same.", ge=0, allow_inf_nan=False)
+    top_k: int | None = setting(
+        None, LEARNING, "Compare only the teacher's k most likely tokens and the rest as one. Default: all.", ge=1
+    )
+    learning_rate: Annotated[float | Literal["auto"], BeforeValidator(_rate)] = setting(
+        ..., STEPS, "Adam's step relative to the root mean square of each parameter, as in healing; auto measures it."
+    )
+    schedule: Literal["cosine", "constant"] = setting(
+        "cosine", STEPS, "What becomes of the rate behind the warm-up: it falls to zero along a cosine, or stays."
+    )
+    warmup: float = setting(0.05, STEPS, "Share of the steps over which it rises.", ge=0, lt=1, allow_inf_nan=False)
+    max_grad_norm: float = setting(1.0, STEPS, "The gradient of a step is shortened to this norm.", gt=0, allow_inf_nan=False)
+    tokens: int = setting(1_000_000, TEXT, "To train on in all, repetitions included.", gt=0)
+    window: int = setting(512, TEXT, "Tokens in a window. Rows of token files keep their own length.", ge=2)
+    batch: int = setting(4, STEPS, "Windows in an optimizer step, over all processes.", ge=1)
+    micro_batch: int = setting(4, RUNNING, "Windows in a forward pass of one process.", ge=1)
+    eval_tokens: int = setting(16384, TEXT, "Held-out tokens, taken off the data where no text is given for them.", gt=0)
+    eval_every: int = setting(100, STEPS, "Steps between evaluations, each of which saves a checkpoint.", ge=1)
+    log_every: int = setting(10, RUNNING, "Steps between lines of the log.", ge=1)
+    bf16: bool = setting(True, RUNNING, "Matrix products in bfloat16.")
+    gradient_checkpointing: bool = setting(False, RUNNING, "Keep only the layers' inputs and compute the rest twice.")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", RUNNING, "Where it runs.")
+    seed: int = setting(0, RUNNING, "Of order and dropout.", ge=0, lt=2**32)
 
 
 def shipped() -> dict[str, Path]:

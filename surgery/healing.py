@@ -28,7 +28,7 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
     return ((output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).mean()
 
 
-COARSE_KL = 0.05
+COARSE_KL = 0.5
 """The same in nats at the model's output."""
 
 

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kvfold.convert.checkpoint import CheckpointReader
 from kvfold.convert.pipeline import convert
 from kvfold.convert.settings import ConvertSettings
-from kvfold.evaluation.evaluate import EvaluateSettings, evaluate
+from kvfold.evaluation.evaluate import evaluate
+from kvfold.evaluation.settings import EvaluateSettings
 from kvfold.recipes.demo.corpus import CALIBRATION, HELDOUT, standard_library
 from kvfold.recipes.demo.demo import FOLDS, UPTRAINED, demo_settings, run_demo, write_texts
 

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 from kvfold.convert.pipeline import convert
 from kvfold.convert.settings import ConvertSettings
 from kvfold.evaluation import damage, report
-from kvfold.evaluation.evaluate import EvaluateSettings, evaluate
+from kvfold.evaluation.evaluate import evaluate
 from kvfold.evaluation.layers import attention_errors, measure_cache
+from kvfold.evaluation.settings import EvaluateSettings
 from tests.helpers import save_model, save_tokens
 
 IDS = torch.randint(128, (5, 48), generator=torch.Generator().manual_seed(4))

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from kvfold.convert.pipeline import convert
 from kvfold.convert.settings import ConvertSettings
-from kvfold.evaluation.evaluate import EvaluateSettings, evaluate
+from kvfold.evaluation.evaluate import evaluate
+from kvfold.evaluation.settings import EvaluateSettings
 from kvfold.recipes.demo.demo import MODEL, write_texts
 from tests.helpers import save_model, save_tokens
 

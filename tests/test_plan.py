@@ -478,7 +478,7 @@ def test_unknown_names_suggest_the_nearest() -> None:
 def test_settings_name_every_mistake() -> None:
     with pytest.raises(UserError) as caught:
         parse_settings(ConvertSettings, {"to": "gqa", "heal_steps": -1, "windw": 4, "seed": "x"})
-    for words in ("heal_steps: input should be greater than", "'windw'. Did you mean window?", "seed: ", "got 'x'"):
+    for words in ("heal_steps: input should be greater than", "'windw'. Did you mean window?", "seed: ", "got x"):
         assert words in str(caught.value)
     assert parse_settings(ConvertSettings, {"to": "mqa"}).model_dump() == ConvertSettings(to="mqa").model_dump()
 

@@ -19,7 +19,8 @@ from kvfold.convert.pipeline import convert
 from kvfold.convert.settings import ConvertSettings
 from kvfold.errors import UserError
 from kvfold.evaluation import report
-from kvfold.evaluation.evaluate import EvaluateSettings, evaluate
+from kvfold.evaluation.evaluate import evaluate
+from kvfold.evaluation.settings import EvaluateSettings
 from tests.helpers import invoke, save_model, save_tokenizer, save_tokens
 from tests.hub_server import TOKEN, Hub, Repo, running_hub
 

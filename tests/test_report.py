@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from kvfold.convert.pipeline import convert
 from kvfold.convert.settings import ConvertSettings
 from kvfold.evaluation import damage, plots, report, retrieval, schema, speed
-from kvfold.evaluation.evaluate import EvaluateSettings, evaluate, stage_of
+from kvfold.evaluation.evaluate import evaluate, stage_of
+from kvfold.evaluation.settings import EvaluateSettings
 from kvfold.evaluation.unfinished import PARTIAL
 from tests.helpers import invoke, save_model, save_tokenizer, save_tokens
 
@@ -264,7 +265,8 @@ def test_other_tokenizers_are_refused(measured: dict[str, Any], tmp_path: Path) 
 
 MEMORY = """
 import resource, sys
-from kvfold.evaluation.evaluate import EvaluateSettings, evaluate
+from kvfold.evaluation.evaluate import evaluate
+from kvfold.evaluation.settings import EvaluateSettings
 import torch
 source, tokens = sys.argv[1:]
 evaluate([source], source, EvaluateSettings(on=tokens, detail="quick"))  # all but the logits of many tokens

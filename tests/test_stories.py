@@ -11,7 +11,8 @@ import pytest
 
 from kvfold.convert.pipeline import convert
 from kvfold.convert.settings import ConvertSettings
-from kvfold.evaluation.evaluate import EvaluateSettings, evaluate
+from kvfold.evaluation.evaluate import evaluate
+from kvfold.evaluation.settings import EvaluateSettings
 
 GQA: dict[str, Any] = {"to": "gqa", "kv_heads": 2}
 MQA: dict[str, Any] = {"to": "mqa"}

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvfold.convert.data import load_windows
 from kvfold.evaluation import report
-from kvfold.evaluation.evaluate import EvaluateSettings, evaluate
+from kvfold.evaluation.evaluate import evaluate
+from kvfold.evaluation.settings import EvaluateSettings
 from kvfold.recipes.demo.corpus import HELDOUT, standard_library
 from tests.helpers import invoke, save_tokens
 

@@ -20,7 +20,8 @@ from kvfold.convert.checkpoint import CheckpointReader
 from kvfold.convert.pipeline import convert
 from kvfold.convert.settings import ConvertSettings
 from kvfold.errors import ConversionError, Stopped
-from kvfold.evaluation.evaluate import EvaluateSettings, evaluate
+from kvfold.evaluation.evaluate import evaluate
+from kvfold.evaluation.settings import EvaluateSettings
 from kvfold.recipes import rates
 from kvfold.recipes.model import DESIGN, Student, build, open_folded
 from kvfold.recipes.recipe import load_recipe, shipped

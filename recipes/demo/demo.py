@@ -11,7 +11,8 @@ from kvfold.convert.pipeline import convert
 from kvfold.convert.settings import ConvertSettings
 from kvfold.errors import NothingGained, UserError
 from kvfold.evaluation import report as reports
-from kvfold.evaluation.evaluate import EvaluateSettings, evaluate
+from kvfold.evaluation.evaluate import evaluate
+from kvfold.evaluation.settings import EvaluateSettings
 from kvfold.recipes.demo.corpus import CALIBRATION, HELDOUT, standard_library
 from kvfold.recipes.recipe import load_recipe
 from kvfold.recipes.uptrain import uptrain
