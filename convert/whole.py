@@ -216,11 +216,11 @@ def _heal(
 
 
 def _keep(job: Job, now: Progress, designs: list[Any], before: float) -> None:
-    """Write down where healing stands, and remove the state before the last one."""
+    """Write down where healing stands, in place of the states before; the last of those stays until the next is written."""
     parameters = [p.detach() for module in designs for p in module.parameters()]
     data = io.BytesIO()
     torch.save({"progress": vars(now), "parameters": parameters, "before": before}, data)
-    for unit in [unit for unit in job.writer.finished if unit.startswith(HEALED)][:-1]:
+    for unit in [unit for unit in job.writer.finished if unit.startswith(HEALED)]:
         job.writer.drop(_state(unit))
     unit = f"{HEALED}{now.steps}"
     job.writer.keep(_state(unit), data.getvalue())
@@ -232,7 +232,7 @@ def _kept(job: Job, designs: list[Any]) -> tuple[Progress | None, float]:
     units = [unit for unit in job.writer.finished if unit.startswith(HEALED)]
     if not units:
         return None, 0.0
-    saved = torch.load(job.writer.folder / _state(units[-1]), weights_only=True)
+    saved = torch.load(job.writer.folder / _state(units[-1]), map_location="cpu", weights_only=True)
     with torch.no_grad():
         for p, value in zip((p for module in designs for p in module.parameters()), saved["parameters"], strict=True):
             p.copy_(value)

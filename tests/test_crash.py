@@ -338,17 +338,22 @@ def test_a_report_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path, monk
 # kill -9
 
 
-def test_kill_before_any_file_operation_leaves_the_old_or_the_new_and_resume_gives_the_new(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("healed", "least"), [(False, 40), (True, 100)], ids=["alone", "healed as a whole"])
+def test_kill_before_any_file_operation_leaves_the_old_or_the_new_and_resume_gives_the_new(
+    tmp_path: Path, healed: bool, least: int
+) -> None:
     """A conversion over an older one, killed before each operation on its files in turn: tests/kill_everywhere.py."""
     source = save_model(tmp_path / "source", "llama", max_shard_size="100KB")
+    tokens = [save_tokens(tmp_path / "tokens.safetensors", 8, 32)] if healed else []
     script = Path(__file__).parent / "kill_everywhere.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), str(source), str(tmp_path / "work")]
+    command = [sys.executable, str(script), str(source), str(tmp_path / "work"), *tokens]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["wrong"] == []
-    assert result["killed"] > 40
+    assert result["killed"] > least
+    assert (result["again"] > least // 2) == healed
 
 
 @pytest.mark.parametrize("change", [lambda raw: raw.replace(b"1.5", b"2.5"), lambda raw: b"[" * 10**5, lambda raw: b"\xff"])

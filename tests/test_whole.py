@@ -10,6 +10,7 @@ import pytest
 from kvfold.convert import whole
 from kvfold.convert.pipeline import convert
 from kvfold.convert.settings import ConvertSettings
+from kvfold.convert.writer import CheckpointWriter
 from tests.helpers import run_cli, save_model, save_tokens
 
 
@@ -57,10 +58,81 @@ def test_an_interrupted_healing_goes_on_to_the_same_bytes(
         convert(str(source), tmp_path / "out", settings(tmp_path), report=stop)
     kept = [path.name for path in (tmp_path / "out.partial").glob("healed-*")]
     assert "healed-6.pt" in kept
-    assert len(kept) <= 3  # the last, the one before in case of damage, and what goes next
+    assert len(kept) == 2  # the last, and in case of damage the one before
     convert(str(source), tmp_path / "out", settings(tmp_path), resume=True)
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
     assert not list((tmp_path / "out").glob("*.pt"))
+
+
+DESIGNS = {
+    "gqa": {"to": "gqa", "kv_heads": 2, "kv_budget": None, "layout": "auto"},
+    "mla stock": {"kv_budget": "50%", "layout": "deepseek_v3"},
+    "mla biases": {"family": "qwen2", "q_rank": 24},
+    "mla rebuilt": {"keys": "rebuilt", "kv_budget": "25%"},
+    "mfa": {"to": "mfa", "layer_budgets": "measured"},
+    "mfa-kr bfloat16": {"to": "mfa-kr", "dtype": "bfloat16", "token_weights": "nll"},
+}
+
+
+@pytest.mark.parametrize("name", DESIGNS)
+def test_stopped_behind_every_unit_it_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Each run resumes the one before, does one unit more, and is stopped; what it finds is as good as what it held."""
+    design = dict(DESIGNS[name])
+    source = str(save_model(tmp_path / "source", design.pop("family", "llama")))
+    wanted = settings(tmp_path, **{"heal_steps": 3, **design})
+    monkeypatch.setattr(whole, "KEEP_SECONDS", 0.0)
+    undisturbed = convert(source, tmp_path / "whole", wanted).record
+    finish = CheckpointWriter.finish
+
+    def stopped(writer: CheckpointWriter, unit: str, record: dict[str, Any]) -> None:
+        finish(writer, unit, record)
+        raise KeyboardInterrupt
+
+    runs = 0
+    with monkeypatch.context() as patched:
+        patched.setattr(CheckpointWriter, "finish", stopped)
+        while runs < 20:
+            try:
+                record = convert(source, tmp_path / "out", wanted, resume=True).record
+                break
+            except KeyboardInterrupt:
+                runs += 1
+    assert runs == 2 + 3 + 2  # layers folded, steps of healing, layers written
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    for ours, theirs in zip(record["layers"], undisturbed["layers"], strict=True):
+        assert {**ours, "healing_seconds": 0} == {**theirs, "healing_seconds": 0}
+
+
+@pytest.mark.parametrize(("damaged", "begun"), [("healed-2.pt", 1), ("healed-1.pt", 2), ("folded-1.safetensors", 0)])
+def test_damage_costs_what_is_damaged(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, damaged: str, begun: int
+) -> None:
+    """Of a healing that was stopped behind its second step, from which step it goes on."""
+    wanted = settings(tmp_path, heal_steps=3)
+    monkeypatch.setattr(whole, "KEEP_SECONDS", 0.0)
+    convert(str(source), tmp_path / "whole", wanted)
+    finish, heal = CheckpointWriter.finish, whole.heal
+    steps: list[int] = []
+
+    def stopped(writer: CheckpointWriter, unit: str, record: dict[str, Any]) -> None:
+        finish(writer, unit, record)
+        if unit == "healed 2":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(CheckpointWriter, "finish", stopped)
+        convert(str(source), tmp_path / "out", wanted)
+    file = tmp_path / "out.partial" / damaged
+    file.write_bytes(file.read_bytes()[:-99] + bytes(99))
+
+    def noted(*args: Any, **more: Any) -> Any:
+        steps.append(more["begun"].steps if more["begun"] else 0)
+        return heal(*args, **more)
+
+    monkeypatch.setattr(whole, "heal", noted)
+    convert(str(source), tmp_path / "out", wanted, resume=True)
+    assert steps == [begun]
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
 def test_what_does_not_fit_is_healed_in_windows(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
