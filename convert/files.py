@@ -21,7 +21,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, data: str | bytes) -> None:
+def write_whole(path: Path, data: str | bytes | memoryview) -> None:
     """Write a file by way of another one: a kill or a power cut leaves the old file or the new one."""
     fresh = path.with_name(f".{path.name}.new")
     try:

@@ -216,14 +216,19 @@ def _heal(
 
 
 def _keep(job: Job, now: Progress, designs: list[Any], before: float) -> None:
-    """Write down where healing stands, in place of the states before; the last of those stays until the next is written."""
+    """Write down where healing stands; of the states before, the last stays until the next one is to be written."""
+    states = [_state(unit) for unit in job.writer.finished if unit.startswith(HEALED)]
+    for name in states[:-1]:  # first, for a state may be several times as large as what comes of it
+        (job.writer.folder / name).unlink(missing_ok=True)
+    for name in states:
+        job.writer.drop(name)
     parameters = [p.detach() for module in designs for p in module.parameters()]
+    # Behind the last step nobody needs the optimizer, which is two thirds of a state.
+    progress = {**vars(now), "optimizer": now.optimizer if now.steps < job.plan.settings.heal_steps else None}
     data = io.BytesIO()
-    torch.save({"progress": vars(now), "parameters": parameters, "before": before}, data)
-    for unit in [unit for unit in job.writer.finished if unit.startswith(HEALED)]:
-        job.writer.drop(_state(unit))
+    torch.save({"progress": progress, "parameters": parameters, "before": before}, data)
     unit = f"{HEALED}{now.steps}"
-    job.writer.keep(_state(unit), data.getvalue())
+    job.writer.keep(_state(unit), data.getbuffer())  # no copy: memory may be short
     job.writer.finish(unit, {})
 
 

@@ -174,7 +174,7 @@ class CheckpointWriter:
             os.posix_fadvise(file.fileno(), offset, spec.size, os.POSIX_FADV_DONTNEED)
         self._unfinished.append(name)
 
-    def keep(self, name: str, data: bytes) -> None:
+    def keep(self, name: str, data: bytes | memoryview) -> None:
         """Write a file that whoever resumes behind the unit that is finished next, or a later one, will need."""
         path = self.folder / name
         write_whole(path, data)
