@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvfold.convert.jsonfile import read_json
-from kvfold.convert.source import load_causal
+from kvfold.convert.source import load_causal, refuse_code
 from kvfold.errors import UserError
 
 if TYPE_CHECKING:
@@ -162,6 +162,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare ones
+        refuse_code(folder, error, "give tokens as file.safetensors:name")
         line = " ".join(str(error).split())[:200]
         raise UserError(
             f"{folder} has no tokenizer that loads ({type(error).__name__}: {line}): add its tokenizer files, written by a "

@@ -106,10 +106,17 @@ def load_causal(folder: Path, **how: Any) -> tuple["PreTrainedModel", list[str]]
     except (UserError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # of many kinds, by what stands in the folder
+        refuse_code(folder, error, "choose one that transformers has a class for")
         line = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{folder} does not load in transformers ({line}): check its config.json and weights") from None
     model, info = loaded
     return model, sorted(info["missing_keys"])
+
+
+def refuse_code(folder: Path, error: Exception, remedy: str) -> None:
+    """Raise UserError when `error` is transformers' wish to run code that lies in the folder, which kvfold never grants."""
+    if "trust_remote_code" in str(error):
+        raise UserError(f"{folder} loads by code of its own only (auto_map), and kvfold runs none: {remedy}") from None
 
 
 def refuse_mismatch(reader: CheckpointReader, model: "PreTrainedModel") -> None:

@@ -312,11 +312,11 @@ def test_nobody_is_asked_whether_to_run_code(tmp_path: Path, source: Path, monke
     (source / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["evil.T", None]}})
     )
-    with pytest.raises(UserError, match="has no tokenizer that loads"):
+    with pytest.raises(UserError, match="loads by code of its own only .*: give tokens as file.safetensors:name"):
         load_tokenizer(source)
     change_config(source, model_type="evil")
     text = refused(tmp_path / "report", "evaluate", tmp_path / "out", "--against", source, "--on", tokens)
-    assert "does not load in transformers" in text
+    assert "source loads by code of its own only (auto_map), and kvfold runs none: choose one that transformers has" in text
     assert not ran.exists()
 
 
