@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from kvfold.convert.layouts.modeling_kvfold import KvfoldConfig, KvfoldForCausalLM
+from kvfold.convert.layouts.modeling_kvfold import KvfoldConfig
 from kvfold.evaluation.layers import cached_tensors
 
 SHAPE: dict[str, Any] = {
@@ -29,21 +29,23 @@ SHAPE: dict[str, Any] = {
     "head_dim": 64,
     "vocab_size": 32000,
     "max_position_embeddings": 16384,
-    "sliding_window": None,
 }
 FOLDS: dict[str, dict[str, Any]] = {
-    "MLA 320 + 64": {"kv_lora_rank": 320, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64},
-    "MFA 192": {"kv_lora_rank": 192, "qk_rope_head_dim": 192, "qk_nope_head_dim": 0},
-    "MFA-KR 384": {"attention_design": "reused-key", "qk_rope_head_dim": 384},
-    "rebuilt keys 384": {"attention_design": "rebuilt-key", "kv_lora_rank": 384},
+    "MLA 320 + 64": {"design": "latent", "rank": 320, "rope_dim": 64, "nope_dim": 64},
+    "MFA 192": {"design": "latent", "rank": 192, "rope_dim": 192, "nope_dim": 0},
+    "MFA-KR 384": {"design": "reused-key", "rope_dim": 384},
+    "rebuilt keys 384": {"design": "rebuilt-key", "rank": 384, "kv_heads": 12},
 }
 
 
 def models(device: str, dtype: torch.dtype) -> dict[str, PreTrainedModel]:
     torch.manual_seed(0)
-    source = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in SHAPE.items() if k != "sliding_window"}))
-    folded = {name: KvfoldForCausalLM(KvfoldConfig(**SHAPE, **widths)) for name, widths in FOLDS.items()}
-    return {name: model.to(device, dtype).eval() for name, model in {"source (MHA)": source, **folded}.items()}
+    found: dict[str, PreTrainedModel] = {"source (MHA)": LlamaForCausalLM(LlamaConfig(**SHAPE))}
+    for name, widths in FOLDS.items():
+        layers = [{**widths, "heads": 12, "value_dim": 64}] * SHAPE["num_hidden_layers"]
+        config = KvfoldConfig.from_dict({**SHAPE, "source_model_type": "llama", "folded_layers": layers})
+        found[name] = AutoModelForCausalLM.from_config(config)
+    return {name: model.to(device, dtype).eval() for name, model in found.items()}
 
 
 @torch.no_grad()

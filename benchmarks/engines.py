@@ -25,9 +25,9 @@ from kvfold.convert.data import load_tokenizer, load_windows
 from kvfold.convert.gguf import write_gguf
 from kvfold.convert.pipeline import convert
 from kvfold.convert.settings import ConvertSettings
-from kvfold.convert.stream import FoldedAttention
 from kvfold.recipes.demo.demo import MODEL, write_texts
 from kvfold.recipes.model import open_folded
+from kvfold.surgery.kvfold_attention import exchange
 
 NEW_TOKENS, TOLERANCE = 32, 1e-3
 STORIES = Path(os.environ.get("KVFOLD_SHARED", "../shared")) / "models/stories260k"
@@ -50,7 +50,7 @@ def load(folder: Path, choice: dict[str, Any]) -> Any:
     model: Any = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     folded = open_folded(folder, None)
     for layer, block in enumerate(model.model.layers):
-        block.self_attn = FoldedAttention(folded.attention(layer, meta=False))
+        exchange(block, folded.attention(layer, meta=False))
     return model
 
 

@@ -17,7 +17,7 @@ from kvfold.convert.observe import observe, refit_output
 from kvfold.convert.source import spelled
 from kvfold.convert.stream import Block, HiddenStates, SourceModel, check_finite
 from kvfold.errors import ConversionError
-from kvfold.surgery.designs import WEIGHTS, FoldedWeights, design
+from kvfold.surgery.designs import WEIGHTS, FoldedWeights, design, weights_of
 
 REFITTED = ("kvfold", "pca")
 """Methods whose output projection is fitted to the folded heads; the others are left as they were published."""
@@ -71,7 +71,7 @@ def packed(items: Iterable[tuple[int, OpenLayer]]) -> bytes:
     tensors: dict[str, Tensor] = {}
     notes: dict[str, str] = {}
     for layer, item in items:
-        held = item.design.weights()
+        held = weights_of(item.design)
         tensors |= {f"{layer}.{name}": t.cpu().contiguous() for name, t in held.tensors().items()}
         notes[str(layer)] = json.dumps([type(held).__name__, item.choice, item.error])
     return save(tensors, notes)

@@ -22,7 +22,7 @@ from kvfold.convert.sidefiles import is_needed, lies_inside
 from kvfold.errors import ConversionError, UserError
 
 _UPLOADED = re.compile(
-    r"config\.json|kvfold\.json|README\.md|report\.(json|md|html)|modeling_kvfold\.py|adapter_config\.json"
+    r"config\.json|kvfold\.json|README\.md|report\.(json|md|html)|(modeling_kvfold|kvfold_attention)\.py|adapter_config\.json"
     r"|[\w.-]+\.safetensors(\.index\.json)?|([\w-]+/)*[\w.-]+\.(png|jpe?g|gif|svg|webp)|runs/([\w.-]+/)*events\.out\.[\w.-]+"
 )
 """What goes to the Hub of a checkpoint's folder, beside what `sidefiles` says that it needs."""

@@ -66,8 +66,7 @@ def observe(plan: ConversionPlan, source: SourceModel, layer: int, block: Block,
     """Read a layer's attention and run it over its inputs. The original stream stays before the layer."""
     attention = read_attention(plan, source.reader, layer).to(source.device, torch.float64)
     plain, attended = (SecondMoment(plan.spec.hidden_size, source.device) for _ in range(2))
-    cos, sin = block.rope
-    rope, lags = (cos[0], sin[0]), torch.zeros(())
+    rope, lags = block.rope, torch.zeros(())
     windows, tokens, _ = original.data.shape
     for rows in original.batches():
         counts = None if original.weights is None else original.weights[rows].to(source.device)
@@ -103,11 +102,10 @@ def refit_output(folded: Folded, block: Block, original: HiddenStates, bias: boo
     The block still has the source's attention, and `original` stands before it.
     """
     attention = design(folded.to(block.device, torch.float32))
-    cos, sin = block.rope
     regression = OutputRegression(attention.o_proj.in_features, attention.o_proj.out_features, block.device)
     for rows in original.batches():
         hidden = original.data[rows].to(block.device)
         x = block.attention_input(hidden)
-        wanted, heads = block.attend(x), attention.mix(x, (cos[0], sin[0]))
+        wanted, heads = block.attend(x), block.mix(attention, x)
         regression.add(heads, wanted - attention.o_proj(heads), (hidden + wanted).square().sum(-1))
     return regression.solve(folded, bias)

@@ -19,7 +19,7 @@ _NEEDED = re.compile(
     r"|(?i:([\w-]+[_-])?(licen[cs]e|notice|copying|use[_-]policy)([_-][\w-]+)?(\.(txt|md|pdf))?)"
 )
 _OURS_OR_WEIGHTS = re.compile(
-    r"config\.json|kvfold\.json|README\.md|report\.(json|md|html)|modeling_kvfold\.py|plots/[\w.-]+\.png"
+    r"config\.json|kvfold\.json|README\.md|report\.(json|md|html)|(modeling_kvfold|kvfold_attention)\.py|plots/[\w.-]+\.png"
     r"|[\w.-]+\.safetensors(\.index\.json)?|\..*"
 )
 """What is written anew or is about other weights: nobody misses it."""

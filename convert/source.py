@@ -13,6 +13,7 @@ from kvfold.convert.files import checksum, checksum_of, stamp
 from kvfold.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -56,12 +57,22 @@ def build_on_meta(config: dict[str, Any]) -> "PreTrainedModel":
     read = config_of(config)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                read, attn_implementation="sdpa", dtype=torch.float32, trust_remote_code=False
-            )
+            return AutoModelForCausalLM.from_config(read, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:  # of many kinds, by what stands in the config
         line = " ".join(str(error).split())
         raise UserError(f"transformers cannot build a model from config.json ({line}): check that file") from None
+
+
+def fill_buffers(model: "PreTrainedModel", device: "torch.device | str") -> None:
+    """Give a model that was built on the meta device what no checkpoint holds: frequencies, and scales of embeddings."""
+    import torch
+
+    for module in model.modules():
+        unsaved = module._non_persistent_buffers_set & {name for name, held in module._buffers.items() if held is not None}
+        for name in unsaved:
+            module._buffers[name] = torch.empty_like(module.get_buffer(name), device=device)
+        if unsaved:
+            model._init_weights(module)  # as transformers itself does where it loads a checkpoint
 
 
 def open_source(folder: Path) -> CheckpointReader:

@@ -1,11 +1,12 @@
-"""The source model, one decoder layer at a time, over the calibration tokens.
+"""A model, one decoder layer at a time, over the calibration tokens.
 
 transformers builds the model on the meta device, which costs no memory; a layer's tensors are read when it is that layer's
-turn. Everything runs in float32, whatever the checkpoint's dtype.
+turn. What a layer is called with is what the model's own class calls it with.
+Everything runs in float32, whatever the checkpoint's dtype.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from torch import Tensor, nn
 
 from kvfold.convert.checkpoint import CheckpointReader
 from kvfold.convert.families import Family
-from kvfold.convert.source import build_on_meta
+from kvfold.convert.source import build_on_meta, fill_buffers
 from kvfold.errors import ConversionError
-from kvfold.surgery.rope import Rope
+from kvfold.surgery.kvfold_attention import Attention, Rope, attention_of, exchange
 
 FORWARD_TOKENS = 8192
 """Tokens in one forward pass."""
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm")
+"""What models call the norm behind their last layer."""
 
 
 class HiddenStates:
@@ -55,53 +58,65 @@ class HiddenStates:
             yield slice(start, min(rows, start + step))
 
 
-class FoldedAttention(nn.Module):
-    """A kvfold design in the place of a transformers attention module."""
-
-    def __init__(self, design: nn.Module) -> None:
-        super().__init__()
-        self.design = design
-
-    def forward(self, hidden_states: Tensor, position_embeddings: Rope, **_: Any) -> tuple[Tensor, None]:
-        cos, sin = position_embeddings
-        return self.design(hidden_states, (cos[0], sin[0])), None
+class _Caught(Exception):
+    """What an attention was about to read."""
 
 
-class Block(nn.Module):
-    """One decoder layer as a map of hidden states (B, T, d) → (B, T, d) at positions 0…T-1, its attention exchangeable."""
+class Block:
+    """One decoder layer as a map of hidden states (B, T, d) → (B, T, d) at positions 0…T-1, its attention exchangeable.
 
-    def __init__(self, layer: nn.Module, rope: Rope) -> None:
-        super().__init__()
-        self.layer: Any = layer
-        self.rope = rope
+    `arguments` are what the model calls it with beside the hidden states: tables, masks, whatever its class wants.
+    """
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.layer(hidden, attention_mask=None, position_embeddings=self.rope)
+    def __init__(self, layer: nn.Module, arguments: dict[str, Any], device: torch.device) -> None:
+        self.layer, self.arguments, self.device = layer, arguments, device
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        after: Tensor = self.layer(hidden, **self.arguments)
+        return after
 
     @property
-    def device(self) -> torch.device:
-        return self.rope[0].device
+    def rope(self) -> Rope:
+        """The tables (T, D) by which the attention turns queries and keys."""
+        cos, sin = self.arguments["position_embeddings"]
+        return cos[0], sin[0]
 
     def set_attention(self, design: nn.Module) -> None:
-        self.layer.self_attn = FoldedAttention(design)
+        exchange(self.layer, design)
 
     @contextmanager
     def attention(self, design: nn.Module) -> Iterator[None]:
         """A design in the attention's place for a while."""
-        before = self.layer.self_attn
-        self.set_attention(design)
+        before = exchange(self.layer, design)
         try:
             yield
         finally:
-            self.layer.self_attn = before
+            exchange(self.layer, before)
 
     def attend(self, x: Tensor) -> Tensor:
-        """The attention's output on its normed inputs: (B, T, d) → (B, T, d)."""
-        return self.layer.self_attn(hidden_states=x, attention_mask=None, position_embeddings=self.rope)[0]
+        """The attention's output on its own inputs: (B, T, d) → (B, T, d)."""
+        output: Tensor = attention_of(self.layer)(hidden_states=x, **self.arguments)[0]
+        return output
+
+    def mix(self, design: Attention, x: Tensor) -> Tensor:
+        """The heads' outputs of a design that is not in the layer, called as its attention is: (B, T, d) → (B, T, H·D)."""
+        return design.mix(x, self.arguments["position_embeddings"], self.arguments.get("attention_mask"))
 
     def attention_input(self, hidden: Tensor) -> Tensor:
-        """What the attention reads: the layer's input after its norm."""
-        return self.layer.input_layernorm(hidden)
+        """What the attention reads where the layer reads `hidden`."""
+
+        def catch(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            raise _Caught(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+
+        hook = attention_of(self.layer).register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            self(hidden)
+        except _Caught as caught:
+            read: Tensor = caught.args[0]
+            return read
+        finally:
+            hook.remove()
+        raise AssertionError("a decoder layer calls its attention")
 
     @torch.no_grad()
     def advance(self, states: HiddenStates) -> None:
@@ -110,40 +125,93 @@ class Block(nn.Module):
             states.data[rows] = self(states.data[rows].to(self.device)).cpu()
 
 
-class SourceModel:
-    """A checkpoint's layers on demand. Raises UserError when transformers cannot build the model from its config.
+@torch.no_grad()
+def layer_calls(base: Any, **inputs: Tensor) -> list[tuple[Tensor, dict[str, Any]]]:
+    """What a model without its head calls its decoder layers with, none of which is run: hidden states and all else."""
+    calls: list[tuple[Tensor, dict[str, Any]]] = []
 
-    `reader` must have passed `refuse_mismatch`.
+    def stub(hidden_states: Tensor, **arguments: Any) -> Tensor:
+        calls.append((hidden_states, arguments))
+        return hidden_states
+
+    for layer in base.layers:
+        layer.forward = stub
+    try:
+        base(**inputs, use_cache=False)
+    finally:
+        for layer in base.layers:
+            del layer.forward
+    return calls
+
+
+class StreamedModel:
+    """A model of transformers, one decoder layer at a time.
+
+    Args:
+        config: its config.json.
+        read: its tensors by name.
+        tokens: length of the windows that will be run.
+
+    Raises UserError when transformers cannot build the model from its config.
     """
 
-    def __init__(self, reader: CheckpointReader, family: Family, device: torch.device, tokens: int) -> None:
-        self.reader, self.family, self.device = reader, family, device
-        model = build_on_meta(reader.config).eval().requires_grad_(False)
-        self.base: Any = model.base_model
-        self.prefix = model.base_model_prefix + "."
-        positions = torch.arange(tokens, device=device)[None]
-        like = torch.empty(1, dtype=torch.float32, device=device)
-        rotary = type(self.base.rotary_emb)(model.config).to(device)  # the model's own is on the meta device
-        self.rope: Rope = rotary(like, positions)
+    def __init__(self, config: dict[str, Any], read: Callable[[str], Tensor], device: torch.device, tokens: int) -> None:
+        self.read, self.device = read, device
+        self.model: Any = build_on_meta(config).eval().requires_grad_(False)
+        fill_buffers(self.model, device)
+        self.base: Any = self.model.base_model
+        self.names = {module: name for name, module in self.model.named_modules()}
+        self.norm: nn.Module = next(getattr(self.base, name) for name in FINAL_NORMS if hasattr(self.base, name))
+        self._fill(self.norm)
+        nothing = torch.zeros(1, tokens, self.model.config.hidden_size, device=device)
+        self.arguments = [arguments for _, arguments in layer_calls(self.base, inputs_embeds=nothing)]
 
-    def embedding(self) -> Tensor:
-        """The input embedding (V, d), on the CPU in float32."""
-        return self.reader.tensor(self.prefix + "embed_tokens.weight").float()
+    def _fill(self, module: nn.Module) -> None:
+        """Give a module its tensors, on the device in float32."""
+        for name in list(module.state_dict()):
+            value = self.read(f"{self.names[module]}.{name}")
+            value = value.float() if value.is_floating_point() else value
+            set_module_tensor_to_device(module, name, self.device, value=value)
 
+    def beginning(self) -> Callable[[Tensor], Tensor]:
+        """The map of token ids (B, T) to the hidden states before the first layer (B, T, d), on the device."""
+        self._fill(self.base.get_input_embeddings())
+        return lambda ids: layer_calls(self.base, input_ids=ids.to(self.device))[0][0]
+
+    @torch.no_grad()
     def embed(self, ids: Tensor, file: Path | None) -> HiddenStates:
-        """(rows, T) token ids → the hidden states before layer 0."""
-        table = self.embedding()
-        states = HiddenStates((*ids.shape, table.shape[1]), file)
+        """(rows, T) token ids → the hidden states before the first layer."""
+        begin = self.beginning()
+        states = HiddenStates((*ids.shape, self.model.config.hidden_size), file)
         for rows in states.batches():
-            states.data[rows] = nn.functional.embedding(ids[rows], table)
+            states.data[rows] = begin(ids[rows]).cpu()
+        self.base.get_input_embeddings().to("meta")
         return states
+
+    def head(self) -> Tensor:
+        """The output embedding (V, d) as it is stored."""
+        tied = self.model.config.tie_word_embeddings
+        module = self.model.get_input_embeddings() if tied else self.model.get_output_embeddings()
+        return self.read(f"{self.names[module]}.weight")
 
     def output(self) -> tuple[nn.Module, Tensor]:
         """The norm behind the last layer, and the output embedding (V, d), on the device in float32."""
-        norm = self.base.norm
-        set_module_tensor_to_device(norm, "weight", self.device, value=self.reader.tensor(self.prefix + "norm.weight").float())
-        name = "lm_head.weight" if "lm_head.weight" in self.reader.entries else self.prefix + "embed_tokens.weight"
-        return norm, self.reader.tensor(name).float().to(self.device)
+        return self.norm, self.head().float().to(self.device)
+
+    def block(self, layer: int) -> Block:
+        """Layer `layer` with its weights, on the device in float32."""
+        module = self.base.layers[layer]
+        self.base.layers[layer] = nn.Identity()  # a layer is visited once: let its memory go with the block
+        self._fill(module)
+        return Block(module, self.arguments[layer], self.device)
+
+
+class SourceModel(StreamedModel):
+    """A source's layers on demand. `reader` must have passed `refuse_mismatch`."""
+
+    def __init__(self, reader: CheckpointReader, family: Family, device: torch.device, tokens: int) -> None:
+        super().__init__(reader.config, reader.tensor, device, tokens)
+        self.reader = reader
 
     @torch.no_grad()
     def surprise(self, ids: Tensor) -> Tensor:
@@ -161,15 +229,6 @@ class SourceModel:
             weights[row, :-1] = nn.functional.cross_entropy(logits, targets[1:], reduction="none").cpu()
         weights[:, :-1] /= weights[:, :-1].mean()
         return weights
-
-    def block(self, layer: int) -> Block:
-        """Layer `layer` with its weights, on the device in float32."""
-        module = self.base.layers[layer]
-        self.base.layers[layer] = nn.Identity()  # a layer is visited once: let its memory go with the block
-        prefix = self.family.layer_prefix.format(layer=layer)
-        for name, _ in list(module.named_parameters()):
-            set_module_tensor_to_device(module, name, self.device, value=self.reader.tensor(prefix + name).float())
-        return Block(module.requires_grad_(False), self.rope)
 
 
 def check_finite(hidden: Tensor, where: str) -> None:

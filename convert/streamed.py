@@ -21,6 +21,7 @@ from kvfold.convert.job import Job, Report
 from kvfold.convert.settings import ConvertSettings
 from kvfold.convert.stream import HiddenStates, SourceModel, check_finite
 from kvfold.convert.whole import autocast_of, failed, fold_whole, heals_whole
+from kvfold.surgery.designs import weights_of
 from kvfold.surgery.healing import heal, relative_error
 
 WINDOW, WINDOW_RATE = 2, 2e-2
@@ -75,7 +76,7 @@ def fold_on_stream(job: Job, device: torch.device, windows: Windows, report: Rep
                     report(share + 0.9 * done / layers, f"{title}: healing, error {loss:.2e}")
 
                 record["window_error"] = _heal(settings, layer, waiting, folded, original, device, progress)
-            job.write(current.design.weights(), layer)
+            job.write(weights_of(current.design), layer)
             record["seconds"] = round(time.time() - started, 2)
             if len(waiting) > 1:
                 job.writer.keep(_waiting(layer), packed(enumerate(list(waiting)[1:], layer + 1)))

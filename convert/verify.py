@@ -8,14 +8,12 @@ than the design, a config that means another model, a tensor in the wrong place 
 from typing import Any
 
 import torch
-from accelerate.utils import set_module_tensor_to_device
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvfold.convert.job import Job, Report
 from kvfold.convert.layouts import modeling_kvfold  # noqa: F401 — registers our layout with transformers
-from kvfold.convert.layouts.deepseek_v3 import EMBEDDING, HEAD, residual_scale
-from kvfold.convert.source import build_on_meta
-from kvfold.convert.stream import Block, SourceModel
+from kvfold.convert.layouts.deepseek_v3 import residual_scale
+from kvfold.convert.stream import SourceModel, StreamedModel
 from kvfold.errors import ConversionError, UserError
 from kvfold.surgery.designs import design
 
@@ -51,7 +49,8 @@ def verify(job: Job, config: dict[str, Any], ids: Tensor | None, device: torch.d
     drawn = torch.randint(plan.spec.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     few = drawn if ids is None else ids[:1, :length]
     source = SourceModel(job.reader, plan.family, device, few.shape[1])
-    target = _Target(job, config, device, few.shape[1])
+    target = StreamedModel(config, job.writer.read, device, few.shape[1])
+    scale = residual_scale(plan) if plan.layout == "deepseek_v3" else 1.0  # of the target's residual stream
     states = source.embed(few, None).data.to(device)
     for layer in range(layers) if ids is not None else sorted({0, layers - 1}):
         report(0.99, f"layer {layer + 1}/{layers}: verifying")
@@ -61,46 +60,15 @@ def verify(job: Job, config: dict[str, Any], ids: Tensor | None, device: torch.d
         if not after.isfinite().all():
             kind = UserError if ids is None else ConversionError  # work that took hours is kept
             raise kind(f"layer {layer} gives NaN or infinity on some tokens: check the source's weights there")
-        _refuse_other(target.layer(layer)(states * target.scale) / target.scale - after, after - states, f"layer {layer}")
+        _refuse_other(target.block(layer)(states * scale) / scale - after, after - states, f"layer {layer}")
         states = after
-    norm, head = source.base.norm, HEAD if HEAD in job.reader.entries and not plan.spec.tied else EMBEDDING
-    _fill(norm, lambda name: job.reader.tensor(f"{source.prefix}norm.{name}"), device)
-    wanted = _logits(norm(states), job.reader.tensor(head))
-    _refuse_other(target.logits(states * target.scale) - wanted, wanted, "the output embedding")
-
-
-class _Target:
-    """The written checkpoint's layers on demand. `scale` is the factor on its residual stream."""
-
-    def __init__(self, job: Job, config: dict[str, Any], device: torch.device, tokens: int) -> None:
-        self.writer, self.device = job.writer, device
-        self.model: Any = build_on_meta(config).eval().requires_grad_(False)
-        self.scale = residual_scale(job.plan) if job.plan.layout == "deepseek_v3" else 1.0
-        rotary = type(self.model.base_model.rotary_emb)(self.model.config).to(device)
-        self.rope = rotary(torch.empty(1, device=device), torch.arange(tokens, device=device)[None])
-
-    def layer(self, number: int) -> Block:
-        module = self.model.base_model.layers[number]
-        _fill(module, lambda name: self.writer.read(f"model.layers.{number}.{name}"), self.device)
-        self.model.base_model.layers[number] = nn.Identity()
-        return Block(module, self.rope)
-
-    def logits(self, states: Tensor) -> Tensor:
-        norm, tied = self.model.base_model.norm, self.model.config.tie_word_embeddings
-        _fill(norm, lambda name: self.writer.read(f"model.norm.{name}"), self.device)
-        return _logits(norm(states), self.writer.read(EMBEDDING if tied else HEAD))
+    wanted, got = _logits(source.norm(states), source.head()), _logits(target.norm(states * scale), target.head())
+    _refuse_other(got - wanted, wanted, "the output embedding")
 
 
 def _logits(states: Tensor, table: Tensor) -> Tensor:
     """States (B, T, d) by an output embedding (V, d) in whatever dtype, some rows at a time."""
     return torch.cat([states @ rows.to(states).T for rows in table.split(4096)], -1)
-
-
-def _fill(module: nn.Module, read: Any, device: torch.device) -> None:
-    """Give a module on the meta device the tensors that `read` has for their names."""
-    for name in list(module.state_dict()):
-        value = read(name)
-        set_module_tensor_to_device(module, name, device, value=value.float() if value.is_floating_point() else value)
 
 
 def _refuse_other(difference: Tensor, wanted: Tensor, where: str) -> None:

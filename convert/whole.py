@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvfold.convert.data import Windows
 from kvfold.convert.duration import announced, seconds_of, training_seconds
@@ -21,6 +21,7 @@ from kvfold.convert.job import Job, Report
 from kvfold.convert.settings import ConvertSettings
 from kvfold.convert.stream import HiddenStates, SourceModel
 from kvfold.errors import ConversionError
+from kvfold.surgery.designs import weights_of
 from kvfold.surgery.healing import COARSE_KL, Progress, by_error, heal
 from kvfold.surgery.output import output_divergence
 
@@ -87,7 +88,7 @@ def fold_whole(job: Job, source: SourceModel, windows: Windows, report: Report) 
     file.unlink(missing_ok=True)
     for layer, item in enumerate(layers):
         if not job.finished(layer):
-            job.write(item.design.weights(), layer)
+            job.write(weights_of(item.design), layer)
             job.writer.finish(job.unit(layer), {"choice": item.choice, "block_error": item.error, **record})
 
 
@@ -147,13 +148,13 @@ def _heal(
     size = min(rows - held_out, max(1, settings.heal_batch_tokens // tokens))
     generator = torch.Generator().manual_seed(settings.seed)
     autocast = autocast_of(settings)
-    table = source.embedding()
+    begin = source.beginning()
     norm, head = source.output()
     head = head.to(autocast or torch.float32)
     blocks, designs = [item.block for item in layers], [item.design for item in layers]
 
     def batch(pick: Tensor | slice) -> tuple[Tensor, Tensor]:
-        return nn.functional.embedding(ids[pick], table).to(source.device), original.data[pick].to(source.device)
+        return begin(ids[pick]), original.data[pick].to(source.device)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         while True:

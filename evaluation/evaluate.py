@@ -279,8 +279,7 @@ def load_model(folder: Path, device: torch.device, dtype: str) -> PreTrainedMode
     transformers_logging.disable_progress_bar()  # ours says more
     chosen = dtype if dtype == "auto" else getattr(torch, str(normal_dtype(dtype)))
     try:
-        # sdpa, because per-layer errors are taken without a mask and eager attention would then not be causal
-        model, missing = load_causal(folder, dtype=chosen, attn_implementation="sdpa")
+        model, missing = load_causal(folder, dtype=chosen)
         if missing:  # transformers makes them up
             raise UserError(f"{folder} lacks {', '.join(missing[:3])}{' …' * (len(missing) > 3)}: convert or copy it again")
         return cast(Any, model).to(device).eval()

@@ -5,6 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvfold.convert.stream import layer_calls
+from kvfold.surgery.kvfold_attention import attention_of
+
 
 @torch.no_grad()
 def attention_errors(source: Any, model: Any, ids: Tensor) -> list[float]:
@@ -15,20 +18,20 @@ def attention_errors(source: Any, model: Any, ids: Tensor) -> list[float]:
         ids: tokens (B, T).
     """
     errors: list[float] = []
-    layers = source.base_model.layers
+    rows = ids.to(source.device)
+    calls = layer_calls(model.base_model, input_ids=rows)
 
     def compare(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple[Tensor, ...]) -> None:
-        hidden, wanted = kwargs["hidden_states"], output[0]
-        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        rope = model.base_model.rotary_emb(hidden, positions)
-        forward = model.base_model.layers[len(errors)].self_attn.forward  # no hooks: both may be the same model
-        got = forward(hidden_states=hidden, position_embeddings=rope, attention_mask=kwargs.get("attention_mask"))[0]
+        hidden, wanted = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], output[0]
+        attention = attention_of(model.base_model.layers[len(errors)])
+        # no hooks: both may be the same model
+        got = attention.forward(hidden_states=hidden, **calls[len(errors)][1])[0]
         energy = wanted.double().square().sum().clamp_min(torch.finfo(torch.float64).tiny)  # zero in a layer that was pruned
         errors.append(float((got - wanted).double().square().sum() / energy))
 
-    hooks = [layer.self_attn.register_forward_hook(compare, with_kwargs=True) for layer in layers]
+    hooks = [attention_of(layer).register_forward_hook(compare, with_kwargs=True) for layer in source.base_model.layers]
     try:
-        source.base_model(ids.to(source.device), use_cache=False)
+        source.base_model(rows, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kvfold.errors import ConversionError, UserError
-from kvfold.recipes.model import DESIGN, Folded, Trainee
+from kvfold.recipes.model import Folded, Trainee, designs
+from kvfold.surgery.designs import weights_of
+from kvfold.surgery.kvfold_attention import attention_of
 
 NOISE = 1e-12
 """Singular values below this share of the largest are rounding: everything here is float64."""
@@ -22,9 +24,10 @@ NOISE = 1e-12
 
 def refuse_unadaptable(trainee: Trainee) -> None:
     """Raise UserError when something learns along that an adapter cannot hold: biases and other parameters of a design."""
+    inside = designs(trainee.student)
     for name in trainee.trained():
         owner, _, last = name.rpartition(".")
-        if DESIGN in name and not (last == "weight" and isinstance(trainee.student.get_submodule(owner), nn.Linear)):
+        if name.startswith(inside) and not (last == "weight" and isinstance(trainee.student.get_submodule(owner), nn.Linear)):
             raise UserError(
                 f"{name.removeprefix('causal.')} learns too, which an adapter cannot hold: leave --keep-adapter out"
             )
@@ -38,7 +41,7 @@ def write_adapter(folded: Folded, trainee: Trainee, base: str, folder: Path) -> 
     causal: Any = trainee.student.causal
     changes: dict[str, Tensor] = {}
     for layer in range(folded.plan.spec.layers):
-        changes |= _stored_change(folded, layer, causal.base_model.layers[layer].self_attn.design)
+        changes |= _stored_change(folded, layer, attention_of(causal.base_model.layers[layer]))
     factors = {name: _factors(change) for name, change in changes.items()}
     rank = max(a.shape[0] for a, _ in factors.values())
     tensors = {}
@@ -75,7 +78,7 @@ def _stored_change(folded: Folded, layer: int, learned: nn.Module) -> dict[str, 
             delta = _change(learned.get_submodule(name), module.weight.detach())
             change.get_submodule(name).weight.data = delta
             after.get_submodule(name).weight.data += delta
-    stored = [folded.layout.tensors(design.weights(), layer, folded.plan) for design in (before, change, after)]
+    stored = [folded.layout.tensors(weights_of(design), layer, folded.plan) for design in (before, change, after)]
     changes = {}
     for name, tensor in stored[1].items():
         if tensor.ndim != 2 or not tensor.any():

@@ -21,18 +21,17 @@ from kvfold.convert.layouts import Layout, layout_of
 from kvfold.convert.plan import ConversionPlan, make_plan
 from kvfold.convert.record import RECORD, read_record
 from kvfold.convert.settings import ConvertSettings, parse_settings
-from kvfold.convert.source import build_on_meta, fetch_config
-from kvfold.convert.stream import FoldedAttention
+from kvfold.convert.source import build_on_meta, fetch_config, fill_buffers
 from kvfold.convert.writer import CheckpointWriter
 from kvfold.errors import UserError
 from kvfold.recipes.losses import Objective
 from kvfold.recipes.recipe import Recipe
-from kvfold.surgery.designs import design
+from kvfold.surgery.designs import design, weights_of
+from kvfold.surgery.kvfold_attention import Attention, attention_of, exchange
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-DESIGN = ".self_attn.design."
 LEAST_SCALE = 1e-3
 """Of a parameter's steps: what begins at zero has to move too."""
 
@@ -152,8 +151,8 @@ def build(folded: Folded, recipe: Recipe, frozen: torch.dtype | None, meta: bool
     causal: Any = build_on_meta(folded.source_config)
     base = causal.base_model
     for layer in range(folded.plan.spec.layers):
-        base.layers[layer].self_attn = FoldedAttention(folded.attention(layer, meta))
-    base.rotary_emb = type(base.rotary_emb)(causal.config)  # the model's own is on the meta device
+        exchange(base.layers[layer], folded.attention(layer, meta))
+    fill_buffers(causal, "cpu")
     # A tensor that has two places in the checkpoint is taken from that without a factor.
     for name, origin, factor in sorted(folded.rest(), key=lambda entry: entry[2] == 1.0):
         tensor = folded.reader.tensor(name, meta=meta)
@@ -170,8 +169,9 @@ def build(folded: Folded, recipe: Recipe, frozen: torch.dtype | None, meta: bool
         # transformers has renamed it and kept the settings
         enable = getattr(causal, "activation_checkpointing_enable", None) or causal.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+    inside = designs(causal)
     for name, parameter in causal.named_parameters():
-        if _learns_in_full(name, parameter, recipe):
+        if _learns_in_full(name, parameter, recipe, inside):
             parameter.data = parameter.data.float()
             parameter.requires_grad_()
             scales[name] = max(_size(parameter), LEAST_SCALE)
@@ -184,9 +184,15 @@ def _size(tensor: Tensor) -> float:
     return 1.0 if tensor.is_meta else float(tensor.detach().square().mean().sqrt())
 
 
+def designs(causal: nn.Module) -> tuple[str, ...]:
+    """What the names of the new attention's parameters begin with, a prefix per layer."""
+    return tuple(f"{name}." for name, module in causal.named_modules() if isinstance(module, Attention))
+
+
 def projections(causal: nn.Module) -> dict[str, nn.Linear]:
     """The projections of the new attention, by name: every linear map inside a design."""
-    return {name: m for name, m in causal.named_modules() if DESIGN in name and isinstance(m, nn.Linear)}
+    inside = designs(causal)
+    return {name: m for name, m in causal.named_modules() if name.startswith(inside) and isinstance(m, nn.Linear)}
 
 
 def _adapted(linear: nn.Linear, rank: int) -> bool:
@@ -194,10 +200,10 @@ def _adapted(linear: nn.Linear, rank: int) -> bool:
     return rank * (linear.in_features + linear.out_features) < linear.weight.numel()
 
 
-def _learns_in_full(name: str, parameter: nn.Parameter, recipe: Recipe) -> bool:
+def _learns_in_full(name: str, parameter: nn.Parameter, recipe: Recipe, inside: tuple[str, ...]) -> bool:
     if recipe.train == "full":
         return True
-    if DESIGN in name:
+    if name.startswith(inside):
         return not (".lora_" in name or name.endswith(".base_layer.weight"))
     return recipe.norms and parameter.ndim == 1
 
@@ -238,7 +244,7 @@ def write_folded(folded: Folded, causal: nn.Module, changed: Iterable[str], writ
     modules: Any = causal
     learned = set(changed)
     for layer in range(folded.plan.spec.layers):
-        weights = modules.base_model.layers[layer].self_attn.design.weights()
+        weights = weights_of(attention_of(modules.base_model.layers[layer]))
         for name, tensor in folded.layout.tensors(weights, layer, folded.plan).items():
             writer.write(name, tensor)
     for name, origin, factor in folded.rest():

@@ -1,4 +1,4 @@
-"""The canonical form of one attention layer, and MHA, GQA and MQA as a module with `forward(x, rope)`.
+"""The canonical form of one attention layer, and MHA, GQA and MQA as a module.
 
 Shapes: `d` hidden size, `H` query heads, `G` key/value heads, `D` head width, `B` batch, `T` tokens.
 """
@@ -8,9 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from kvfold.surgery.rope import Rope, rotate
+from kvfold.surgery.kvfold_attention import Attention, Rope, attend, per_head, rotate
 
 Kind = TypeVar("Kind", bound="Weights")
 
@@ -85,8 +84,8 @@ class AttentionWeights(Weights):
         )
 
 
-class GroupedAttention(nn.Module):
-    """MHA, GQA (2305.13245) and MQA (1911.02150): causal attention of H query heads over G key/value heads.
+class GroupedAttention(Attention):
+    """MHA, GQA (2305.13245) and MQA (1911.02150): attention of H query heads over G key/value heads, without a cache.
 
     Parameters carry the names of transformers' Llama attention.
     """
@@ -99,17 +98,9 @@ class GroupedAttention(nn.Module):
         self.v_proj = linear(weights.v.flatten(0, 1), weights.v_bias)  # (G·D, d)
         self.o_proj = linear(weights.o.permute(1, 0, 2).flatten(1), weights.o_bias)  # (H, d, D) → (d, H·D)
 
-    def forward(self, x: Tensor, rope: Rope) -> Tensor:
-        """(B, T, d) → (B, T, d)."""
-        return self.o_proj(self.mix(x, rope))
-
-    def mix(self, x: Tensor, rope: Rope) -> Tensor:
-        """The heads' outputs side by side, before `o_proj`: (B, T, d) → (B, T, H·D)."""
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, D)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return side_by_side(causal_attention(rotate(q, rope).to(v), rotate(k, rope).to(v), v))
+    def heads(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
+        q, k, v = (per_head(proj(x), self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return attend(rotate(q, rope).to(v), rotate(k, rope).to(v), v, mask, self.head_dim**-0.5)
 
     def weights(self) -> AttentionWeights:
         """The canonical form of the current parameters, detached: the inverse of the constructor."""
@@ -128,27 +119,6 @@ class GroupedAttention(nn.Module):
             v_bias=heads(self.v_proj.bias),
             o_bias=None if self.o_proj.bias is None else self.o_proj.bias.detach(),
         )
-
-
-def side_by_side(heads: Tensor) -> Tensor:
-    """(B, H, T, D) → (B, T, H·D)."""
-    return heads.transpose(1, 2).flatten(2)
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(B, H, T, D) queries over (B, G, T, D) keys and (B, G, T, V) values → (B, H, T, V), scores over √D."""
-    if not (q.requires_grad and q.device.type == "cpu"):
-        widest = max(q.shape[-1], v.shape[-1])  # PyTorch's fused kernels take one width only
-        scale, width = q.shape[-1] ** -0.5, v.shape[-1]
-        q, k, v = (F.pad(part, (0, widest - part.shape[-1])) for part in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=scale)[..., :width]
-    # Written out, because the backward pass of PyTorch's fused CPU kernel takes twice as long in bf16.
-    tokens, width = q.shape[2:]
-    grouped = (q * width**-0.5).unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, G, H/G·T, D)
-    scores = (grouped @ k.mT).unflatten(2, (-1, tokens))  # (B, G, H/G, T, T)
-    future = torch.full((tokens, tokens), -torch.inf, dtype=scores.dtype).triu(1)
-    weights = (scores + future).softmax(-1).to(v.dtype)
-    return (weights.flatten(2, 3) @ v).unflatten(2, (-1, tokens)).flatten(1, 2)
 
 
 def _moved(tensor: Tensor, *args: Any) -> Tensor:

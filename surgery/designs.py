@@ -1,7 +1,8 @@
-"""The designs whose cache is one latent: MLA, MFA, MFA-KR and MLA with rebuilt keys, as modules with `forward(x, rope)`.
+"""The designs whose cache is one latent: the canonical forms of MLA, MFA, MFA-KR and MLA with rebuilt keys.
 
-Shapes as in attention.py; `m` is the width of what queries read: `d`, or the rank of low-rank queries. The modules' parameters
-carry the names under which a checkpoint of the `kvfold` layout stores them.
+Shapes as in attention.py; `m` is the width of what queries read: `d`, or the rank of low-rank queries. The modules that run
+them are those of kvfold_attention.py, whose parameters carry the names under which a checkpoint of the `kvfold` layout stores
+them.
 """
 
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvfold.surgery.attention import AttentionWeights, GroupedAttention, Weights, causal_attention, linear, side_by_side
-from kvfold.surgery.rope import Rope, pick, rotate
+from kvfold.surgery.attention import AttentionWeights, GroupedAttention, Weights
+from kvfold.surgery.kvfold_attention import FoldedAttention, LatentAttention, RebuiltKeyAttention, ReusedKeyAttention
 
 
 @dataclass(frozen=True)
@@ -37,94 +38,6 @@ class LatentWeights(Weights):
     o_bias: Tensor | None = None
 
 
-class FoldedAttention(nn.Module):
-    """What the designs share: `q_proj`, or `q_a_proj` and `q_b_proj` when queries are of low rank, and `o_proj`."""
-
-    o_proj: nn.Linear
-    value_dim: int
-
-    def __init__(self, heads: Tensor, down: Tensor | None, bias: Tensor | None) -> None:
-        super().__init__()
-        self.query_width = heads.shape[1]
-        if down is None:
-            self.q_proj = linear(heads.flatten(0, 1), bias)  # (H, E, m) → (H·E, m)
-        else:
-            self.q_a_proj, self.q_b_proj = linear(down, None), linear(heads.flatten(0, 1), bias)
-
-    def queries(self, x: Tensor) -> Tensor:
-        """(B, T, d) → (B, H, T, E)."""
-        q = self.q_b_proj(self.q_a_proj(x)) if hasattr(self, "q_a_proj") else self.q_proj(x)
-        return q.unflatten(-1, (-1, self.query_width)).transpose(1, 2)
-
-    def forward(self, x: Tensor, rope: Rope) -> Tensor:
-        """(B, T, d) → (B, T, d)."""
-        return self.o_proj(self.mix(x, rope))
-
-    def mix(self, x: Tensor, rope: Rope) -> Tensor:
-        """The heads' outputs side by side, before `o_proj`: (B, T, d) → (B, T, H·D)."""
-        raise NotImplementedError
-
-    def query_heads(self) -> Tensor:
-        """(H, E, m), detached."""
-        last = self.q_b_proj if hasattr(self, "q_a_proj") else self.q_proj
-        return last.weight.detach().unflatten(0, (-1, self.query_width))
-
-    def shared_weights(self) -> dict[str, Any]:
-        """Of the canonical form, what every design has beside its query heads, detached."""
-        low_rank = hasattr(self, "q_a_proj")
-        bias = detached((self.q_b_proj if low_rank else self.q_proj).bias)
-        return {
-            "q_down": self.q_a_proj.weight.detach() if low_rank else None,
-            "q_bias": None if bias is None else bias.unflatten(0, (-1, self.query_width)),
-            "o": self.o_proj.weight.detach().unflatten(1, (-1, self.value_dim)).permute(1, 0, 2),  # (d, H·D) → (H, d, D)
-            "o_bias": detached(self.o_proj.bias),
-        }
-
-
-class LatentAttention(FoldedAttention):
-    """MLA as DeepSeek-V3 lays it out, without its latent norm: what is cached is `kv_a_proj(x)`, r + R numbers per token."""
-
-    rope_pairs: Tensor
-
-    def __init__(self, weights: LatentWeights) -> None:
-        super().__init__(torch.cat([weights.q_nope, weights.q_rope], 1), weights.q_down, weights.q_bias)
-        self.nope, self.rope_dim = weights.q_nope.shape[1], weights.q_rope.shape[1]
-        self.rank, self.value_dim = weights.up_v.shape[2], weights.up_v.shape[1]
-        self.kv_a_proj = linear(torch.cat([weights.down, weights.k_rope]), weights.kv_bias)  # (r + R, d)
-        self.kv_b_proj = linear(torch.cat([weights.up_k, weights.up_v], 1).flatten(0, 1), None)  # (H·(N + D), r)
-        self.o_proj = output_projection(weights.o, weights.o_bias)
-        self.register_buffer("rope_pairs", weights.pairs)
-
-    def mix(self, x: Tensor, rope: Rope) -> Tensor:
-        """(B, T, d) → (B, T, H·D)."""
-        tables = pick(rope, self.rope_pairs)
-        q_nope, q_rope = self.queries(x).split([self.nope, self.rope_dim], dim=-1)  # (B, H, T, N), (B, H, T, R)
-        latent, key = self.kv_a_proj(x).split([self.rank, self.rope_dim], dim=-1)
-        # Through the modules, not their matrices: adapters and sharding wrap them.
-        expanded = self.kv_b_proj(latent).unflatten(-1, (-1, self.nope + self.value_dim)).transpose(1, 2)
-        k, v = expanded.split([self.nope, self.value_dim], dim=-1)  # (B, H, T, N), (B, H, T, D)
-        q_rope, key = (rotate(part, tables).to(v) for part in (q_rope, key[:, None]))
-        k = torch.cat([k, key.expand(-1, k.shape[1], -1, -1)], dim=-1)
-        return side_by_side(causal_attention(torch.cat([q_nope, q_rope], dim=-1), k, v))
-
-    def weights(self) -> LatentWeights:
-        """The canonical form of the current parameters, detached: the inverse of the constructor."""
-        heads = self.query_heads()
-        down, k_rope = self.kv_a_proj.weight.detach().split([self.rank, self.rope_dim])
-        up = self.kv_b_proj.weight.detach().unflatten(0, (-1, self.nope + self.value_dim))
-        return LatentWeights(
-            q_nope=heads[:, : self.nope],
-            q_rope=heads[:, self.nope :],
-            down=down,
-            k_rope=k_rope,
-            up_k=up[:, : self.nope],
-            up_v=up[:, self.nope :],
-            pairs=self.rope_pairs,
-            kv_bias=detached(self.kv_a_proj.bias),
-            **self.shared_weights(),
-        )
-
-
 @dataclass(frozen=True)
 class ReusedKeyWeights(Weights):
     """MFA-KR (2412.19255): one wide key that also serves as value, `v = (I + diag(α) N) k`, scores over √C.
@@ -147,43 +60,6 @@ class ReusedKeyWeights(Weights):
     o_bias: Tensor | None = None
 
 
-class ReusedKeyAttention(FoldedAttention):
-    """MFA-KR: what is cached is `k_proj(x)`, C numbers per token."""
-
-    rope_pairs: Tensor
-
-    def __init__(self, weights: ReusedKeyWeights) -> None:
-        super().__init__(weights.q, weights.q_down, weights.q_bias)
-        self.value_dim = weights.up_v.shape[1]
-        self.k_proj = linear(weights.key, weights.k_bias)  # (C, d)
-        self.reuse_proj = linear(weights.reuse, None)  # (C, C)
-        self.alpha = nn.Parameter(weights.alpha)
-        self.v_b_proj = linear(weights.up_v.flatten(0, 1), None)  # (H·D, C)
-        self.o_proj = output_projection(weights.o, weights.o_bias)
-        self.register_buffer("rope_pairs", weights.pairs)
-
-    def mix(self, x: Tensor, rope: Rope) -> Tensor:
-        """(B, T, d) → (B, T, H·D)."""
-        tables, key = pick(rope, self.rope_pairs), self.k_proj(x)  # (B, T, C)
-        value = key + self.alpha.to(key) * self.reuse_proj(key)
-        v = self.v_b_proj(value).unflatten(-1, (-1, self.value_dim)).transpose(1, 2)  # (B, H, T, D)
-        q, k = (rotate(part, tables).to(v) for part in (self.queries(x), key[:, None]))
-        return side_by_side(causal_attention(q, k.expand(-1, v.shape[1], -1, -1), v))
-
-    def weights(self) -> ReusedKeyWeights:
-        """The canonical form of the current parameters, detached: the inverse of the constructor."""
-        return ReusedKeyWeights(
-            q=self.query_heads(),
-            key=self.k_proj.weight.detach(),
-            pairs=self.rope_pairs,
-            reuse=self.reuse_proj.weight.detach(),
-            alpha=self.alpha.detach(),
-            up_v=self.v_b_proj.weight.detach().unflatten(0, (-1, self.value_dim)),
-            k_bias=detached(self.k_proj.bias),
-            **self.shared_weights(),
-        )
-
-
 @dataclass(frozen=True)
 class RebuiltKeyWeights(Weights):
     """A latent from which whole keys and values are rebuilt and then rotated, so that RoPE stays exact; scores over √D.
@@ -204,39 +80,8 @@ class RebuiltKeyWeights(Weights):
     o_bias: Tensor | None = None
 
 
-class RebuiltKeyAttention(FoldedAttention):
-    """What is cached is `kv_a_proj(x)`, r numbers per token; every read rebuilds all keys, r·G·D products per token."""
-
-    def __init__(self, weights: RebuiltKeyWeights) -> None:
-        super().__init__(weights.q, weights.q_down, weights.q_bias)
-        self.value_dim = weights.up_k.shape[1]
-        self.kv_a_proj = linear(weights.down, weights.kv_bias)  # (r, d)
-        self.k_b_proj = linear(weights.up_k.flatten(0, 1), weights.k_bias)  # (G·D, r)
-        self.v_b_proj = linear(weights.up_v.flatten(0, 1), None)  # (G·D, r)
-        self.o_proj = output_projection(weights.o, weights.o_bias)
-
-    def mix(self, x: Tensor, rope: Rope) -> Tensor:
-        """(B, T, d) → (B, T, H·D)."""
-        latent = self.kv_a_proj(x)
-        k, v = (proj(latent).unflatten(-1, (-1, self.value_dim)).transpose(1, 2) for proj in (self.k_b_proj, self.v_b_proj))
-        return side_by_side(causal_attention(rotate(self.queries(x), rope).to(v), rotate(k, rope).to(v), v))
-
-    def weights(self) -> RebuiltKeyWeights:
-        """The canonical form of the current parameters, detached: the inverse of the constructor."""
-        k_bias = detached(self.k_b_proj.bias)
-        return RebuiltKeyWeights(
-            q=self.query_heads(),
-            down=self.kv_a_proj.weight.detach(),
-            up_k=self.k_b_proj.weight.detach().unflatten(0, (-1, self.value_dim)),
-            up_v=self.v_b_proj.weight.detach().unflatten(0, (-1, self.value_dim)),
-            kv_bias=detached(self.kv_a_proj.bias),
-            k_bias=None if k_bias is None else k_bias.unflatten(0, (-1, self.value_dim)),
-            **self.shared_weights(),
-        )
-
-
 FoldedWeights = AttentionWeights | LatentWeights | ReusedKeyWeights | RebuiltKeyWeights
-Design = GroupedAttention | LatentAttention | ReusedKeyAttention | RebuiltKeyAttention
+Design = GroupedAttention | FoldedAttention
 WEIGHTS: dict[str, type[FoldedWeights]] = {
     kind.__name__: kind for kind in (AttentionWeights, LatentWeights, ReusedKeyWeights, RebuiltKeyWeights)
 }
@@ -244,18 +89,107 @@ WEIGHTS: dict[str, type[FoldedWeights]] = {
 
 def design(weights: FoldedWeights) -> Design:
     """The module that runs these weights."""
+    if isinstance(weights, AttentionWeights):
+        return GroupedAttention(weights)
+    hidden, heads, value_dim = weights.o.shape[1], *weights.o.shape[::2]
+    widths: dict[str, Any] = {
+        "heads": heads,
+        "value_dim": value_dim,
+        "q_rank": None if weights.q_down is None else len(weights.q_down),
+        "query_bias": weights.q_bias is not None,
+        "output_bias": weights.o_bias is not None,
+    }
+    module: FoldedAttention
+    with torch.device("meta"):
+        if isinstance(weights, LatentWeights):
+            widths |= {"rank": len(weights.down), "rope_dim": len(weights.k_rope), "nope_dim": weights.q_nope.shape[1]}
+            module = LatentAttention(hidden, **widths, cache_bias=weights.kv_bias is not None)
+        elif isinstance(weights, ReusedKeyWeights):
+            widths |= {"rope_dim": len(weights.key)}
+            module = ReusedKeyAttention(hidden, **widths, cache_bias=weights.k_bias is not None)
+        else:
+            widths |= {"rank": len(weights.down), "kv_heads": len(weights.up_k), "key_bias": weights.k_bias is not None}
+            module = RebuiltKeyAttention(hidden, **widths, cache_bias=weights.kv_bias is not None)
+    module.load_state_dict(_stored(weights), assign=True)
+    return module
+
+
+def _stored(weights: LatentWeights | ReusedKeyWeights | RebuiltKeyWeights) -> dict[str, Tensor]:
+    """A module's parameters by name."""
+    queries = torch.cat([weights.q_nope, weights.q_rope], 1) if isinstance(weights, LatentWeights) else weights.q
+    last = "q_proj" if weights.q_down is None else "q_b_proj"
+    held = {
+        "q_a_proj.weight": weights.q_down,
+        f"{last}.weight": queries.flatten(0, 1),  # (H, E, m) → (H·E, m)
+        f"{last}.bias": None if weights.q_bias is None else weights.q_bias.flatten(),
+        "o_proj.weight": weights.o.permute(1, 0, 2).flatten(1),  # (H, d, D) → (d, H·D)
+        "o_proj.bias": weights.o_bias,
+    }
     if isinstance(weights, LatentWeights):
-        return LatentAttention(weights)
-    if isinstance(weights, ReusedKeyWeights):
-        return ReusedKeyAttention(weights)
-    if isinstance(weights, RebuiltKeyWeights):
-        return RebuiltKeyAttention(weights)
-    return GroupedAttention(weights)
+        held |= {
+            "kv_a_proj.weight": torch.cat([weights.down, weights.k_rope]),  # (r + R, d)
+            "kv_a_proj.bias": weights.kv_bias,
+            "kv_b_proj.weight": torch.cat([weights.up_k, weights.up_v], 1).flatten(0, 1),  # (H·(N + D), r)
+            "rope_pairs": weights.pairs,
+        }
+    elif isinstance(weights, ReusedKeyWeights):
+        held |= {
+            "k_proj.weight": weights.key,
+            "k_proj.bias": weights.k_bias,
+            "reuse_proj.weight": weights.reuse,
+            "alpha": weights.alpha,
+            "v_b_proj.weight": weights.up_v.flatten(0, 1),  # (H·D, C)
+            "rope_pairs": weights.pairs,
+        }
+    else:
+        held |= {
+            "kv_a_proj.weight": weights.down,
+            "kv_a_proj.bias": weights.kv_bias,
+            "k_b_proj.weight": weights.up_k.flatten(0, 1),  # (G·D, r)
+            "k_b_proj.bias": None if weights.k_bias is None else weights.k_bias.flatten(),
+            "v_b_proj.weight": weights.up_v.flatten(0, 1),
+        }
+    return {name: tensor.contiguous() for name, tensor in held.items() if tensor is not None}
 
 
-def output_projection(o: Tensor, bias: Tensor | None) -> nn.Linear:
-    return linear(o.permute(1, 0, 2).flatten(1), bias)  # (H, d, D) → (d, H·D)
-
-
-def detached(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.detach()
+def weights_of(module: nn.Module) -> FoldedWeights:
+    """The canonical form of a module's current parameters, detached: the inverse of `design`."""
+    if isinstance(module, GroupedAttention):
+        return module.weights()
+    assert isinstance(module, FoldedAttention)
+    held = {name: tensor.detach() for name, tensor in module.state_dict().items()}
+    last, width = "q_b_proj" if "q_a_proj.weight" in held else "q_proj", module.value_dim
+    queries, bias = held[f"{last}.weight"].unflatten(0, (-1, module.query_width)), held.get(f"{last}.bias")
+    shared: dict[str, Any] = {
+        "q_down": held.get("q_a_proj.weight"),
+        "q_bias": None if bias is None else bias.unflatten(0, (-1, module.query_width)),
+        "o": held["o_proj.weight"].unflatten(1, (-1, width)).permute(1, 0, 2),  # (d, H·D) → (H, d, D)
+        "o_bias": held.get("o_proj.bias"),
+    }
+    if isinstance(module, LatentAttention):
+        down, k_rope = held["kv_a_proj.weight"].split([module.rank, module.rope_dim])
+        q_nope, q_rope = queries.split([module.nope, module.rope_dim], 1)
+        up_k, up_v = held["kv_b_proj.weight"].unflatten(0, (-1, module.nope + width)).split([module.nope, width], 1)
+        pairs, kv_bias = held["rope_pairs"], held.get("kv_a_proj.bias")
+        return LatentWeights(q_nope, q_rope, down, k_rope, up_k, up_v, pairs=pairs, kv_bias=kv_bias, **shared)
+    if isinstance(module, ReusedKeyAttention):
+        return ReusedKeyWeights(
+            queries,
+            key=held["k_proj.weight"],
+            pairs=held["rope_pairs"],
+            reuse=held["reuse_proj.weight"],
+            alpha=held["alpha"],
+            up_v=held["v_b_proj.weight"].unflatten(0, (-1, width)),
+            k_bias=held.get("k_proj.bias"),
+            **shared,
+        )
+    k_bias = held.get("k_b_proj.bias")
+    return RebuiltKeyWeights(
+        queries,
+        down=held["kv_a_proj.weight"],
+        up_k=held["k_b_proj.weight"].unflatten(0, (-1, width)),
+        up_v=held["v_b_proj.weight"].unflatten(0, (-1, width)),
+        kv_bias=held.get("kv_a_proj.bias"),
+        k_bias=None if k_bias is None else k_bias.unflatten(0, (-1, width)),
+        **shared,
+    )

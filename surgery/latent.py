@@ -22,8 +22,9 @@ from torch import Tensor
 
 from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.designs import LatentWeights, RebuiltKeyWeights, ReusedKeyWeights
+from kvfold.surgery.kvfold_attention import Rope, rotate
 from kvfold.surgery.lowrank import gauge, leading_directions, power_and_inverse
-from kvfold.surgery.rope import Rope, from_complex, rotate, to_complex
+from kvfold.surgery.rope import from_complex, to_complex
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,6 @@ In the half-split layout of transformers, dims `i` and `i + D/2` of a head form 
 import torch
 from torch import Tensor
 
-Rope = tuple[Tensor, Tensor]
-"""`(cos, sin)`, each (T, D): the angles of both halves, as transformers' rotary modules return them."""
-
 
 def to_complex(weight: Tensor) -> Tensor:
     """(..., D, n) real rows, half-split → (..., D/2, n) complex rows, one per RoPE pair."""
@@ -21,18 +18,3 @@ def to_complex(weight: Tensor) -> Tensor:
 def from_complex(weight: Tensor) -> Tensor:
     """The inverse of `to_complex`: (..., D/2, n) complex → (..., D, n) real, half-split."""
     return torch.cat([weight.real, weight.imag], dim=-2)
-
-
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate queries or keys (..., T, D) to their positions."""
-    cos, sin = rope
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
-def pick(rope: Rope, pairs: Tensor) -> Rope:
-    """The tables of some frequencies, (T, D) → (T, 2·len(pairs)): `pairs` (R/2,) counts the source's, D/2 means no rotation."""
-    cos, sin = (table[..., : table.shape[-1] // 2] for table in rope)
-    still = torch.ones_like(cos[..., :1])
-    cos, sin = (torch.cat([t, s], -1)[..., pairs] for t, s in ((cos, still), (sin, torch.zeros_like(still))))
-    return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)

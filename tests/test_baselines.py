@@ -12,8 +12,9 @@ from kvfold.evaluation.layers import measure_cache
 from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.baselines import METHODS, REBUILT, foldings, rotary_width, turned, weight_norms
 from kvfold.surgery.designs import LatentWeights, RebuiltKeyWeights, design
+from kvfold.surgery.kvfold_attention import Rope
 from kvfold.surgery.lowrank import power_and_inverse
-from kvfold.surgery.rope import Rope, to_complex
+from kvfold.surgery.rope import to_complex
 from tests.helpers import save_model, save_tokens
 from tests.test_convert import IDS, decoded_as_uncached, fold, load, logits
 from tests.test_surgery import HEADS, HIDDEN, KV_HEADS, TOKENS, WIDTH, inputs, moment_of, outputs, random_weights, rope_tables
@@ -29,7 +30,7 @@ def folds(method: str, weights: AttentionWeights, rank: int, rope_dim: int, x: T
 
 def run(weights: LatentWeights | RebuiltKeyWeights, x: Tensor, rope: Rope | None = None) -> Tensor:
     with torch.no_grad():
-        return design(weights)(x, rope or rope_tables())
+        return design(weights)(x, rope or rope_tables())[0]
 
 
 def of_head(per_query_head: Tensor) -> Tensor:
@@ -59,7 +60,7 @@ def test_only_lost_rotation_is_lost_at_full_rank(method: str, bias: bool) -> Non
 
 def outputs_without_rotation(weights: AttentionWeights, x: Tensor) -> Tensor:
     with torch.no_grad():
-        return design(weights)(x, STILL)
+        return design(weights)(x, STILL)[0]
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,11 @@ from kvfold.convert.layouts import deepseek_v3
 from kvfold.convert.pipeline import convert
 from kvfold.convert.plan import make_plan
 from kvfold.convert.settings import ConvertSettings
-from kvfold.convert.stream import FoldedAttention, HiddenStates, SourceModel
+from kvfold.convert.stream import HiddenStates, SourceModel
 from kvfold.evaluation.layers import measure_cache
 from kvfold.surgery.attention import GroupedAttention
-from kvfold.surgery.designs import LatentAttention
+from kvfold.surgery.designs import design
+from kvfold.surgery.kvfold_attention import exchange
 from tests.helpers import save_model, save_tokens
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -76,10 +77,9 @@ def test_lifted_attention_is_the_transformers_class(family: str, changes: dict[s
     for layer in range(spec.layers):
         block = source.block(layer)
         names = known.names(layer, spec)
-        design = GroupedAttention(known.lift({role: reader.tensor(name) for role, name in names.items()}, spec))
+        attention = GroupedAttention(known.lift({role: reader.tensor(name) for role, name in names.items()}, spec))
         with torch.no_grad():
-            wanted = block.layer.self_attn(hidden_states=hidden, position_embeddings=source.rope, attention_mask=None)[0]
-            got = design(hidden, (source.rope[0][0], source.rope[1][0]))
+            wanted, got = block.attend(hidden), attention(hidden, **block.arguments)[0]
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -171,7 +171,7 @@ def test_deepseek_v3_says_what_the_latent_attention_says(
     for layer, module in enumerate(model.model.layers):
         names = deepseek_v3.names(layer, plan)
         weights = deepseek_v3.lift({name: reader.tensor(name) for name in names}, plan)
-        module.self_attn = FoldedAttention(LatentAttention(weights))
+        exchange(module, design(weights))
     with torch.no_grad():
         wanted = model(IDS).logits
     torch.testing.assert_close(logits(tmp_path / "out"), wanted, atol=1e-4, rtol=1e-4)

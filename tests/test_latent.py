@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from kvfold.surgery.attention import AttentionWeights, GroupedAttention
-from kvfold.surgery.designs import LatentAttention, LatentWeights
+from kvfold.surgery.designs import LatentWeights, design, weights_of
 from kvfold.surgery.healing import relative_error
+from kvfold.surgery.kvfold_attention import FoldedAttention, Rope
 from kvfold.surgery.latent import (
     START,
     Choice,
@@ -22,7 +23,7 @@ from kvfold.surgery.latent import (
     search,
 )
 from kvfold.surgery.lowrank import power_and_inverse
-from kvfold.surgery.rope import Rope, from_complex, to_complex
+from kvfold.surgery.rope import from_complex, to_complex
 from tests.test_surgery import HEADS, HIDDEN, KV_HEADS, TOKENS, WIDTH, inputs, moment_of, outputs, random_weights, rope_tables
 
 FULL = 2 * KV_HEADS * WIDTH
@@ -30,7 +31,7 @@ FULL = 2 * KV_HEADS * WIDTH
 
 def run(weights: LatentWeights, x: Tensor, rope: Rope | None = None) -> Tensor:
     with torch.no_grad():
-        return LatentAttention(weights)(x, rope or rope_tables())
+        return design(weights)(x, rope or rope_tables())[0]
 
 
 def still() -> Rope:
@@ -70,7 +71,9 @@ def test_low_rank_queries_are_exact_at_full_rank_and_best_below() -> None:
     half = low_rank_queries(folded, HIDDEN // 2, moment_of(x))
 
     def queries(of: LatentWeights) -> Tensor:
-        return LatentAttention(of).queries(x).detach().transpose(1, 2).flatten(2).flatten(0, 1)
+        module = design(of)
+        assert isinstance(module, FoldedAttention)
+        return module.queries(x).detach().transpose(1, 2).flatten(2).flatten(0, 1)
 
     lost = (queries(half) - queries(folded)).square().sum()
     centred = queries(folded) - queries(folded).mean(0)
@@ -83,7 +86,7 @@ def test_without_rotation_full_rank_is_exact_for_any_number_of_heads() -> None:
     folded = fold(weights, HIDDEN, 4, moment_of(x), unturned)
     # the source without rotation, through the same module that test_surgery.py holds to the formula
     with torch.no_grad():
-        wanted = GroupedAttention(weights)(x, still())
+        wanted = GroupedAttention(weights)(x, still())[0]
     torch.testing.assert_close(run(folded, x, still()), wanted, atol=1e-6, rtol=0)
 
 
@@ -175,7 +178,7 @@ def test_search_returns_what_it_measured_as_best() -> None:
 def test_latent_attention_gives_its_weights_back() -> None:
     weights, x = random_weights(), inputs()
     folded = replace(fold(weights, 12, 4, moment_of(x), phase_of(weights, x)), o_bias=torch.randn(HIDDEN, dtype=torch.float64))
-    again = LatentAttention(folded).weights()
+    again = weights_of(design(folded))
     for name in folded.tensors():
         torch.testing.assert_close(getattr(again, name), getattr(folded, name), atol=0, rtol=0)
 

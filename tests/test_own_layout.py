@@ -20,11 +20,10 @@ from kvfold.convert.checkpoint import CheckpointReader
 from kvfold.convert.layouts import step3_text
 from kvfold.convert.plan import make_plan
 from kvfold.convert.settings import ConvertSettings
-from kvfold.convert.stream import FoldedAttention
 from kvfold.evaluation.layers import measure_cache
 from kvfold.surgery import latent
-from kvfold.surgery.designs import LatentAttention
-from kvfold.surgery.rope import rotate
+from kvfold.surgery.designs import design
+from kvfold.surgery.kvfold_attention import exchange, rotate
 from tests.helpers import FAMILIES, LLAMA3_ROPE, invoke, save_model, save_tokens
 from tests.test_convert import IDS, decoded_as_uncached, fold, load, logits
 
@@ -99,7 +98,7 @@ def step3_attention(tensors: list[Tensor], x: Tensor, heads: int, theta: float, 
     q = (low * (low.square().mean(-1, keepdim=True) + eps).rsqrt() * norm) @ wq.T
     angles = torch.arange(tokens)[:, None] * theta ** (-torch.arange(0, width, 2) / width)
     rope = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
-    q, k = rotate(q.view(tokens, heads, width).transpose(0, 1), rope), rotate(x @ key.T, rope)
+    q, k = rotate(q.view(tokens, heads, width).transpose(0, 1), rope), rotate((x @ key.T)[None], rope)[0]
     scores = (q @ k.T * width**-0.5).masked_fill(torch.ones(tokens, tokens, dtype=torch.bool).triu(1), -torch.inf)
     return (scores.softmax(-1) @ (x @ value.T)).transpose(0, 1).flatten(1) @ o.T
 
@@ -123,7 +122,7 @@ def test_step3_text_says_what_mfa_says(
     rope = load(source).model.rotary_emb(x, torch.arange(40)[None])
     for layer in range(2):
         tensors = {name: reader.tensor(name) for name in step3_text.names(layer, plan)}
-        wanted = LatentAttention(step3_text.lift(tensors, plan))(x[None], (rope[0][0], rope[1][0]))[0].detach()
+        wanted = design(step3_text.lift(tensors, plan))(x[None], rope)[0][0].detach()
         got = step3_attention(list(tensors.values()), x, 8, config["rope_parameters"]["rope_theta"], config["rms_norm_eps"])
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(reader.tensor("lm_head.weight"), load(source).lm_head.weight.detach(), atol=0, rtol=0)
@@ -140,7 +139,7 @@ def test_one_key_head_comes_out_exact_in_step3_text(tmp_path: Path) -> None:
     plan = make_plan(CheckpointReader(source).config, ConvertSettings(**shape))
     for layer, block in enumerate(model.model.layers):
         lifted = step3_text.lift({name: reader.tensor(name) for name in step3_text.names(layer, plan)}, plan)
-        block.self_attn = FoldedAttention(LatentAttention(lifted))
+        exchange(block, design(lifted))
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, logits(source), atol=1e-4, rtol=1e-4)
 
@@ -299,4 +298,4 @@ model.save_pretrained({str(tmp_path / "again")!r})
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path, stdin=subprocess.DEVNULL
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert (tmp_path / "again" / "modeling_kvfold.py").exists()
+    assert (tmp_path / "again" / "kvfold_attention.py").exists()

@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from kvfold.surgery import grouping
 from kvfold.surgery.attention import AttentionWeights, GroupedAttention
 from kvfold.surgery.healing import Progress, heal, relative_error
+from kvfold.surgery.kvfold_attention import Rope, rotate
 from kvfold.surgery.lowrank import SecondMoment, power_and_inverse
 from kvfold.surgery.output import output_divergence
 from kvfold.surgery.refit import RIDGE, OutputRegression
-from kvfold.surgery.rope import Rope, from_complex, rotate, to_complex
+from kvfold.surgery.rope import from_complex, to_complex
 
 HEADS, KV_HEADS, WIDTH, HIDDEN, TOKENS = 8, 4, 8, 48, 24
 
@@ -61,7 +62,7 @@ def moment_of(x: Tensor) -> Tensor:
 
 def outputs(weights: AttentionWeights, x: Tensor) -> Tensor:
     with torch.no_grad():
-        return GroupedAttention(weights)(x, rope_tables(x.shape[1]))
+        return GroupedAttention(weights)(x, rope_tables(x.shape[1]))[0]
 
 
 def reference(weights: AttentionWeights, x: Tensor) -> Tensor:
@@ -133,7 +134,7 @@ def test_rotation_is_a_complex_product() -> None:
     cos, sin = rope_tables()
     turn = torch.complex(cos[:, : WIDTH // 2], sin[:, : WIDTH // 2])
     turned = to_complex(x[..., None])[..., 0] * turn
-    torch.testing.assert_close(rotate(x, (cos, sin)), from_complex(turned[..., None])[..., 0], atol=1e-12, rtol=0)
+    torch.testing.assert_close(rotate(x[None], (cos, sin))[0], from_complex(turned[..., None])[..., 0], atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -269,7 +270,7 @@ def test_healing_brings_a_broken_layer_back() -> None:
         *(t + 0.1 * torch.randn(t.shape, dtype=t.dtype) for t in (weights.q, weights.k, weights.v, weights.o))
     )
     design, rope = GroupedAttention(noisy), rope_tables()
-    losses = heal([lambda h: design(h, rope)], [design], ((x, target) for _ in range(200)), steps=200)
+    losses = heal([lambda h: design(h, rope)[0]], [design], ((x, target) for _ in range(200)), steps=200)
     assert len(losses) == 200 and losses[-1] < losses[0] / 30
 
 
@@ -281,7 +282,7 @@ def test_healing_of_what_is_almost_exact_takes_small_steps() -> None:
     generator = torch.Generator().manual_seed(0)
     noisy = AttentionWeights(*(t + 0.001 * torch.randn(t.shape, dtype=t.dtype, generator=generator) for t in parts))
     design, rope = GroupedAttention(noisy), rope_tables()
-    losses = heal([lambda h: design(h, rope)], [design], ((x, target) for _ in range(40)), steps=40)
+    losses = heal([lambda h: design(h, rope)[0]], [design], ((x, target) for _ in range(40)), steps=40)
     assert losses[-1] < losses[0] / 3 and max(losses) < 1.5 * losses[0]
 
 
@@ -289,7 +290,7 @@ def test_healing_stops_at_a_loss_that_is_not_finite() -> None:
     design, rope = GroupedAttention(random_weights()), rope_tables()
     x = inputs() * torch.nan
     with pytest.raises(FloatingPointError, match="step 1 of 3"):
-        heal([lambda h: design(h, rope)], [design], ((x, x) for _ in range(3)), steps=3)
+        heal([lambda h: design(h, rope)[0]], [design], ((x, x) for _ in range(3)), steps=3)
 
 
 def test_relative_error_counts_every_token_alike() -> None:
@@ -312,21 +313,21 @@ def test_healing_does_not_see_the_scale_of_channels() -> None:
     rope, scale = rope_tables(), torch.ones(HIDDEN, dtype=torch.float64)
     scale[1], scale[4] = 1000.0, 1000.0
     scaled = replace(weights, **{name: getattr(weights, name) / scale for name in "qkv"})
-    target = GroupedAttention(random_weights(seed=1))(x, rope).detach()
+    target = GroupedAttention(random_weights(seed=1))(x, rope)[0].detach()
     curves = []
     for form, seen in ((weights, x), (scaled, x * scale)):
         design = GroupedAttention(form)
         batches = ((seen, target) for _ in range(20))
-        curves.append(heal([lambda h, design=design: design(h, rope)], [design], batches, steps=20))
+        curves.append(heal([lambda h, design=design: design(h, rope)[0]], [design], batches, steps=20))
     assert curves[0][-1] < 0.9 * curves[0][0]
     torch.testing.assert_close(torch.tensor(curves[1]), torch.tensor(curves[0]), rtol=1e-6, atol=0.0)
 
 
 def test_healing_goes_on_where_it_stood() -> None:
     weights, x = random_weights(), inputs()
-    rope, target = rope_tables(), GroupedAttention(random_weights(seed=1))(x, rope_tables()).detach()
+    rope, target = rope_tables(), GroupedAttention(random_weights(seed=1))(x, rope_tables())[0].detach()
     whole = GroupedAttention(copy.deepcopy(weights))
-    losses = heal([lambda h: whole(h, rope)], [whole], ((x, target) for _ in range(8)), steps=8)
+    losses = heal([lambda h: whole(h, rope)[0]], [whole], ((x, target) for _ in range(8)), steps=8)
     saved: list[Any] = []
 
     def keep(progress: Progress) -> None:
@@ -335,11 +336,11 @@ def test_healing_goes_on_where_it_stood() -> None:
             saved.append((copy.deepcopy(progress), held))
 
     first = GroupedAttention(copy.deepcopy(weights))
-    heal([lambda h: first(h, rope)], [first], ((x, target) for _ in range(8)), steps=8, keep=keep)
+    heal([lambda h: first(h, rope)[0]], [first], ((x, target) for _ in range(8)), steps=8, keep=keep)
     begun, parameters = saved[0]
     second = GroupedAttention(weights)
     second.load_state_dict(parameters)
-    again = heal([lambda h: second(h, rope)], [second], ((x, target) for _ in range(3)), steps=8, begun=begun)
+    again = heal([lambda h: second(h, rope)[0]], [second], ((x, target) for _ in range(3)), steps=8, begun=begun)
     assert again == losses
     for mine, theirs in zip(second.parameters(), whole.parameters(), strict=True):
         assert torch.equal(mine, theirs)
@@ -352,7 +353,7 @@ def test_the_output_is_refitted_by_least_squares() -> None:
     folded = replace(weights, v=mixed @ weights.v)  # W_O does not know of it
     design, rope = GroupedAttention(folded), rope_tables()
     with torch.no_grad():
-        wanted, heads = GroupedAttention(weights)(x, rope), design.mix(x, rope)
+        wanted, heads = GroupedAttention(weights)(x, rope)[0], design.mix(x, rope)
         energy = x.square().sum(-1)
         regression = OutputRegression(heads.shape[-1], HIDDEN)
         for row in range(len(x)):  # piece by piece
@@ -366,8 +367,8 @@ def test_the_output_is_refitted_by_least_squares() -> None:
                 ridge[-1] = 0
             missing = (wanted - design.o_proj(heads)).flatten(0, 1)
             change = torch.linalg.solve(gram + ridge.diag(), (z / energy.flatten()[:, None]).T @ missing)
-            torch.testing.assert_close(found(x, rope), design.o_proj(heads) + (z @ change).view_as(wanted))
-            before, after = relative_error(design(x, rope), wanted), relative_error(found(x, rope), wanted)
+            torch.testing.assert_close(found(x, rope)[0], design.o_proj(heads) + (z @ change).view_as(wanted))
+            before, after = relative_error(design(x, rope)[0], wanted), relative_error(found(x, rope)[0], wanted)
             assert float(after) < 0.1 * float(before)
 
 

@@ -278,7 +278,7 @@ def test_side_files_travel_by_a_list(tmp_path: Path, source: Path, flags: tuple[
         "left behind, not known to belong to a checkpoint: evil.py, id_rsa, params.json, run.sh, vocab.txt and 2 more" in text
     )
     found = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    own = {"modeling_kvfold.py"} if "mfa-kr" in flags else set()
+    own = {"modeling_kvfold.py", "kvfold_attention.py"} if "mfa-kr" in flags else set()
     assert found == own | {
         *("config.json", "kvfold.json", SINGLE, "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
         *("LICENSE.txt", "Notice", "chat_template.jinja", "tokenizer.model", "additional_chat_templates/tool_use.jinja"),
@@ -418,7 +418,7 @@ def test_own_layout_registers_in_either_order_of_imports_and_is_saved_with_its_c
     flags = ("--to", "mfa-kr", "--width", 16, "--calibrate", tokens, "--heal-steps", 0)
     assert invoke("convert", source, tmp_path / "out", *flags)[0] == 0
     AutoModelForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again" / "modeling_kvfold.py").exists()
+    assert (tmp_path / "again" / "modeling_kvfold.py").exists() and (tmp_path / "again" / "kvfold_attention.py").exists()
     assert "auto_map" in json.loads((tmp_path / "again" / "config.json").read_text())
     code = f"import kvfold, transformers\ntransformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r})"
     ran = subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)

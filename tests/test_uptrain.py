@@ -23,12 +23,13 @@ from kvfold.errors import ConversionError, Stopped
 from kvfold.evaluation.evaluate import evaluate
 from kvfold.evaluation.settings import EvaluateSettings
 from kvfold.recipes import rates
-from kvfold.recipes.model import DESIGN, Student, build, open_folded
+from kvfold.recipes.model import Student, build, open_folded
 from kvfold.recipes.recipe import load_recipe, shipped
 from kvfold.recipes.uptrain import uptrain
 
 from .helpers import invoke, save_model, save_tokens
 
+DESIGN = ".self_attn."
 FOLDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gqa": ("llama", {}, {"to": "gqa", "kv_heads": 2}),
     "biased": ("qwen2", {"tie_word_embeddings": True}, {"to": "gqa", "kv_heads": 2}),

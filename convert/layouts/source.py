@@ -14,11 +14,14 @@ from kvfold.surgery.attention import AttentionWeights
 
 
 def config(source: dict[str, Any], plan: ConversionPlan, dtype: torch.dtype | None) -> dict[str, Any]:
-    """The source's config.json with fewer key heads, and head width and dtype written out; without code that it names."""
-    changed = {**source, "num_key_value_heads": plan.kv_heads, "head_dim": plan.spec.head_dim}
-    for left in ("auto_map", "torch_dtype", "quantization_config", "compression_config"):  # the last two are null
-        changed.pop(left, None)
-    return {**changed, "dtype": written_dtype(source, dtype)}
+    """The source's config.json with fewer key heads, and head width and dtype written out."""
+    return {**carried(source, dtype), "num_key_value_heads": plan.kv_heads, "head_dim": plan.spec.head_dim}
+
+
+def carried(source: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """The source's config.json with its dtype written out and without code that it names."""
+    left = ("auto_map", "torch_dtype", "quantization_config", "compression_config")  # the last two are null
+    return {**{key: value for key, value in source.items() if key not in left}, "dtype": written_dtype(source, dtype)}
 
 
 def tensor_specs(reader: CheckpointReader, plan: ConversionPlan, dtype: torch.dtype | None) -> list[TensorSpec]:

@@ -1,0 +1,292 @@
+"""Attention whose cache is one latent: MLA, MFA and MFA-KR, and keys rebuilt from a latent.
+
+This file needs torch alone. It travels with every checkpoint of the `kvfold` layout, and it is what kvfold itself folds into,
+heals and trains. A module stands in the place of a transformers attention and is called as that is.
+
+- `latent`: MLA (2405.04434) and, with `nope_dim` 0, MFA (2412.19255). Cached: `r + R` numbers per token, a latent and a shared
+  rotary key. A few new tokens attend to the cache in the latent (absorbed), so decoding never expands the past.
+- `reused-key`: MFA-KR (2412.19255). Cached: the key before its rotation, `C` numbers; it is turned when it is read.
+- `rebuilt-key`: a latent of `r` numbers from which all keys and values are rebuilt at every step.
+
+Shapes: B batch, T new tokens, S cached and new tokens, H query heads, G key heads, D head width, d hidden size.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Rope = tuple[Tensor, Tensor]
+"""`(cos, sin)`, each (T, D) or (B, T, D): the angles of both halves, as transformers' rotary modules return them."""
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotate queries or keys (..., heads, T, D), half-split, to their positions."""
+    cos, sin = (table.unsqueeze(-3) for table in rope)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def pick(rope: Rope, pairs: Tensor) -> Rope:
+    """The tables of some frequencies, (..., D) → (..., 2·len(pairs)): `pairs` counts the source's, D/2 means no rotation."""
+    cos, sin = (table[..., : table.shape[-1] // 2] for table in rope)
+    still = torch.ones_like(cos[..., :1])
+    cos, sin = (torch.cat([t, s], -1)[..., pairs] for t, s in ((cos, still), (sin, torch.zeros_like(still))))
+    return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Queries (B, H, T, E) over keys (B, G, S, E) and values (B, G, S, F) → (B, H, T, F), scores times `scale`.
+
+    Keys or values of a single head serve all, and are not repeated where queries are few. `mask` is transformers': boolean or additive, (B, 1, T, S), None for causal.
+    """
+    tokens, groups = q.shape[2], max(k.shape[1], v.shape[1])
+    k, v = (t.expand(-1, groups, -1, -1) for t in (k, v))
+    # Written out where it is trained too: the backward pass of PyTorch's fused CPU kernel takes twice as long in bf16.
+    if tokens > 1 and not (q.requires_grad and q.device.type == "cpu"):
+        heads, widest = q.shape[1], max(q.shape[-1], v.shape[-1])  # the fused kernels take one number and one width only
+        q, k, padded = (F.pad(part, (0, widest - part.shape[-1])) for part in (q, k, v))
+        if groups == 1:
+            k, padded = (t.expand(-1, heads, -1, -1) for t in (k, padded))
+        elif groups < heads:
+            k, padded = (t.repeat_interleave(heads // groups, 1) for t in (k, padded))
+        return F.scaled_dot_product_attention(q, k, padded, mask, is_causal=mask is None, scale=scale)[..., : v.shape[-1]]
+    grouped = (q * scale).unflatten(1, (groups, -1)).flatten(2, 3)  # (B, G, H/G·T, E)
+    scores = (grouped @ k.mT).unflatten(2, (-1, tokens))  # (B, G, H/G, T, S)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if mask is None and tokens > 1:
+        mask = torch.ones(tokens, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - tokens)
+    if mask is not None:
+        mask = mask if mask.ndim == 2 else mask[:, :, None]
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    return (scores.softmax(-1).to(v.dtype).flatten(2, 3) @ v).unflatten(2, (-1, tokens)).flatten(1, 2)
+
+
+def matrix(linear: Any, columns: int, like: Tensor) -> Tensor:
+    """The matrix (rows, columns) of a linear map without bias, in the dtype and on the device of `like`.
+
+    What wraps or replaces the map (adapters, offloading, quantisation) acts when it is called: then it is called on the unit
+    vectors.
+    """
+    if type(linear) is nn.Linear and "forward" not in vars(linear) and not linear._forward_hooks | linear._forward_pre_hooks:
+        return linear.weight
+    return linear(torch.eye(columns, dtype=like.dtype, device=like.device)).mT
+
+
+class Attention(nn.Module):
+    """What stands in the place of a transformers attention: an output projection behind heads."""
+
+    turns_when_read = False
+    """Whether it caches states before their rotation; then `rotary_emb` must be the source's rotary module."""
+    layer_idx = 0
+    """Its place in the cache."""
+    o_proj: nn.Linear
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Rope,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        return self.o_proj(self.mix(hidden_states, position_embeddings, attention_mask, past_key_values)), None
+
+    def mix(self, x: Tensor, rope: Rope, mask: Tensor | None = None, cache: Any = None) -> Tensor:
+        """The heads' outputs side by side, before `o_proj`: (B, T, d) → (B, T, H·D)."""
+        return self.heads(x, rope, mask, cache).transpose(1, 2).flatten(2)
+
+    def heads(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
+        """(B, T, d), the rotary tables of its tokens, mask and cache → (B, H, T, D)."""
+        raise NotImplementedError
+
+
+class FoldedAttention(Attention):
+    """What the designs share: `q_proj`, or `q_a_proj` and `q_b_proj` when queries are of low rank, and `o_proj`."""
+
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        query_width: int,
+        value_dim: int,
+        q_rank: int | None,
+        query_bias: bool,
+        output_bias: bool,
+    ) -> None:
+        super().__init__()
+        self.query_width, self.value_dim, self.scale = query_width, value_dim, query_width**-0.5
+        if q_rank is None:
+            self.q_proj = nn.Linear(hidden, heads * query_width, bias=query_bias)
+        else:
+            self.q_a_proj = nn.Linear(hidden, q_rank, bias=False)
+            self.q_b_proj = nn.Linear(q_rank, heads * query_width, bias=query_bias)
+        self.o_proj = nn.Linear(heads * value_dim, hidden, bias=output_bias)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """(B, T, d) → (B, H, T, E)."""
+        q = self.q_b_proj(self.q_a_proj(x)) if hasattr(self, "q_a_proj") else self.q_proj(x)
+        return q.unflatten(-1, (-1, self.query_width)).transpose(1, 2)
+
+    def cached(self, states: Tensor, cache: Any) -> Tensor:
+        """Put (B, 1, T, E) into the cache, as keys without values → (B, 1, S, E)."""
+        return states if cache is None else cache.update(states, states[..., :0], self.layer_idx)[0]
+
+    def extended(self, states: Tensor, rope: Rope, cache: Any) -> tuple[Tensor, Rope, Rope]:
+        """New states (B, 1, T, E) before their rotation → all of them (B, 1, S, E), the tables of the new ones and of all.
+
+        Their places in the cache turn them: RoPE knows distances only.
+        """
+        if cache is None:
+            return states, rope, rope
+        before = cache.get_seq_length(self.layer_idx)  # a tensor in a static cache, which moves on in place
+        before = before.clone() if isinstance(before, Tensor) else before
+        states, tokens = self.cached(states, cache), states.shape[2]
+        slots = torch.arange(states.shape[2], device=states.device)
+        cos, sin = self.rotary_emb(states, slots[None])
+        # A sliding cache drops the oldest.
+        new = torch.as_tensor(before, device=states.device).clamp(max=states.shape[2] - tokens) + slots[:tokens]
+        return states, (cos[:, new], sin[:, new]), (cos, sin)
+
+
+class LatentAttention(FoldedAttention):
+    """MLA, and MFA where the heads have no position-free key (`nope_dim` 0). No norm stands behind the latent."""
+
+    rope_pairs: Tensor
+
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        rank: int,
+        rope_dim: int,
+        nope_dim: int,
+        value_dim: int,
+        q_rank: int | None = None,
+        query_bias: bool = False,
+        cache_bias: bool = True,
+        output_bias: bool = True,
+    ) -> None:
+        super().__init__(hidden, heads, nope_dim + rope_dim, value_dim, q_rank, query_bias, output_bias)
+        self.rank, self.rope_dim, self.nope = rank, rope_dim, nope_dim
+        self.kv_a_proj = nn.Linear(hidden, rank + rope_dim, bias=cache_bias)
+        self.kv_b_proj = nn.Linear(rank, heads * (nope_dim + value_dim), bias=False)
+        self.register_buffer("rope_pairs", torch.arange(rope_dim // 2))
+
+    def heads(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
+        tables = pick(rope, self.rope_pairs)
+        q_nope, q_rope = self.queries(x).split([self.nope, self.rope_dim], dim=-1)  # (B, H, T, N), (B, H, T, R)
+        latent, key = self.kv_a_proj(x)[:, None].split([self.rank, self.rope_dim], dim=-1)
+        q_rope, key = (rotate(part, tables).to(latent) for part in (q_rope, key))
+        keys = self.cached(torch.cat([latent, key], -1), cache)  # (B, 1, S, r + R)
+        # Products per key and head: in the latent T·(2r + R), expanded T·(N + R + D) and once r·(N + D).
+        tokens, expanded = x.shape[1], self.nope + self.value_dim
+        if cache is not None and (self.nope == 0 or tokens * (2 * self.rank - expanded) <= self.rank * expanded):
+            up = matrix(self.kv_b_proj, self.rank, keys).unflatten(0, (-1, expanded))
+            up_k, up_v = up.split([self.nope, self.value_dim], 1)
+            q = torch.cat([q_nope @ up_k, q_rope], -1) if self.nope else q_rope  # (B, H, T, r + R), or R
+            read = keys if self.nope else keys[..., self.rank :]
+            return attend(q, read, keys[..., : self.rank], mask, self.scale) @ up_v.mT  # (B, H, T, r) → (B, H, T, D)
+        latent, key = keys.split([self.rank, self.rope_dim], dim=-1)
+        # Through the modules, not their matrices: adapters and sharding wrap them.
+        k, v = per_head(self.kv_b_proj(latent[:, 0]), expanded).split([self.nope, self.value_dim], dim=-1)
+        k = torch.cat([k, key.expand(-1, k.shape[1], -1, -1)], -1)
+        return attend(torch.cat([q_nope, q_rope], -1), k, v, mask, self.scale)
+
+
+class ReusedKeyAttention(FoldedAttention):
+    """MFA-KR: one wide key that serves as value too, `v = (I + diag(α) N) k`."""
+
+    turns_when_read = True
+    rope_pairs: Tensor
+
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        rope_dim: int,
+        value_dim: int,
+        q_rank: int | None = None,
+        query_bias: bool = False,
+        cache_bias: bool = True,
+        output_bias: bool = True,
+    ) -> None:
+        super().__init__(hidden, heads, rope_dim, value_dim, q_rank, query_bias, output_bias)
+        self.k_proj = nn.Linear(hidden, rope_dim, bias=cache_bias)
+        self.reuse_proj = nn.Linear(rope_dim, rope_dim, bias=False)
+        self.alpha = nn.Parameter(torch.ones(rope_dim))
+        self.v_b_proj = nn.Linear(rope_dim, heads * value_dim, bias=False)
+        self.register_buffer("rope_pairs", torch.arange(rope_dim // 2))
+
+    def heads(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
+        key, new, every = self.extended(self.k_proj(x)[:, None], rope, cache)
+        q, k = (rotate(part, pick(at, self.rope_pairs)).to(key) for part, at in ((self.queries(x), new), (key, every)))
+        if cache is None:
+            value = key[:, 0] + self.alpha.to(key) * self.reuse_proj(key[:, 0])
+            return attend(q, k, per_head(self.v_b_proj(value), self.value_dim), mask, self.scale)
+        mixed = attend(q, k, key, mask, self.scale)  # (B, H, T, C)
+        mixed = mixed + self.alpha * self.reuse_proj(mixed)
+        return mixed @ matrix(self.v_b_proj, key.shape[-1], key).unflatten(0, (-1, self.value_dim)).mT  # (B, H, T, D)
+
+
+class RebuiltKeyAttention(FoldedAttention):
+    """All keys and values come from the latent again at every step, so that RoPE is the source's: r·G·D products per token."""
+
+    turns_when_read = True
+
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        rank: int,
+        kv_heads: int,
+        value_dim: int,
+        q_rank: int | None = None,
+        query_bias: bool = False,
+        cache_bias: bool = True,
+        key_bias: bool = True,
+        output_bias: bool = True,
+    ) -> None:
+        super().__init__(hidden, heads, value_dim, value_dim, q_rank, query_bias, output_bias)
+        self.kv_a_proj = nn.Linear(hidden, rank, bias=cache_bias)
+        self.k_b_proj = nn.Linear(rank, kv_heads * value_dim, bias=key_bias)
+        self.v_b_proj = nn.Linear(rank, kv_heads * value_dim, bias=False)
+
+    def heads(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
+        latent, new, every = self.extended(self.kv_a_proj(x)[:, None], rope, cache)
+        k, v = (per_head(proj(latent[:, 0]), self.value_dim) for proj in (self.k_b_proj, self.v_b_proj))
+        return attend(rotate(self.queries(x), new).to(v), rotate(k, every).to(v), v, mask, self.scale)
+
+
+def per_head(states: Tensor, width: int) -> Tensor:
+    """(B, T, heads·D) → (B, heads, T, D)."""
+    return states.unflatten(-1, (-1, width)).transpose(1, 2)
+
+
+DESIGNS: dict[str, type[FoldedAttention]] = {
+    "latent": LatentAttention,
+    "reused-key": ReusedKeyAttention,
+    "rebuilt-key": RebuiltKeyAttention,
+}
+
+
+PLACES = ("self_attn", "attention", "attn")
+"""What decoder layers call their attention."""
+
+
+def attention_of(layer: nn.Module) -> Any:
+    """The attention of a decoder layer."""
+    return getattr(layer, _place(layer))
+
+
+def exchange(layer: nn.Module, attention: nn.Module) -> nn.Module:
+    """Put `attention` in the place of a decoder layer's; returns what was there."""
+    before = attention_of(layer)
+    attention.layer_idx = before.layer_idx
+    setattr(layer, _place(layer), attention)
+    return before
+
+
+def _place(layer: nn.Module) -> str:
+    return next(name for name in PLACES if hasattr(layer, name))
