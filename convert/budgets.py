@@ -59,12 +59,12 @@ def measured_widths(
         if layer == 0:
             report(None, f"measuring widths will take about {spoken((time.monotonic() - started) * plan.spec.layers)}")
     scratch.unlink(missing_ok=True)
-    return allocate(curves, int(plan.cache_numbers) * plan.spec.layers)
+    return allocate(curves, int(plan.width_numbers) * plan.spec.layers)
 
 
 def widths_to_try(plan: ConversionPlan) -> list[Widths]:
     """Every pair of widths that is measured, the plan's own among them."""
-    spec, mean = plan.spec, int(plan.cache_numbers)
+    spec, mean = plan.spec, int(plan.width_numbers)
     full, widest = full_rank(spec.hidden_size, spec.kv_heads, spec.head_dim), spec.kv_heads * spec.head_dim
     turning = plan.widest_rope
     step = {"mfa": 4, "mfa-kr": 2, "mla": 1}[plan.settings.to]

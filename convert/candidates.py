@@ -1,13 +1,14 @@
 """What a method offers for one layer, and which of it is best: the bridge from a plan to the mathematics in surgery/."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from kvfold.convert.observe import Observed
 from kvfold.convert.plan import ConversionPlan
-from kvfold.surgery import baselines, factorized, grouping, latent, rebuilt
+from kvfold.surgery import baselines, factorized, grouping, latent, norms, rebuilt
 from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.designs import FoldedWeights
 from kvfold.surgery.latent import Choice, Queried, Tries
@@ -16,7 +17,8 @@ from kvfold.surgery.latent import Choice, Queried, Tries
 def alone(plan: ConversionPlan, weights: AttentionWeights, layer: int) -> tuple[str, AttentionWeights]:
     """Fold a layer from its weights: a label and the result."""
     ordered, generator = _grouped(plan, weights, layer, None)
-    return next(grouping.candidates(plan.method, ordered, plan.kv_heads, None, generator))
+    offer = norms.merged if plan.spec.key_norm else grouping.candidates
+    return next(offer(plan.method, ordered, plan.kv_heads, None, generator))
 
 
 def best(plan: ConversionPlan, seen: Observed, layer: int) -> tuple[float, str, FoldedWeights]:
@@ -25,17 +27,21 @@ def best(plan: ConversionPlan, seen: Observed, layer: int) -> tuple[float, str, 
         return best_latent(plan, seen, *plan.layer_widths(layer))
     ordered, generator = _grouped(plan, seen.weights, layer, seen.moment)
     moment = seen.attended if plan.method == "pca" else seen.moment
-    offered = grouping.candidates(plan.method, ordered, plan.kv_heads, moment, generator)
-    return _least(seen, offered)
+    offer = norms.merged if plan.spec.key_norm else grouping.candidates
+    return _least(seen, offer(plan.method, ordered, plan.kv_heads, moment, generator))
 
 
 def best_latent(
     plan: ConversionPlan, seen: Observed, rank: int, rope_dim: int, search: bool = True
 ) -> tuple[float, str, FoldedWeights]:
     """The same for the designs whose cache is one latent, at these widths; without `search` only where it would begin."""
-    weights, moment = seen.weights, seen.moment
+    weights, moment = seen.weights.rooted(), seen.moment
+    linear = norms.Linear(weights, moment, plan.design == "rebuilt-key") if plan.spec.key_norm else None
+    weights = weights if linear is None else linear.weights
 
     def thin(folded: Queried) -> Queried:
+        if linear is not None:
+            return linear.restored(folded)
         return folded if plan.q_rank is None else latent.low_rank_queries(folded, plan.q_rank, moment)
 
     if plan.method in baselines.METHODS:
@@ -64,6 +70,11 @@ def _search(plan: ConversionPlan) -> tuple[Choice, Tries]:
     """Where the search for a layer's best choice begins, and what it tries."""
     if plan.design == "rebuilt-key":
         return rebuilt.START, rebuilt.TRIED
+    if plan.spec.key_norm and plan.settings.to != "mfa":  # what is constant over linear keys is not over normed ones
+        started, tries = latent.FREE_START, latent.FREE
+        if plan.settings.to == "mfa-kr":
+            started, tries = factorized.START["mfa-kr"], factorized.TRIED["mfa-kr"]
+        return replace(started, centred=False), {name: values for name, values in tries.items() if name != "centred"}
     if plan.layout == "step3_text":
         return factorized.STOCK_START, factorized.STOCK
     if plan.settings.to != "mla":

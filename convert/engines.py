@@ -56,6 +56,7 @@ def step3_text_obstacles(said: dict[str, Any], spec: AttentionSpec, settings: Co
     """What the stock step3_text architecture cannot say of this conversion, each in a line."""
     found = {
         f"step3_text is mfa, not {settings.to}": settings.to != "mfa",
+        "its queries and keys go through norms, which step3_text lacks": bool(spec.key_norm),
         "the source has attention biases, which step3_text lacks": spec.qkv_bias or spec.o_bias,
         f"rope type {spec.rope.type} depends on the head width, which changes": spec.rope.type
         not in ("default", "llama3", "linear"),
@@ -71,6 +72,7 @@ def deepseek_v3_obstacles(said: dict[str, Any], spec: AttentionSpec, settings: C
     plain = spec.rope.plain_pairs(spec.head_dim)
     slowed = f"rope type {spec.rope.type} slows all frequencies but the first {plain}, so --rope-dim {2 * plain} at most"
     found = {
+        "its queries and keys go through norms, which deepseek_v3 lacks": bool(spec.key_norm),
         "the source has attention biases, which deepseek_v3 engines drop": spec.qkv_bias or spec.o_bias,
         f"rope type {spec.rope.type} is none that deepseek_v3 engines keep": plain == 0,
         slowed: 0 < 2 * plain < min(settings.rope_dim or 0, spec.head_dim),

@@ -34,7 +34,7 @@ def widest_rope(said: dict[str, Any], spec: AttentionSpec, settings: ConvertSett
     # what a layer gains: a number that turns costs `read` in every query head, and none in the latent's two matrices
     gained = spec.heads * (read - 2 * width)
     try:
-        numbers = spec.cache_numbers * parse_budget(str(settings.kv_budget))
+        numbers = spec.cache_numbers * parse_budget(str(settings.kv_budget)) - kept_scalars(spec, settings)
     except UserError:
         return full
     hidden, heads = spec.hidden_size, spec.heads * width
@@ -57,13 +57,14 @@ def latent_widths(
     numbers, least = 0, {"mla": 1 if rebuilds(settings) else 4, "mfa": 4, "mfa-kr": 2}[settings.to]
     if settings.kv_budget is not None:
         try:
-            numbers = int(spec.cache_numbers * parse_budget(str(settings.kv_budget)))
+            numbers = int(spec.cache_numbers * parse_budget(str(settings.kv_budget))) - kept_scalars(spec, settings)
         except UserError as error:
             refusals.append(str(error))
             return 1, 2
         if numbers < least:
             refusals.append(
-                f"--kv-budget {settings.kv_budget} leaves {numbers} numbers: the least is {least / spec.cache_numbers:.2%}"
+                f"--kv-budget {settings.kv_budget} leaves {numbers} numbers: the least is "
+                f"{(least + kept_scalars(spec, settings)) / spec.cache_numbers:.2%}"
             )
             return 1, 2
     if settings.to == "mla":
@@ -106,6 +107,11 @@ def _mla_widths(
     return rank, rope_dim
 
 
+def kept_scalars(spec: AttentionSpec, settings: ConvertSettings) -> int:
+    """Numbers cached per token for the sizes of normed keys: none where keys are whole when they are normed."""
+    return 0 if settings.to in ("gqa", "mqa") or rebuilds(settings) else spec.key_scalars
+
+
 def rebuilds(settings: ConvertSettings) -> bool:
     """Whether keys are rebuilt from the latent, as the user or the method wants."""
     return settings.keys == "rebuilt" or (settings.to == "mla" and settings.method in baselines.REBUILT)
@@ -140,6 +146,8 @@ def baseline_widths(
 
 
 def refuse_query_rank(spec: AttentionSpec, settings: ConvertSettings, stored: LatentShape, refusals: list[str]) -> None:
+    if settings.q_rank is not None and spec.key_norm:
+        refusals.append("--q-rank is not possible where queries go through a norm: leave it out")
     full = min(spec.hidden_size, spec.heads * (stored.nope + stored.rope or spec.head_dim))
     if settings.q_rank is not None and settings.q_rank > full:
         refusals.append(f"--q-rank {settings.q_rank} is over the full rank {full} of the queries: the nearest is {full}")

@@ -16,6 +16,7 @@ from kvfold.convert.families import AttentionSpec, Family, family_of
 from kvfold.convert.geometry import (
     MOST_GROWTH,
     baseline_widths,
+    kept_scalars,
     latent_widths,
     rebuilds,
     refuse_query_rank,
@@ -126,6 +127,11 @@ class ConversionPlan:
         """Cached numbers per token per layer of the target, in the mean of the layers."""
         if self.design == "grouped":
             return 2 * self.kv_heads * self.spec.head_dim
+        return self.width_numbers + kept_scalars(self.spec, self.settings)
+
+    @property
+    def width_numbers(self) -> float:
+        """Latent and shared key together, in the mean of the layers: what is cached without the sizes of normed keys."""
         if self.widths:
             return sum(map(sum, self.widths)) / len(self.widths)
         return self.stored.rank + self.stored.rope
@@ -153,7 +159,7 @@ class ConversionPlan:
             return self.parameters_saved
         from kvfold.convert.budgets import widths_to_try
 
-        mean, tried = int(self.cache_numbers), widths_to_try(self)
+        mean, tried = int(self.width_numbers), widths_to_try(self)
         if self.design == "reused-key":
             without = self._latent_parameters(0, 0)
             most = without + max((self._latent_parameters(*w) - without) / sum(w) for w in tried) * mean
@@ -187,6 +193,12 @@ class ConversionPlan:
             return queries + 2 * shape.rope * spec.hidden_size + spec.heads * shape.rope * spec.hidden_size
         width = {"latent": shape.nope + rope, "reused-key": rope, "rebuilt-key": spec.head_dim}[self.design]
         total = spec.heads * width * ((self.settings.q_rank or spec.hidden_size) + spec.qkv_bias)
+        if spec.key_norm:  # the source's queries, and what maps them and sizes the keys, or the norms' weights
+            total = spec.heads * spec.head_dim * (spec.hidden_size + spec.qkv_bias)
+            if self.design == "rebuilt-key":
+                total += (spec.heads + spec.kv_heads) * spec.head_dim
+            else:
+                total += spec.heads * width * spec.head_dim + spec.kv_heads * spec.head_dim * (spec.hidden_size + spec.qkv_bias)
         total += (self.settings.q_rank or 0) * spec.hidden_size
         total += (rank + rope) * (spec.hidden_size + 1) + spec.hidden_size * (spec.heads * spec.head_dim + 1)
         if self.design == "latent":
@@ -293,6 +305,8 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
                 f"--pad-for {settings.pad_for} is not possible: {note}; give --rope-dim 64 or less and --kv-rank 512 or less"
             )
         refuse_query_rank(spec, settings, stored, refusals)
+        if spec.key_norm and settings.method in baselines.METHODS and spec.qkv_bias:
+            refusals.append(f"--method {settings.method} drops key biases, which norms behind them do not allow: leave it out")
         default, methods = "kvfold", ["kvfold", *(baselines.METHODS if settings.to == "mla" else ())]
     else:
         kv_heads = target_heads(spec, settings, refusals)
@@ -346,7 +360,8 @@ def _layout(said: dict[str, Any], spec: AttentionSpec, settings: ConvertSettings
 def _grouped_parameters(spec: AttentionSpec, kv_heads: int) -> int:
     """Of one layer's attention with so many key heads."""
     rows, heads = 2 * kv_heads * spec.head_dim, spec.heads * spec.head_dim
-    return (heads + rows) * (spec.hidden_size + spec.qkv_bias) + spec.hidden_size * (heads + spec.o_bias)
+    norms = {"": 0, "head": 2 * spec.head_dim, "whole": heads + rows // 2}[spec.key_norm]
+    return norms + (heads + rows) * (spec.hidden_size + spec.qkv_bias) + spec.hidden_size * (heads + spec.o_bias)
 
 
 def cache_dtype(config: dict[str, Any], settings: ConvertSettings) -> str:

@@ -27,7 +27,7 @@ from kvfold.errors import UserError
 from kvfold.recipes.losses import Objective
 from kvfold.recipes.recipe import Recipe
 from kvfold.surgery.designs import design, weights_of
-from kvfold.surgery.kvfold_attention import Attention, attention_of, exchange
+from kvfold.surgery.kvfold_attention import Attention, attention_of, fold_in
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -151,7 +151,7 @@ def build(folded: Folded, recipe: Recipe, frozen: torch.dtype | None, meta: bool
     causal: Any = build_on_meta(folded.source_config)
     base = causal.base_model
     for layer in range(folded.plan.spec.layers):
-        exchange(base.layers[layer], folded.attention(layer, meta))
+        fold_in(base, layer, folded.attention(layer, meta))
     fill_buffers(causal, "cpu")
     # A tensor that has two places in the checkpoint is taken from that without a factor.
     for name, origin, factor in sorted(folded.rest(), key=lambda entry: entry[2] == 1.0):

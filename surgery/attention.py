@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kvfold.surgery.kvfold_attention import Attention, Rope, attend, per_head, rotate
+from kvfold.surgery.kvfold_attention import Attention, Rope, attend, inverse_size, per_head, rotate
 
 Kind = TypeVar("Kind", bound="Weights")
 
@@ -33,6 +33,10 @@ class AttentionWeights(Weights):
     """One RoPE attention layer. Query head `h` reads key/value head `h // (H // G)`.
 
     `q` (H, D, d), `k` (G, D, d), `v` (G, D, d), `o` (H, d, D); biases (H, D), (G, D), (G, D), (d,) or None.
+
+    Where queries and keys go through an RMSNorm before they are rotated, `q_norm` and `k_norm` are its weights, (D,) for all
+    heads or (H, D) and (G, D), and `norm` (2,) holds its eps and 1 where one size counts for all heads together, else 0.
+    Scores are multiplied by `scale` (), 1/√D where it is None.
     """
 
     q: Tensor
@@ -43,6 +47,10 @@ class AttentionWeights(Weights):
     k_bias: Tensor | None = None
     v_bias: Tensor | None = None
     o_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    norm: Tensor | None = None
+    scale: Tensor | None = None
 
     @property
     def heads(self) -> int:
@@ -55,6 +63,28 @@ class AttentionWeights(Weights):
     @property
     def head_dim(self) -> int:
         return self.k.shape[1]
+
+    @property
+    def score_scale(self) -> float:
+        """What scores are multiplied by."""
+        return self.head_dim**-0.5 if self.scale is None else float(self.scale)
+
+    def rooted(self) -> "AttentionWeights":
+        """The same with scores over √D."""
+        if self.scale is None:
+            return self
+        factor = self.score_scale * self.head_dim**0.5
+        names = ("q",) if self.q_norm is None else ("q_norm",)
+        names = (*names, "q_bias") if self.q_norm is None and self.q_bias is not None else names
+        changed: dict[str, Any] = {name: getattr(self, name) * factor for name in names}
+        return replace(self, scale=None, **changed)
+
+    def states(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (H, T, D) and keys (G, T, D) before their rotation, of augmented inputs (T, d + 1)."""
+        q, k, _ = self.augmented()
+        pairs = (z @ q.to(z).mT, self.q_norm), (z @ k.to(z).mT, self.k_norm)
+        q, k = (states if weight is None else normed(states, weight.to(z), self.norm) for states, weight in pairs)
+        return q, k
 
     def augmented(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v with their biases as a last input column, for the input `[x; 1]`: (·, D, d + 1)."""
@@ -92,7 +122,10 @@ class GroupedAttention(Attention):
 
     def __init__(self, weights: AttentionWeights) -> None:
         super().__init__()
-        self.head_dim = weights.head_dim
+        self.head_dim, self.scale, self.norm = weights.head_dim, weights.score_scale, weights.norm
+        self.given_scale = weights.scale
+        if weights.q_norm is not None and weights.k_norm is not None:
+            self.q_norm, self.k_norm = nn.Parameter(weights.q_norm), nn.Parameter(weights.k_norm)
         self.q_proj = linear(weights.q.flatten(0, 1), weights.q_bias)  # (H·D, d)
         self.k_proj = linear(weights.k.flatten(0, 1), weights.k_bias)  # (G·D, d)
         self.v_proj = linear(weights.v.flatten(0, 1), weights.v_bias)  # (G·D, d)
@@ -100,7 +133,9 @@ class GroupedAttention(Attention):
 
     def heads(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
         q, k, v = (per_head(proj(x), self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return attend(rotate(q, rope).to(v), rotate(k, rope).to(v), v, mask, self.head_dim**-0.5)
+        if self.norm is not None:
+            q, k = normed(q, self.q_norm, self.norm), normed(k, self.k_norm, self.norm)
+        return attend(rotate(q, rope).to(v), rotate(k, rope).to(v), v, mask, self.scale)
 
     def weights(self) -> AttentionWeights:
         """The canonical form of the current parameters, detached: the inverse of the constructor."""
@@ -118,7 +153,22 @@ class GroupedAttention(Attention):
             k_bias=heads(self.k_proj.bias),
             v_bias=heads(self.v_proj.bias),
             o_bias=None if self.o_proj.bias is None else self.o_proj.bias.detach(),
+            q_norm=None if self.norm is None else self.q_norm.detach(),
+            k_norm=None if self.norm is None else self.k_norm.detach(),
+            norm=self.norm,
+            scale=self.given_scale,
         )
+
+
+def normed(states: Tensor, weight: Tensor, norm: Tensor | None) -> Tensor:
+    """The RMSNorm of `AttentionWeights` on (..., heads, T, D)."""
+    assert norm is not None
+    return states * inverse_size(states, *told(norm)).to(states) * weight.to(states).unsqueeze(-2)
+
+
+def told(norm: Tensor) -> tuple[float, bool]:
+    """Its eps, and whether one size counts for all heads together."""
+    return float(norm[0]), bool(norm[1])
 
 
 def _moved(tensor: Tensor, *args: Any) -> Tensor:

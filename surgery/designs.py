@@ -1,8 +1,12 @@
 """The designs whose cache is one latent: the canonical forms of MLA, MFA, MFA-KR and MLA with rebuilt keys.
 
-Shapes as in attention.py; `m` is the width of what queries read: `d`, or the rank of low-rank queries. The modules that run
-them are those of kvfold_attention.py, whose parameters carry the names under which a checkpoint of the `kvfold` layout stores
-them.
+Shapes as in attention.py; `m` is the width of what queries read: `d`, or the rank of low-rank queries, or `D` behind a norm.
+Then `q_raw` (H, D, d) and `k_raw` (G, D, d), with their biases, are the source's queries and keys, whose sizes the norm takes,
+and `norm` is that of `AttentionWeights`. Where keys are rebuilt, queries and keys are the source's by themselves, and `q_norm`
+(H, D) and `k_norm` (G, D) the norms' weights.
+
+The modules that run them are those of kvfold_attention.py, whose parameters carry the names under which a checkpoint of the
+`kvfold` layout stores them.
 """
 
 from dataclasses import dataclass
@@ -11,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvfold.surgery.attention import AttentionWeights, GroupedAttention, Weights
+from kvfold.surgery.attention import AttentionWeights, GroupedAttention, Weights, told
 from kvfold.surgery.kvfold_attention import FoldedAttention, LatentAttention, RebuiltKeyAttention, ReusedKeyAttention
 
 
@@ -34,6 +38,11 @@ class LatentWeights(Weights):
     pairs: Tensor
     q_down: Tensor | None = None
     q_bias: Tensor | None = None
+    q_raw: Tensor | None = None
+    q_raw_bias: Tensor | None = None
+    k_raw: Tensor | None = None
+    k_raw_bias: Tensor | None = None
+    norm: Tensor | None = None
     kv_bias: Tensor | None = None
     o_bias: Tensor | None = None
 
@@ -56,6 +65,11 @@ class ReusedKeyWeights(Weights):
     o: Tensor
     q_down: Tensor | None = None
     q_bias: Tensor | None = None
+    q_raw: Tensor | None = None
+    q_raw_bias: Tensor | None = None
+    k_raw: Tensor | None = None
+    k_raw_bias: Tensor | None = None
+    norm: Tensor | None = None
     k_bias: Tensor | None = None
     o_bias: Tensor | None = None
 
@@ -75,6 +89,9 @@ class RebuiltKeyWeights(Weights):
     o: Tensor
     q_down: Tensor | None = None
     q_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    norm: Tensor | None = None
     kv_bias: Tensor | None = None
     k_bias: Tensor | None = None
     o_bias: Tensor | None = None
@@ -97,8 +114,15 @@ def design(weights: FoldedWeights) -> Design:
         "value_dim": value_dim,
         "q_rank": None if weights.q_down is None else len(weights.q_down),
         "query_bias": weights.q_bias is not None,
+        "norm": None,
         "output_bias": weights.o_bias is not None,
     }
+    if weights.norm is not None:
+        raw = weights.up_k if isinstance(weights, RebuiltKeyWeights) else weights.k_raw
+        (eps, together), kv_heads = told(weights.norm), 0 if raw is None else len(raw)
+        widths["norm"] = {"kv_heads": kv_heads, "together": together, "eps": eps}
+        if not isinstance(weights, RebuiltKeyWeights):
+            widths["query_bias"] = weights.q_raw_bias is not None
     module: FoldedAttention
     with torch.device("meta"):
         if isinstance(weights, LatentWeights):
@@ -121,7 +145,19 @@ def _stored(weights: LatentWeights | ReusedKeyWeights | RebuiltKeyWeights) -> di
     held = {
         "q_a_proj.weight": weights.q_down,
         f"{last}.weight": queries.flatten(0, 1),  # (H, E, m) → (H·E, m)
-        f"{last}.bias": None if weights.q_bias is None else weights.q_bias.flatten(),
+        f"{last}.bias": flat(weights.q_bias),
+    }
+    if isinstance(weights, RebuiltKeyWeights):
+        held |= {"q_norm": weights.q_norm, "k_norm": weights.k_norm}
+    elif weights.q_raw is not None:
+        held = {
+            "q_maps": queries,
+            "q_proj.weight": weights.q_raw.flatten(0, 1),
+            "q_proj.bias": flat(weights.q_raw_bias),
+            "sizing_proj.weight": flat(weights.k_raw, 1),
+            "sizing_proj.bias": flat(weights.k_raw_bias),
+        }
+    held |= {
         "o_proj.weight": weights.o.permute(1, 0, 2).flatten(1),  # (H, d, D) → (d, H·D)
         "o_proj.bias": weights.o_bias,
     }
@@ -146,10 +182,20 @@ def _stored(weights: LatentWeights | ReusedKeyWeights | RebuiltKeyWeights) -> di
             "kv_a_proj.weight": weights.down,
             "kv_a_proj.bias": weights.kv_bias,
             "k_b_proj.weight": weights.up_k.flatten(0, 1),  # (G·D, r)
-            "k_b_proj.bias": None if weights.k_bias is None else weights.k_bias.flatten(),
+            "k_b_proj.bias": flat(weights.k_bias),
             "v_b_proj.weight": weights.up_v.flatten(0, 1),
         }
     return {name: tensor.contiguous() for name, tensor in held.items() if tensor is not None}
+
+
+def flat(tensor: Tensor | None, last: int = -1) -> Tensor | None:
+    """(heads, rows, …) → (heads·rows, …)."""
+    return None if tensor is None else tensor.flatten(0, last)
+
+
+def cut(tensor: Tensor | None, width: int) -> Tensor | None:
+    """The inverse of `flat`."""
+    return None if tensor is None else tensor.unflatten(0, (-1, width))
 
 
 def weights_of(module: nn.Module) -> FoldedWeights:
@@ -159,13 +205,21 @@ def weights_of(module: nn.Module) -> FoldedWeights:
     assert isinstance(module, FoldedAttention)
     held = {name: tensor.detach() for name, tensor in module.state_dict().items()}
     last, width = "q_b_proj" if "q_a_proj.weight" in held else "q_proj", module.value_dim
-    queries, bias = held[f"{last}.weight"].unflatten(0, (-1, module.query_width)), held.get(f"{last}.bias")
     shared: dict[str, Any] = {
         "q_down": held.get("q_a_proj.weight"),
-        "q_bias": None if bias is None else bias.unflatten(0, (-1, module.query_width)),
+        "q_bias": None if "q_maps" in held else cut(held.get(f"{last}.bias"), module.query_width),
         "o": held["o_proj.weight"].unflatten(1, (-1, width)).permute(1, 0, 2),  # (d, H·D) → (H, d, D)
         "o_bias": held.get("o_proj.bias"),
     }
+    if module.norm is not None:
+        eps, together = module.norm["eps"], float(module.norm["together"])
+        shared["norm"] = torch.tensor([eps, together], dtype=torch.float64, device=held["o_proj.weight"].device)
+    if "q_maps" in held:
+        queries = held["q_maps"]
+        raw = {"q_raw": "q_proj.weight", "q_raw_bias": "q_proj.bias", "k_raw": "sizing_proj.weight"}
+        shared |= {field: cut(held.get(name), width) for field, name in {**raw, "k_raw_bias": "sizing_proj.bias"}.items()}
+    else:
+        queries = held[f"{last}.weight"].unflatten(0, (-1, module.query_width))
     if isinstance(module, LatentAttention):
         down, k_rope = held["kv_a_proj.weight"].split([module.rank, module.rope_dim])
         q_nope, q_rope = queries.split([module.nope, module.rope_dim], 1)
@@ -183,13 +237,14 @@ def weights_of(module: nn.Module) -> FoldedWeights:
             k_bias=held.get("k_proj.bias"),
             **shared,
         )
-    k_bias = held.get("k_b_proj.bias")
     return RebuiltKeyWeights(
         queries,
         down=held["kv_a_proj.weight"],
         up_k=held["k_b_proj.weight"].unflatten(0, (-1, width)),
         up_v=held["v_b_proj.weight"].unflatten(0, (-1, width)),
         kv_bias=held.get("kv_a_proj.bias"),
-        k_bias=None if k_bias is None else k_bias.unflatten(0, (-1, width)),
+        k_bias=cut(held.get("k_b_proj.bias"), width),
+        q_norm=held.get("q_norm"),
+        k_norm=held.get("k_norm"),
         **shared,
     )

@@ -6,6 +6,7 @@ A fold has three steps: choose which key heads share one (`neighbours`, `similar
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from kvfold.surgery.lowrank import power_and_inverse, top_eigenvectors
 from kvfold.surgery.rope import from_complex, to_complex
 
 Groups = list[list[int]]
+BIASES = ("q_bias", "k_bias", "v_bias")
 
 
 def neighbours(kv_heads: int, target: int) -> Groups:
@@ -67,19 +69,15 @@ def permute_heads(weights: AttentionWeights, groups: Groups) -> AttentionWeights
     per = weights.heads // weights.kv_heads
     queries = (order[:, None] * per + torch.arange(per, device=order.device)).flatten()
 
-    def pick(tensor: Tensor | None, index: Tensor) -> Tensor | None:
+    def pick(name: str, index: Tensor) -> Tensor | None:
+        tensor: Tensor | None = getattr(weights, name)
         return None if tensor is None else tensor[index]
 
-    return AttentionWeights(
-        q=weights.q[queries],
-        k=weights.k[order],
-        v=weights.v[order],
-        o=weights.o[queries],
-        q_bias=pick(weights.q_bias, queries),
-        k_bias=pick(weights.k_bias, order),
-        v_bias=pick(weights.v_bias, order),
-        o_bias=weights.o_bias,
-    )
+    norms = () if weights.k_norm is None or weights.k_norm.ndim == 1 else ("q_norm", "k_norm")
+    moved: dict[str, Any] = {
+        name: pick(name, queries if name[0] in "qo" else order) for name in ("q", "k", "v", "o", *BIASES, *norms)
+    }
+    return replace(weights, **moved)
 
 
 def _pooled(weights: AttentionWeights, pool: Callable[[Tensor], Tensor]) -> AttentionWeights:
@@ -154,7 +152,11 @@ def pca(weights: AttentionWeights, target: int, moment: Tensor | None, generator
 
 
 def pca_candidates(
-    weights: AttentionWeights, target: int, moment: Tensor | None, powers: Iterable[tuple[float, float]]
+    weights: AttentionWeights,
+    target: int,
+    moment: Tensor | None,
+    powers: Iterable[tuple[float, float]],
+    phases_only: bool = False,
 ) -> Iterator[tuple[str, AttentionWeights]]:
     """The best shared key per frequency and the best shared value subspace, absorbed into W_Q and W_O.
 
@@ -164,7 +166,8 @@ def pca_candidates(
     matrix. Both are exact where the group's heads really share one; `E` is over `moment`, or over white inputs without.
 
     Theory says a = b = 1; neither is always best, because a head that attends diffusely averages its error away. So
-    each `(a, b)` of `powers` is a candidate, yielded with a label, for the caller to measure.
+    each `(a, b)` of `powers` is a candidate, yielded with a label, for the caller to measure. With `phases_only` queries are
+    turned and never scaled, as where a norm stands behind them.
     """
     q, k, v = weights.augmented()
     moment = _moment(k, moment)
@@ -191,6 +194,7 @@ def pca_candidates(
         scale = _ratio(before, power).sqrt()[..., None]  # a gauge: keep keys' size
         key = scale * (read[..., None, :] @ pairs)[..., 0, :]  # (G', D/2, n)
         gain = (shared.conj() / weight / scale).transpose(1, 2).flatten(0, 1)  # (G, D/2)
+        gain = _unit(gain) if phases_only else gain
 
         root, inverse = power_and_inverse(importance, b / 2)
         left = torch.stack([torch.block_diag(*block) for block in grouped(root)])  # (G', m·D, m·D)
@@ -221,11 +225,16 @@ PCA_POWERS = tuple((a, b) for a in (0.5, 0.0, 1.0) for b in (0.0, 0.5, 1.0))
 
 
 def candidates(
-    method: str, weights: AttentionWeights, target: int, moment: Tensor | None, generator: torch.Generator
+    method: str,
+    weights: AttentionWeights,
+    target: int,
+    moment: Tensor | None,
+    generator: torch.Generator,
+    phases_only: bool = False,
 ) -> Iterator[tuple[str, AttentionWeights]]:
     """What `method` has to offer for one layer, each with a label: several for `pca`, one for the others."""
     if method == "pca":
-        yield from pca_candidates(weights, target, moment, PCA_POWERS)
+        yield from pca_candidates(weights, target, moment, PCA_POWERS, phases_only)
     else:
         yield method, METHODS[method](weights, target, moment, generator)
 

@@ -8,6 +8,13 @@ heals and trains. A module stands in the place of a transformers attention and i
 - `reused-key`: MFA-KR (2412.19255). Cached: the key before its rotation, `C` numbers; it is turned when it is read.
 - `rebuilt-key`: a latent of `r` numbers from which all keys and values are rebuilt at every step.
 
+Where the source's queries and keys go through an RMSNorm, a normed key is a linear one times a scalar per token and key head.
+The scalars are cached beside the latent and multiply the scores, so that the rest stays as it is; `norm` says of it
+
+- `kv_heads`: key heads of the source, whose sizes are taken;
+- `together`: whether one size counts for all heads, as in OLMo 2, or each has its own;
+- `eps`: what is added to the mean square.
+
 Shapes: B batch, T new tokens, S cached and new tokens, H query heads, G key heads, D head width, d hidden size.
 """
 
@@ -36,16 +43,28 @@ def pick(rope: Rope, pairs: Tensor) -> Rope:
     return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def inverse_size(states: Tensor, eps: float, together: bool = False) -> Tensor:
+    """What an RMSNorm multiplies states (..., heads, T, D) by: (..., heads, T, 1), or (..., 1, T, 1) for all heads together."""
+    exact = states.to(torch.promote_types(states.dtype, torch.float32))
+    return (exact.square().mean((-3, -1) if together else -1, keepdim=True) + eps).rsqrt()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, gains: Tensor | None = None) -> Tensor:
     """Queries (B, H, T, E) over keys (B, G, S, E) and values (B, G, S, F) → (B, H, T, F), scores times `scale`.
 
-    Keys or values of a single head serve all, and are not repeated where queries are few. `mask` is transformers': boolean or additive, (B, 1, T, S), None for causal.
+    Keys or values of a single head serve all, and are not repeated where queries are few. `gains` (B, G', S, 1) multiply the
+    scores of every key, by head or for groups of heads. `mask` is transformers': boolean or additive, (B, 1, T, S), None for
+    causal.
     """
-    tokens, groups = q.shape[2], max(k.shape[1], v.shape[1])
+    tokens = q.shape[2]
+    groups = max(t.shape[1] for t in (k, v, gains) if t is not None)
     k, v = (t.expand(-1, groups, -1, -1) for t in (k, v))
+    if gains is not None:
+        gains = gains.repeat_interleave(groups // gains.shape[1], 1).to(k)
     # Written out where it is trained too: the backward pass of PyTorch's fused CPU kernel takes twice as long in bf16.
     if tokens > 1 and not (q.requires_grad and q.device.type == "cpu"):
         heads, widest = q.shape[1], max(q.shape[-1], v.shape[-1])  # the fused kernels take one number and one width only
+        k = k if gains is None else k * gains
         q, k, padded = (F.pad(part, (0, widest - part.shape[-1])) for part in (q, k, v))
         if groups == 1:
             k, padded = (t.expand(-1, heads, -1, -1) for t in (k, padded))
@@ -54,6 +73,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
         return F.scaled_dot_product_attention(q, k, padded, mask, is_causal=mask is None, scale=scale)[..., : v.shape[-1]]
     grouped = (q * scale).unflatten(1, (groups, -1)).flatten(2, 3)  # (B, G, H/G·T, E)
     scores = (grouped @ k.mT).unflatten(2, (-1, tokens))  # (B, G, H/G, T, S)
+    scores = scores if gains is None else scores * gains[:, :, None].mT
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if mask is None and tokens > 1:
         mask = torch.ones(tokens, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - tokens)
@@ -82,6 +102,7 @@ class Attention(nn.Module):
     layer_idx = 0
     """Its place in the cache."""
     o_proj: nn.Linear
+    rotary_emb: Any
 
     def forward(
         self,
@@ -103,7 +124,13 @@ class Attention(nn.Module):
 
 
 class FoldedAttention(Attention):
-    """What the designs share: `q_proj`, or `q_a_proj` and `q_b_proj` when queries are of low rank, and `o_proj`."""
+    """What the designs share: `q_proj`, or `q_a_proj` and `q_b_proj` when queries are of low rank, and `o_proj`.
+
+    Behind a norm `q_proj` gives the source's queries, and `q_maps` make of each what the design wants.
+    """
+
+    keeps_gains = True
+    """Whether a norm's scalars are cached; else keys are whole when they are read, and normed then."""
 
     def __init__(
         self,
@@ -114,10 +141,21 @@ class FoldedAttention(Attention):
         q_rank: int | None,
         query_bias: bool,
         output_bias: bool,
+        norm: dict[str, Any] | None,
     ) -> None:
         super().__init__()
         self.query_width, self.value_dim, self.scale = query_width, value_dim, query_width**-0.5
-        if q_rank is None:
+        self.norm, self.gains = norm, 0
+        if norm is not None:
+            self.q_proj = nn.Linear(hidden, heads * value_dim, bias=query_bias)
+            if self.keeps_gains:
+                self.gains = 1 if norm["together"] else norm["kv_heads"]
+                self.q_maps = nn.Parameter(torch.zeros(heads, query_width, value_dim))
+                self.sizing_proj = nn.Linear(hidden, norm["kv_heads"] * value_dim, bias=query_bias)
+            else:
+                self.q_norm = nn.Parameter(torch.ones(heads, value_dim))
+                self.k_norm = nn.Parameter(torch.ones(norm["kv_heads"], value_dim))
+        elif q_rank is None:
             self.q_proj = nn.Linear(hidden, heads * query_width, bias=query_bias)
         else:
             self.q_a_proj = nn.Linear(hidden, q_rank, bias=False)
@@ -126,8 +164,31 @@ class FoldedAttention(Attention):
 
     def queries(self, x: Tensor) -> Tensor:
         """(B, T, d) → (B, H, T, E)."""
-        q = self.q_b_proj(self.q_a_proj(x)) if hasattr(self, "q_a_proj") else self.q_proj(x)
-        return q.unflatten(-1, (-1, self.query_width)).transpose(1, 2)
+        if self.norm is None:
+            return per_head(self.q_b_proj(self.q_a_proj(x)) if hasattr(self, "q_a_proj") else self.q_proj(x), self.query_width)
+        q = self.sized(per_head(self.q_proj(x), self.value_dim))
+        return q @ self.q_maps.mT.to(q) if self.keeps_gains else q * self.q_norm[:, None].to(q)
+
+    def sized(self, states: Tensor) -> Tensor:
+        """(B, heads, T, D) over their size, as the norm takes it."""
+        norm = self.norm or {}
+        return states * inverse_size(states, norm["eps"], norm["together"]).to(states)
+
+    def with_gains(self, x: Tensor, states: Tensor) -> Tensor:
+        """What is cached of new tokens: (B, 1, T, E), and behind it a norm's scalars (B, 1, T, G)."""
+        if not self.gains:
+            return states
+        norm = self.norm or {}
+        raw = per_head(self.sizing_proj(x), self.value_dim)
+        gains = inverse_size(raw, norm["eps"], norm["together"]).to(states)
+        return torch.cat([states, gains.transpose(1, 3)], -1)
+
+    def without_gains(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, 1, S, E + G) → states (B, 1, S, E) and gains (B, G, S, 1)."""
+        if not self.gains:
+            return states, None
+        states, gains = states.split([states.shape[-1] - self.gains, self.gains], dim=-1)
+        return states, gains.transpose(1, 3)
 
     def cached(self, states: Tensor, cache: Any) -> Tensor:
         """Put (B, 1, T, E) into the cache, as keys without values → (B, 1, S, E)."""
@@ -167,8 +228,9 @@ class LatentAttention(FoldedAttention):
         query_bias: bool = False,
         cache_bias: bool = True,
         output_bias: bool = True,
+        norm: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(hidden, heads, nope_dim + rope_dim, value_dim, q_rank, query_bias, output_bias)
+        super().__init__(hidden, heads, nope_dim + rope_dim, value_dim, q_rank, query_bias, output_bias, norm)
         self.rank, self.rope_dim, self.nope = rank, rope_dim, nope_dim
         self.kv_a_proj = nn.Linear(hidden, rank + rope_dim, bias=cache_bias)
         self.kv_b_proj = nn.Linear(rank, heads * (nope_dim + value_dim), bias=False)
@@ -179,7 +241,8 @@ class LatentAttention(FoldedAttention):
         q_nope, q_rope = self.queries(x).split([self.nope, self.rope_dim], dim=-1)  # (B, H, T, N), (B, H, T, R)
         latent, key = self.kv_a_proj(x)[:, None].split([self.rank, self.rope_dim], dim=-1)
         q_rope, key = (rotate(part, tables).to(latent) for part in (q_rope, key))
-        keys = self.cached(torch.cat([latent, key], -1), cache)  # (B, 1, S, r + R)
+        keys = self.cached(self.with_gains(x, torch.cat([latent, key], -1)), cache)
+        keys, gains = self.without_gains(keys)  # (B, 1, S, r + R)
         # Products per key and head: in the latent T·(2r + R), expanded T·(N + R + D) and once r·(N + D).
         tokens, expanded = x.shape[1], self.nope + self.value_dim
         if cache is not None and (self.nope == 0 or tokens * (2 * self.rank - expanded) <= self.rank * expanded):
@@ -187,12 +250,12 @@ class LatentAttention(FoldedAttention):
             up_k, up_v = up.split([self.nope, self.value_dim], 1)
             q = torch.cat([q_nope @ up_k, q_rope], -1) if self.nope else q_rope  # (B, H, T, r + R), or R
             read = keys if self.nope else keys[..., self.rank :]
-            return attend(q, read, keys[..., : self.rank], mask, self.scale) @ up_v.mT  # (B, H, T, r) → (B, H, T, D)
+            return attend(q, read, keys[..., : self.rank], mask, self.scale, gains) @ up_v.mT  # (B, H, T, r) → (B, H, T, D)
         latent, key = keys.split([self.rank, self.rope_dim], dim=-1)
         # Through the modules, not their matrices: adapters and sharding wrap them.
         k, v = per_head(self.kv_b_proj(latent[:, 0]), expanded).split([self.nope, self.value_dim], dim=-1)
         k = torch.cat([k, key.expand(-1, k.shape[1], -1, -1)], -1)
-        return attend(torch.cat([q_nope, q_rope], -1), k, v, mask, self.scale)
+        return attend(torch.cat([q_nope, q_rope], -1), k, v, mask, self.scale, gains)
 
 
 class ReusedKeyAttention(FoldedAttention):
@@ -211,8 +274,9 @@ class ReusedKeyAttention(FoldedAttention):
         query_bias: bool = False,
         cache_bias: bool = True,
         output_bias: bool = True,
+        norm: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(hidden, heads, rope_dim, value_dim, q_rank, query_bias, output_bias)
+        super().__init__(hidden, heads, rope_dim, value_dim, q_rank, query_bias, output_bias, norm)
         self.k_proj = nn.Linear(hidden, rope_dim, bias=cache_bias)
         self.reuse_proj = nn.Linear(rope_dim, rope_dim, bias=False)
         self.alpha = nn.Parameter(torch.ones(rope_dim))
@@ -220,12 +284,13 @@ class ReusedKeyAttention(FoldedAttention):
         self.register_buffer("rope_pairs", torch.arange(rope_dim // 2))
 
     def heads(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
-        key, new, every = self.extended(self.k_proj(x)[:, None], rope, cache)
+        key, new, every = self.extended(self.with_gains(x, self.k_proj(x)[:, None]), rope, cache)
+        key, gains = self.without_gains(key)
         q, k = (rotate(part, pick(at, self.rope_pairs)).to(key) for part, at in ((self.queries(x), new), (key, every)))
         if cache is None:
             value = key[:, 0] + self.alpha.to(key) * self.reuse_proj(key[:, 0])
-            return attend(q, k, per_head(self.v_b_proj(value), self.value_dim), mask, self.scale)
-        mixed = attend(q, k, key, mask, self.scale)  # (B, H, T, C)
+            return attend(q, k, per_head(self.v_b_proj(value), self.value_dim), mask, self.scale, gains)
+        mixed = attend(q, k, key, mask, self.scale, gains)  # (B, H, T, C)
         mixed = mixed + self.alpha * self.reuse_proj(mixed)
         return mixed @ matrix(self.v_b_proj, key.shape[-1], key).unflatten(0, (-1, self.value_dim)).mT  # (B, H, T, D)
 
@@ -233,7 +298,7 @@ class ReusedKeyAttention(FoldedAttention):
 class RebuiltKeyAttention(FoldedAttention):
     """All keys and values come from the latent again at every step, so that RoPE is the source's: r·G·D products per token."""
 
-    turns_when_read = True
+    turns_when_read, keeps_gains = True, False
 
     def __init__(
         self,
@@ -247,8 +312,9 @@ class RebuiltKeyAttention(FoldedAttention):
         cache_bias: bool = True,
         key_bias: bool = True,
         output_bias: bool = True,
+        norm: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(hidden, heads, value_dim, value_dim, q_rank, query_bias, output_bias)
+        super().__init__(hidden, heads, value_dim, value_dim, q_rank, query_bias, output_bias, norm)
         self.kv_a_proj = nn.Linear(hidden, rank, bias=cache_bias)
         self.k_b_proj = nn.Linear(rank, kv_heads * value_dim, bias=key_bias)
         self.v_b_proj = nn.Linear(rank, kv_heads * value_dim, bias=False)
@@ -256,6 +322,8 @@ class RebuiltKeyAttention(FoldedAttention):
     def heads(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
         latent, new, every = self.extended(self.kv_a_proj(x)[:, None], rope, cache)
         k, v = (per_head(proj(latent[:, 0]), self.value_dim) for proj in (self.k_b_proj, self.v_b_proj))
+        if self.norm is not None:
+            k = self.sized(k) * self.k_norm[:, None].to(k)
         return attend(rotate(self.queries(x), new).to(v), rotate(k, every).to(v), v, mask, self.scale)
 
 
@@ -286,6 +354,13 @@ def exchange(layer: nn.Module, attention: nn.Module) -> nn.Module:
     attention.layer_idx = before.layer_idx
     setattr(layer, _place(layer), attention)
     return before
+
+
+def fold_in(base: Any, number: int, attention: Any) -> None:
+    """Put an attention into layer `number` of a model without its head, with all that it needs to run there with a cache."""
+    if attention.turns_when_read:
+        attention.rotary_emb = type(base.rotary_emb)(base.config)
+    exchange(base.layers[number], attention)
 
 
 def _place(layer: nn.Module) -> str:

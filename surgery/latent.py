@@ -85,13 +85,12 @@ def attention_seen(weights: AttentionWeights, x: Tensor, rope: Rope) -> tuple[Te
     queries of all heads give each token.
     """
     tokens = x.shape[1]
-    q, k, _ = weights.augmented()
-    q, k = q.to(x), k.to(x).repeat_interleave(weights.heads // weights.kv_heads, 0)
     places = torch.arange(tokens, device=x.device)
     distance = places[:, None] - places
     lags, received = x.new_zeros(weights.heads, tokens), x.new_zeros(x.shape[:2])
     for row, z in enumerate(torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)):
-        scores = rotate(z @ q.mT, rope) @ rotate(z @ k.mT, rope).mT * weights.head_dim**-0.5  # (H, T, T)
+        q, k = (rotate(states, rope) for states in weights.states(z))
+        scores = q @ k.repeat_interleave(weights.heads // weights.kv_heads, 0).mT * weights.score_scale  # (H, T, T)
         attention = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
         received[row] = attention.sum((0, 1))
         attention[:, :, 0] = 0

@@ -20,12 +20,13 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 
 import kvfold.convert.layouts.modeling_kvfold  # noqa: F401 — registers our layout with transformers
 from kvfold.cli import main
 
-FAMILIES = ("llama", "llama3", "mistral", "qwen2")
+FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen3")
 """`llama3` is llama with the RoPE scaling of Llama 3.1."""
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -51,8 +52,8 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
         "tie_word_embeddings": False,
     }
     own: dict[str, dict[str, Any]] = {"llama3": {"rope_parameters": LLAMA3_ROPE}, "mistral": {"sliding_window": None}}
-    kind = {"llama": LlamaConfig, "llama3": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}[family]
-    return kind(**{**values, **own.get(family, {}), **changes})
+    kind = {"llama": LlamaConfig, "llama3": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+    return kind[family](**{**values, **own.get(family, {}), **changes})
 
 
 def save_model(
@@ -68,7 +69,9 @@ def save_model(
     model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "self_attn" in name and "o_proj.weight" not in name:
+            if "_norm" in name and "self_attn" in name:
+                parameter.uniform_(0.3, 3.0)
+            elif "self_attn" in name and "o_proj.weight" not in name:
                 parameter.normal_(std=0.3)  # biases too, which begin at zero
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     return folder

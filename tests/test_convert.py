@@ -34,6 +34,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("llama3", {}),
     ("mistral", {}),
     ("qwen2", {}),
+    ("qwen3", {}),
+    ("qwen3", {"num_key_value_heads": 4, "attention_bias": True}),
 ]
 IDS = torch.randint(128, (2, 40), generator=torch.Generator().manual_seed(9))
 

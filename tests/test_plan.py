@@ -486,7 +486,7 @@ def test_settings_name_every_mistake() -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model_type": "qwen3"}, "What stands in the way: queries and keys go through norms before they meet. Known: llama"),
+        ({"model_type": "exaone4"}, "What stands in the way: queries and keys go through norms before they meet. Known: llama"),
         ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, "its attention is MLA already"),
         ({"model_type": "gemma2", "attn_logit_softcapping": 50.0}, "its attention scores are soft-capped"),
         ({"model_type": "llava", "text_config": {"model_type": "llama"}}, "one part of several (text_config)"),

@@ -37,6 +37,8 @@ FOLDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "mfa": ("qwen2", {}, {"to": "mfa", "width": 10, "layer_budgets": "measured"}),
     "mfa-kr": ("llama", {"tie_word_embeddings": True}, {"to": "mfa-kr", "width": 20, "q_rank": 48}),
     "rebuilt": ("mistral", {}, {"to": "mla", "kv_rank": 20, "keys": "rebuilt"}),
+    "normed": ("qwen3", {}, {"to": "mla", "kv_rank": 20, "rope_dim": 12}),
+    "normed-gqa": ("qwen3", {}, {"to": "gqa", "kv_heads": 2}),
 }
 """Family, changes to its config, and how it is folded."""
 SHORT = ["tokens=3072", "batch=4", "micro_batch=2", "eval_every=6", "eval_tokens=256", "log_every=1", "bf16=false"]

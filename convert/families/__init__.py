@@ -1,15 +1,11 @@
-"""Source families as data. To add one: write a file like `llama.py` and list it here and in tests/test_families.py."""
+"""Source families as data, in known.py."""
 
 from typing import Any
 
 from kvfold.convert.families.base import AttentionSpec, Family, Rope
-from kvfold.convert.families.llama import LLAMA
-from kvfold.convert.families.mistral import MISTRAL
-from kvfold.convert.families.qwen2 import QWEN2
+from kvfold.convert.families.known import FAMILIES
 from kvfold.convert.families.unknown import describe
 from kvfold.errors import UserError
-
-FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2)}
 
 __all__ = ["FAMILIES", "AttentionSpec", "Family", "Rope", "family_of"]
 

@@ -1,8 +1,8 @@
 """What a family file says, and what kvfold reads out of a config.json with it."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,16 @@ from kvfold.errors import UserError
 from kvfold.surgery.attention import AttentionWeights
 
 ROLES = ("q", "k", "v", "o")
+
+
+def no_windows(said: dict[str, Any]) -> list[int | None]:
+    """Every layer looks back over all tokens."""
+    return [None] * said["num_hidden_layers"]
+
+
+def windows_by_kind(said: dict[str, Any]) -> list[int | None]:
+    """Layers that `layer_types` calls sliding look back over `sliding_window`."""
+    return [said["sliding_window"] if kind == "sliding_attention" else None for kind in said["layer_types"]]
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,9 @@ class AttentionSpec:
         qkv_bias, o_bias: which projections carry a bias.
         norm_eps: eps of every RMSNorm.
         tied: the output embedding is the input embedding.
+        key_norm: what of queries and keys an RMSNorm before their rotation takes: "" for none, "head" for each head by itself,
+            "whole" for all of them together.
+        score_scale: what scores are multiplied by, None for one over the root of the head width.
     """
 
     hidden_size: int
@@ -60,6 +73,13 @@ class AttentionSpec:
     tied: bool
     norm_eps: float
     full_layers: int = 0
+    key_norm: str = ""
+    score_scale: float | None = None
+
+    @property
+    def key_scalars(self) -> int:
+        """Numbers per token that a normed key's size takes."""
+        return {"": 0, "head": self.kv_heads, "whole": 1}[self.key_norm]
 
     @property
     def cache_numbers(self) -> int:
@@ -74,24 +94,33 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class Family:
-    """A source architecture: which tensor plays which role, and which biases there are.
+    """A source architecture: which tensor plays which role, which biases and norms there are, what scores are multiplied by.
 
-    What is read from a config is read from one that `convert.config.resolve` has completed.
+    What is read from a config is read from one that `convert.config.resolve` has completed. What a family leaves out is as in
+    Llama, or as the keys of transformers' configs say that many families share.
 
     Attributes:
-        projections: role (q, k, v, o) → module name, `{layer}` standing for the layer's number.
-        layer_prefix: what the names of a decoder layer's tensors begin with.
+        layer_prefix: what the names of a decoder layer's tensors begin with, `{layer}` standing for the layer's number.
+        attention: what a layer calls its attention.
+        modules: role (q, k, v, o, and q_norm and k_norm where there are norms) → module of the attention.
         qkv_bias, o_bias: read from a config whether these projections carry a bias.
         windows: read from a config how many tokens each layer looks back (None: all).
+        key_norm: see `AttentionSpec`.
+        norm_offset: what is added to the stored weight of every norm.
+        score_scale: see `AttentionSpec`.
     """
 
     model_type: str
     architecture: str
-    layer_prefix: str
-    projections: dict[str, str]
-    qkv_bias: Callable[[dict[str, Any]], bool]
-    o_bias: Callable[[dict[str, Any]], bool]
-    windows: Callable[[dict[str, Any]], list[int | None]]
+    layer_prefix: str = "model.layers.{layer}."
+    attention: str = "self_attn"
+    modules: Mapping[str, str] = field(default_factory=lambda: {role: f"{role}_proj" for role in ROLES})
+    qkv_bias: Callable[[dict[str, Any]], bool] = lambda said: bool(said.get("attention_bias"))
+    o_bias: Callable[[dict[str, Any]], bool] = lambda said: bool(said.get("attention_bias"))
+    windows: Callable[[dict[str, Any]], list[int | None]] = no_windows
+    key_norm: str = ""
+    norm_offset: float = 0.0
+    score_scale: Callable[[dict[str, Any]], float | None] = lambda said: None
 
     def spec(self, config: dict[str, Any]) -> AttentionSpec:
         """Read the geometry from config.json, as transformers reads it.
@@ -121,6 +150,8 @@ class Family:
             norm_eps=said["rms_norm_eps"],
             tied=said["tie_word_embeddings"],
             full_layers=windows.count(None) if narrow else 0,
+            key_norm=self.key_norm,
+            score_scale=self.score_scale(said),
         )
 
     def _refuse_other(self, config: dict[str, Any]) -> None:
@@ -142,22 +173,41 @@ class Family:
         return Rope(parameters["rope_type"], float(parameters["rope_theta"]), others)
 
     def names(self, layer: int, spec: AttentionSpec) -> dict[str, str]:
-        """Role → tensor name in one layer; biases as `q_bias`, … where the source has them."""
-        names = {role: self.projections[role].format(layer=layer) + ".weight" for role in ROLES}
+        """Role → tensor name in one layer; biases as `q_bias`, … where the source has them, and norms as `q_norm`, `k_norm`."""
+        prefix = self.attention_prefix(layer)
+        names = {role: f"{prefix}{module}.weight" for role, module in self.modules.items()}
         for role in ROLES:
             if spec.o_bias if role == "o" else spec.qkv_bias:
-                names[f"{role}_bias"] = self.projections[role].format(layer=layer) + ".bias"
+                names[f"{role}_bias"] = f"{prefix}{self.modules[role]}.bias"
         return names
+
+    def attention_prefix(self, layer: int) -> str:
+        """What the names of the attention's tensors begin with."""
+        return f"{self.layer_prefix.format(layer=layer)}{self.attention}."
 
     def lift(self, tensors: dict[str, torch.Tensor], spec: AttentionSpec) -> AttentionWeights:
         """Tensors by role, as stored, → canonical form. Raises UserError when a shape contradicts the config."""
         heads = {"q": spec.heads, "k": spec.kv_heads, "v": spec.kv_heads}
         wanted: dict[str, tuple[int, ...]] = {role: (n * spec.head_dim, spec.hidden_size) for role, n in heads.items()}
         wanted |= {f"{role}_bias": (n * spec.head_dim,) for role, n in heads.items()}
+        wanted |= {f"{role}_norm": (spec.head_dim * (n if spec.key_norm == "whole" else 1),) for role, n in heads.items()}
         wanted |= {"o": (spec.hidden_size, spec.heads * spec.head_dim), "o_bias": (spec.hidden_size,)}
         for role, tensor in tensors.items():
             if tuple(tensor.shape) != wanted[role]:
                 raise UserError(f"the {role} tensor has shape {tuple(tensor.shape)}, but config.json means {wanted[role]}")
-        split = {r: t if r in ("o", "o_bias") else t.unflatten(0, (-1, spec.head_dim)) for r, t in tensors.items()}
+        each = spec.key_norm == "head"  # then norms have no heads to be split into
+        whole = ("o", "o_bias", *(("q_norm", "k_norm") if each else ()))
+        split = {r: t if r in whole else t.unflatten(0, (-1, spec.head_dim)) for r, t in tensors.items()}
         split["o"] = split["o"].unflatten(1, (-1, spec.head_dim)).permute(1, 0, 2)  # (d, H·D) → (H, d, D)
+        for role in {"q_norm", "k_norm"} & split.keys():
+            split[role] = split[role] + self.norm_offset
+        if spec.key_norm:
+            split["norm"] = torch.tensor([spec.norm_eps, float(not each)], dtype=torch.float64)
+        if spec.score_scale is not None:
+            split["scale"] = torch.tensor(spec.score_scale, dtype=torch.float64)
         return AttentionWeights(**split)
+
+    def stored_norms(self, weights: AttentionWeights) -> dict[str, torch.Tensor]:
+        """The norms' weights by role, as they are stored."""
+        held = {"q_norm": weights.q_norm, "k_norm": weights.k_norm}
+        return {role: weight.flatten() - self.norm_offset for role, weight in held.items() if weight is not None}

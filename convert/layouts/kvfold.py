@@ -43,7 +43,8 @@ def widths(plan: ConversionPlan, layer: int) -> dict[str, Any]:
         "rebuilt-key": {"rank": rank, "kv_heads": spec.kv_heads},
     }[plan.design]
     shared = {"heads": spec.heads, "value_dim": spec.head_dim, "q_rank": plan.q_rank, "query_bias": spec.qkv_bias}
-    return {"design": plan.design, **shape, **shared}
+    norm = {"kv_heads": spec.kv_heads, "together": spec.key_norm == "whole", "eps": spec.norm_eps}
+    return {"design": plan.design, **shape, **shared, **({"norm": norm} if spec.key_norm else {})}
 
 
 def tensor_specs(reader: CheckpointReader, plan: ConversionPlan, dtype: torch.dtype | None) -> list[TensorSpec]:
@@ -51,15 +52,10 @@ def tensor_specs(reader: CheckpointReader, plan: ConversionPlan, dtype: torch.dt
 
     def of_layer(layer: int, kind: torch.dtype) -> list[TensorSpec]:
         held = blank(plan, layer).state_dict()
-        return [
-            TensorSpec(prefix(layer) + n, kind if t.is_floating_point() else t.dtype, tuple(t.shape)) for n, t in held.items()
-        ]
+        prefix = plan.family.attention_prefix(layer)
+        return [TensorSpec(prefix + n, kind if t.is_floating_point() else t.dtype, tuple(t.shape)) for n, t in held.items()]
 
     return in_place_of_attention(reader, plan, dtype, of_layer)
-
-
-def prefix(layer: int) -> str:
-    return f"model.layers.{layer}.self_attn."
 
 
 def blank(plan: ConversionPlan, layer: int) -> FoldedAttention:
@@ -73,20 +69,23 @@ def tensors(weights: FoldedWeights, layer: int, plan: ConversionPlan) -> dict[st
     """The design's parameters by name; zeros for a bias that it does without."""
     held = design(weights).state_dict()
     wanted = blank(plan, layer).state_dict()
-    return {prefix(layer) + n: held[n] if n in held else torch.zeros(t.shape) for n, t in wanted.items()}
+    return {plan.family.attention_prefix(layer) + n: held[n] if n in held else torch.zeros(t.shape) for n, t in wanted.items()}
 
 
 def lift(tensors: dict[str, Tensor], plan: ConversionPlan) -> FoldedWeights:
     """The inverse of `tensors`."""
-    layer = int(next(iter(tensors)).split(".")[2])
+    layer = int(next(part for part in next(iter(tensors)).split(".") if part.isdecimal()))
     module = blank(plan, layer)
-    held = {name.removeprefix(prefix(layer)): t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    held = {
+        name.removeprefix(plan.family.attention_prefix(layer)): t.float() if t.is_floating_point() else t
+        for name, t in tensors.items()
+    }
     module.load_state_dict(held, assign=True)
     return weights_of(module)
 
 
 def names(layer: int, plan: ConversionPlan) -> list[str]:
-    return [prefix(layer) + name for name in blank(plan, layer).state_dict()]
+    return [plan.family.attention_prefix(layer) + name for name in blank(plan, layer).state_dict()]
 
 
 def origin(name: str, plan: ConversionPlan) -> tuple[str, float]:

@@ -18,9 +18,9 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 try:
-    from .kvfold_attention import DESIGNS, exchange
+    from .kvfold_attention import DESIGNS, fold_in
 except ImportError:  # inside kvfold, where it has another home
-    from kvfold.surgery.kvfold_attention import DESIGNS, exchange
+    from kvfold.surgery.kvfold_attention import DESIGNS, fold_in
 
 CODE = {"AutoConfig": "modeling_kvfold.KvfoldConfig", "AutoModelForCausalLM": "modeling_kvfold.KvfoldForCausalLM"}
 
@@ -46,7 +46,7 @@ class FoldedConfig:
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """With the two files of code, so that what is saved again loads again."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        for part in (FoldedConfig, exchange):
+        for part in (FoldedConfig, fold_in):
             shutil.copy(inspect.getfile(part), save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
@@ -60,15 +60,13 @@ class KvfoldForCausalLM:
     _can_compile_fullgraph = False
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         base: Any = self.base_model  # type: ignore[attr-defined]
         for number, widths in enumerate(config.folded_layers):
             if widths is None:
                 continue
-            attention = DESIGNS[widths["design"]](config.hidden_size, **{k: v for k, v in widths.items() if k != "design"})
-            if attention.turns_when_read:
-                attention.rotary_emb = type(base.rotary_emb)(config)
-            exchange(base.layers[number], attention)
+            shape = {name: value for name, value in widths.items() if name != "design"}
+            fold_in(base, number, DESIGNS[widths["design"]](config.hidden_size, **shape))
 
 
 @cache
@@ -76,7 +74,7 @@ def classes(source: str) -> tuple[Any, Any]:
     """The config and the model class of folded models of a source's model type, registered with transformers."""
     ours = {"model_type": "kvfold", "source_model_type": source, "folded_layers": None, "__module__": __name__}
     config = type("KvfoldConfig", (FoldedConfig, CONFIG_MAPPING[source]), ours)
-    theirs = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[source]]
+    theirs: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[source]]
     model = type("KvfoldForCausalLM", (KvfoldForCausalLM, theirs), {"config_class": config, "__module__": __name__})
     AutoModelForCausalLM.register(config, model, exist_ok=True)
     return config, model

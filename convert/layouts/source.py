@@ -84,6 +84,7 @@ def tensors(weights: AttentionWeights, layer: int, plan: ConversionPlan) -> dict
         bias = getattr(weights, role)
         if bias is not None:
             by_role[role] = bias.flatten()
+    by_role |= plan.family.stored_norms(weights)
     return {names[role]: tensor for role, tensor in by_role.items()}
 
 

@@ -1,0 +1,111 @@
+"""Queries and keys behind norms: folds are exact where they should be, token by token."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvfold.surgery import factorized, latent
+from kvfold.surgery.attention import AttentionWeights
+from kvfold.surgery.designs import FoldedWeights, design, weights_of
+from kvfold.surgery.norms import Linear, merged, paired
+from kvfold.surgery.rebuilt import rebuilt
+from kvfold.surgery.rope import from_complex, to_complex
+from tests.test_latent import phase_of
+from tests.test_surgery import HEADS, HIDDEN, KV_HEADS, WIDTH, inputs, moment_of, random_weights, rope_tables
+
+KEYS = KV_HEADS * WIDTH
+
+
+def normed(together: bool, bias: bool = False) -> AttentionWeights:
+    """Random weights whose heads differ in size, behind norms of uneven weights."""
+    generator = torch.Generator().manual_seed(7)
+
+    def weight(*shape: int) -> Tensor:
+        return torch.rand(*shape, dtype=torch.float64, generator=generator) * 2.7 + 0.3
+
+    weights, heads = random_weights(bias=bias), ((HEADS, WIDTH), (KV_HEADS, WIDTH))
+    q_norm, k_norm = (weight(*(shape if together else shape[1:])) for shape in heads)
+    sizes = torch.arange(1.0, KV_HEADS + 1, dtype=torch.float64)[:, None, None]
+    norm = torch.tensor([1e-6, float(together)], dtype=torch.float64)
+    return replace(weights, k=weights.k * sizes, q_norm=q_norm, k_norm=k_norm, norm=norm)
+
+
+def run(weights: FoldedWeights, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return design(weights)(x, rope_tables())[0]
+
+
+def by_hand(weights: AttentionWeights, x: Tensor) -> Tensor:
+    """The formula, head by head: x (B, T, d) → (B, T, d)."""
+    cos, sin = rope_tables()
+    eps, together = weights.norm.tolist() if weights.norm is not None else (0.0, 0.0)
+
+    def turned(rows: Tensor, bias: Tensor | None, gain: Tensor) -> Tensor:
+        states = torch.einsum("hid,btd->bthi", rows, x) + (0 if bias is None else bias)
+        mean = states.square().mean((2, 3) if together else 3, keepdim=True)
+        states = states / (mean + eps).sqrt() * gain
+        first, second = states.chunk(2, -1)
+        return states * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+
+    assert weights.q_norm is not None and weights.k_norm is not None
+    q, k = turned(weights.q, weights.q_bias, weights.q_norm), turned(weights.k, weights.k_bias, weights.k_norm)
+    v = torch.einsum("hid,btd->bthi", weights.v, x) + (0 if weights.v_bias is None else weights.v_bias)
+    k, v = (part.repeat_interleave(HEADS // KV_HEADS, 2) for part in (k, v))
+    scores = torch.einsum("bthi,bshi->bhts", q, k) / WIDTH**0.5
+    scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -torch.inf)
+    out = torch.einsum("bhts,bshi,hdi->btd", scores.softmax(-1), v, weights.o)
+    return out if weights.o_bias is None else out + weights.o_bias
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("together", [False, True])
+def test_the_source_and_every_design_at_full_width_are_the_formula(together: bool, bias: bool) -> None:
+    weights, x = normed(together, bias), inputs()
+    wanted, moment, phase = by_hand(weights, x), moment_of(x), phase_of(weights, x)
+    torch.testing.assert_close(run(weights, x), wanted, atol=1e-9, rtol=0)
+    linear, with_queries = Linear(weights, moment), Linear(weights, moment, rebuilt=True)
+    plain = latent.Choice(0.0, 0.0, 0.3)
+    folds: list[Any] = [
+        linear.restored(latent.fold(linear.weights, min(HIDDEN, 2 * KEYS), KEYS, moment, phase, plain)),
+        linear.restored(factorized.mfa(linear.weights, KEYS, moment, phase)),
+        linear.restored(factorized.mfa_kr(linear.weights, 2 * KEYS, moment, phase, replace(plain, still=0.5))),
+        with_queries.restored(rebuilt(with_queries.weights, min(HIDDEN, 2 * KEYS), moment)),
+    ]
+    for folded in folds:
+        torch.testing.assert_close(run(folded, x), wanted, atol=1e-5, rtol=0)
+        again = weights_of(design(folded))
+        for name, tensor in folded.tensors().items():
+            torch.testing.assert_close(getattr(again, name), tensor, atol=0, rtol=0)
+
+
+def test_heads_that_differ_by_what_a_norm_allows_are_merged_exactly() -> None:
+    """Keys of a group are one key turned by a phase per frequency, at different sizes; weights are even within pairs."""
+    weights, x = normed(together=False), inputs()
+    generator = torch.Generator().manual_seed(3)
+    angles = torch.rand(KV_HEADS, WIDTH // 2, dtype=torch.float64, generator=generator) * 6
+    first = weights.k.unflatten(0, (2, -1))[:, :1].expand(-1, KV_HEADS // 2, -1, -1).flatten(0, 1)
+    turn = torch.polar(torch.ones_like(angles), angles)[..., None]
+    sizes = torch.arange(1.0, KV_HEADS + 1, dtype=torch.float64)[:, None, None]
+    values = weights.v.unflatten(0, (2, -1))[:, :1].expand(-1, KV_HEADS // 2, -1, -1).flatten(0, 1)
+    even = replace(
+        weights,
+        k=from_complex(to_complex(first) * turn) * sizes,
+        v=values,
+        q_norm=paired(weights.q_norm),  # type: ignore[arg-type]
+        k_norm=paired(weights.k_norm),  # type: ignore[arg-type]
+    )
+    wanted = run(even, x)
+    for method in ("align", "pca"):
+        for _, folded in merged(method, even, 2, moment_of(x), torch.Generator()):
+            assert folded.k.shape[0] == 2
+            torch.testing.assert_close(run(folded, x), wanted, atol=1e-4, rtol=0)
+
+
+def test_as_many_heads_as_before_change_nothing() -> None:
+    weights, x = normed(together=False), inputs()
+    for method in ("mean", "first", "align", "pca"):
+        for _, folded in merged(method, weights, KV_HEADS, moment_of(x), torch.Generator()):
+            torch.testing.assert_close(run(folded, x), run(weights, x), atol=1e-9, rtol=0)
