@@ -6,6 +6,7 @@ from typing import Any
 from kvfold.convert.engines import LatentShape
 from kvfold.convert.families import AttentionSpec
 from kvfold.convert.settings import TARGETS, ConvertSettings, parse_budget
+from kvfold.convert.source import build_on_meta
 from kvfold.errors import UserError
 from kvfold.surgery import baselines
 from kvfold.surgery.latent import full_rank
@@ -14,8 +15,11 @@ MOST_GROWTH = 0.1
 """Share of its parameters by which a model may grow where nobody asked for a width."""
 
 
-def source_parameters(said: dict[str, Any], spec: AttentionSpec) -> int:
-    """Parameters of a source of the known families, whose layers are attention, two norms and a gated MLP."""
+def source_parameters(config: dict[str, Any], said: dict[str, Any], spec: AttentionSpec) -> int:
+    """Parameters of the source of a config.json; `said` is that config with its defaults."""
+    if spec.beside or spec.key_norm:
+        return build_on_meta(config).num_parameters()
+    # Llama's layers are attention, two norms and a gated MLP, and this is quicker.
     hidden, inner = spec.hidden_size, said["intermediate_size"]
     attention = spec.heads * spec.head_dim * (2 * hidden + spec.qkv_bias) + spec.o_bias * hidden
     attention += 2 * spec.kv_heads * spec.head_dim * (hidden + spec.qkv_bias)
@@ -23,7 +27,9 @@ def source_parameters(said: dict[str, Any], spec: AttentionSpec) -> int:
     return spec.vocab_size * hidden * (1 if spec.tied else 2) + spec.layers * (attention + mlp + 2 * hidden) + hidden
 
 
-def widest_rope(said: dict[str, Any], spec: AttentionSpec, settings: ConvertSettings, layout: str) -> int:
+def widest_rope(
+    config: dict[str, Any], said: dict[str, Any], spec: AttentionSpec, settings: ConvertSettings, layout: str
+) -> int:
     """The widest rotary key that the calibration text may choose for MLA in our own layout. Every query head has as many more
     columns, and the model grows by `MOST_GROWTH` at most, or as much as with one head's width. Elsewhere the width of all keys.
     """
@@ -40,7 +46,7 @@ def widest_rope(said: dict[str, Any], spec: AttentionSpec, settings: ConvertSett
     hidden, heads = spec.hidden_size, spec.heads * width
     still = heads * (read + hidden) + (settings.q_rank or 0) * hidden + numbers * (hidden + 1 + 2 * heads) + hidden
     whole = 2 * heads * hidden + 2 * full * hidden
-    spare = MOST_GROWTH * source_parameters(said, spec) / spec.layers + whole - still
+    spare = MOST_GROWTH * source_parameters(config, said, spec) / spec.layers + whole - still
     return full if gained <= 0 else min(full, max(width, int(spare / gained) // 2 * 2))
 
 

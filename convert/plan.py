@@ -284,7 +284,7 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
         )
     if latent:
         layout, note = _layout(said, spec, settings, refusals)
-        most = widest_rope(said, spec, settings, layout)
+        most = widest_rope(config, said, spec, settings, layout)
         rank, rope_dim = latent_widths(spec, settings, layout, most, refusals)
         if layout == "step3_text":
             obstacles = step3_text_obstacles(said, spec, settings, rope_dim)
@@ -332,7 +332,9 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
     )
     if plan.measures_widths:
         plan = replace(plan, note=f"{note}; widths are measured on the calibration text")
-    grown = -plan.parameters_saved_at_least / source_parameters(said, spec) if layout == "kvfold" and not refusals else 0.0
+    grown = (
+        -plan.parameters_saved_at_least / source_parameters(config, said, spec) if layout == "kvfold" and not refusals else 0.0
+    )
     if grown > MOST_GROWTH:
         plan = replace(plan, note=f"{plan.note}; the model grows by up to {grown:.0%}, which --q-rank makes less")
     return plan

@@ -144,6 +144,11 @@ def layer_calls(base: Any, **inputs: Tensor) -> list[tuple[Tensor, dict[str, Any
     return calls
 
 
+def logit_scale(config: Any) -> float:
+    """What a model multiplies its logits by, as its config says."""
+    return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+
+
 class StreamedModel:
     """A model of transformers, one decoder layer at a time.
 
@@ -194,9 +199,10 @@ class StreamedModel:
         module = self.model.get_input_embeddings() if tied else self.model.get_output_embeddings()
         return self.read(f"{self.names[module]}.weight")
 
-    def output(self) -> tuple[nn.Module, Tensor]:
-        """The norm behind the last layer, and the output embedding (V, d), on the device in float32."""
-        return self.norm, self.head().float().to(self.device)
+    def output(self) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """What maps the last layer's states to what the output embedding reads, and that embedding (V, d), on the device."""
+        scale = logit_scale(self.model.config)
+        return lambda hidden: self.norm(hidden) * scale, self.head().float().to(self.device)
 
     def block(self, layer: int) -> Block:
         """Layer `layer` with its weights, on the device in float32."""

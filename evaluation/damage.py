@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from kvfold.convert.stream import logit_scale
+
 HEAD_TOKENS = 256
 """Tokens whose logits exist at one time, whatever the window: 125 MiB in float32 with a vocabulary of 128k. Scoring holds
 at most six such tensors, so under 1 GiB there."""
@@ -62,7 +64,8 @@ def final_states(
     parts = []
     for done, ids in enumerate(windows.split(batch)):
         report(done * batch / len(windows))
-        parts.append(model.base_model(ids.to(model.device), use_cache=False).last_hidden_state[:, :-1].cpu())
+        states = model.base_model(ids.to(model.device), use_cache=False).last_hidden_state[:, :-1]
+        parts.append((states * logit_scale(model.config)).cpu())
     return torch.cat(parts)
 
 

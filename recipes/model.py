@@ -22,6 +22,7 @@ from kvfold.convert.plan import ConversionPlan, make_plan
 from kvfold.convert.record import RECORD, read_record
 from kvfold.convert.settings import ConvertSettings, parse_settings
 from kvfold.convert.source import build_on_meta, fetch_config, fill_buffers
+from kvfold.convert.stream import logit_scale
 from kvfold.convert.writer import CheckpointWriter
 from kvfold.errors import UserError
 from kvfold.recipes.losses import Objective
@@ -114,7 +115,8 @@ class Student(nn.Module):
 
 def last_states(causal: Any, input_ids: Tensor) -> Tensor:
     """What the output embedding reads: (B, T) → (B, T - 1, d), the last position left out, for nothing follows it."""
-    return causal.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
+    states = causal.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
+    return states * logit_scale(causal.config)
 
 
 @dataclass

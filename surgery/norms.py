@@ -98,17 +98,20 @@ def mean_inverse_size(rows: Tensor, moment: Tensor | None, eps: float, together:
 def merged(
     method: str, weights: AttentionWeights, target: int, moment: Tensor | None, generator: torch.Generator
 ) -> Iterator[tuple[str, AttentionWeights]]:
-    """What a method of `grouping` offers where a norm stands behind every head, and all heads share its weights (D,).
+    """What a method of `grouping` offers where a norm stands behind every head, or one behind all of them.
 
     Turning a head by a phase per frequency changes nothing behind a norm whose weight is the same for both numbers of a pair:
     so both get their root mean square, and the weights of the heads take what is over. Queries are turned only, for their size
     is the norm's. The keys' norm is given the size that the shared keys have.
     """
-    if method in POOLED:
-        yield from grouping.candidates(method, weights, target, moment, generator)
-        return
     if target == weights.kv_heads:
         yield "unchanged", weights
+        return
+    if method in POOLED:
+        key_norm = held(weights.k_norm)
+        shared = key_norm if key_norm.ndim == 1 else key_norm.unflatten(0, (target, -1)).mean(1)
+        for label, pooled in grouping.candidates(method, weights, target, moment, generator):
+            yield label, replace(pooled, k_norm=shared)
         return
     query_norm, key_norm = paired(held(weights.q_norm)), paired(held(weights.k_norm))
     even = replace(
@@ -121,7 +124,8 @@ def merged(
     linear = Linear(replace(even, scale=None), moment)
     for label, folded in grouping.candidates(method, linear.weights, target, moment, generator, phases_only=True):
         size = (query_norm * linear.query_size[:, None])[..., None]
-        bare = replace(folded, k=folded.k / key_norm[:, None], k_bias=divided(folded.k_bias, key_norm))
+        shared = key_norm if key_norm.ndim == 1 else key_norm.unflatten(0, (target, -1)).square().mean(1).sqrt()
+        bare = replace(folded, k=folded.k / shared[..., None], k_bias=divided(folded.k_bias, shared))
         level = mean_inverse_size(bare.augmented()[1], moment, *told(held(weights.norm)))
         yield (
             label,
@@ -130,7 +134,7 @@ def merged(
                 q=folded.q / size,
                 q_bias=divided(folded.q_bias, size[..., 0]),
                 q_norm=query_norm,
-                k_norm=key_norm * (1 / level).mean(),
+                k_norm=shared * (1 / level).mean(),
                 norm=weights.norm,
                 scale=weights.scale,
             ),
@@ -138,9 +142,9 @@ def merged(
 
 
 def paired(weight: Tensor) -> Tensor:
-    """A norm's weight (D,) with both numbers of a pair at their root mean square."""
-    halves = weight.unflatten(-1, (2, -1))
-    return halves.square().mean(-2).sqrt().clamp_min(torch.finfo(weight.dtype).tiny).repeat(2)
+    """A norm's weight (..., D) with both numbers of a pair at their root mean square."""
+    mean = weight.unflatten(-1, (2, -1)).square().mean(-2).sqrt().clamp_min(torch.finfo(weight.dtype).tiny)
+    return torch.cat([mean, mean], -1)
 
 
 def ratio(before: Tensor, after: Tensor) -> Tensor:
@@ -148,9 +152,9 @@ def ratio(before: Tensor, after: Tensor) -> Tensor:
 
 
 def scaled(weights: AttentionWeights, role: str, by: Tensor) -> dict[str, Any]:
-    """Queries or keys and their biases times `by` (D,)."""
+    """Queries or keys and their biases times `by` (D,) or (heads, D)."""
     matrix, bias = getattr(weights, role), getattr(weights, f"{role}_bias")
-    return {role: matrix * by[:, None], f"{role}_bias": None if bias is None else bias * by}
+    return {role: matrix * by[..., None], f"{role}_bias": None if bias is None else bias * by}
 
 
 def divided(bias: Tensor | None, by: Tensor) -> Tensor | None:

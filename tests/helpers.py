@@ -13,21 +13,15 @@ from unittest import mock
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 import kvfold.convert.layouts.modeling_kvfold  # noqa: F401 — registers our layout with transformers
 from kvfold.cli import main
 
 FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen3")
 """`llama3` is llama with the RoPE scaling of Llama 3.1."""
+OTHERS = ("olmo2", "gemma", "granite", "starcoder2", "seed_oss")
+"""Families whose layers are not Llama's beside attention, or little known."""
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -51,9 +45,18 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
         "max_position_embeddings": 128,
         "tie_word_embeddings": False,
     }
-    own: dict[str, dict[str, Any]] = {"llama3": {"rope_parameters": LLAMA3_ROPE}, "mistral": {"sliding_window": None}}
-    kind = {"llama": LlamaConfig, "llama3": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
-    return kind[family](**{**values, **own.get(family, {}), **changes})
+    own: dict[str, dict[str, Any]] = {
+        "llama3": {"rope_parameters": LLAMA3_ROPE},
+        "mistral": {"sliding_window": None},
+        "granite": {
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "logits_scaling": 2.0,
+        },
+    }
+    kind = "llama" if family == "llama3" else family
+    return AutoConfig.for_model(kind, **{**values, **own.get(family, {}), **changes})
 
 
 def save_model(

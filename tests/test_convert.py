@@ -24,7 +24,7 @@ from kvfold.evaluation.layers import measure_cache
 from kvfold.surgery.attention import GroupedAttention
 from kvfold.surgery.designs import design
 from kvfold.surgery.kvfold_attention import exchange
-from tests.helpers import save_model, save_tokens
+from tests.helpers import OTHERS, save_model, save_tokens
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
@@ -36,6 +36,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {}),
     ("qwen3", {}),
     ("qwen3", {"num_key_value_heads": 4, "attention_bias": True}),
+    *((family, {"num_key_value_heads": 4}) for family in OTHERS),
 ]
 IDS = torch.randint(128, (2, 40), generator=torch.Generator().manual_seed(9))
 

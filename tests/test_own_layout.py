@@ -24,7 +24,7 @@ from kvfold.evaluation.layers import measure_cache
 from kvfold.surgery import latent
 from kvfold.surgery.designs import design
 from kvfold.surgery.kvfold_attention import exchange, rotate
-from tests.helpers import FAMILIES, LLAMA3_ROPE, invoke, save_model, save_tokens
+from tests.helpers import FAMILIES, LLAMA3_ROPE, OTHERS, invoke, save_model, save_tokens
 from tests.test_convert import IDS, decoded_as_uncached, fold, load, logits
 
 SLIDING = ("mistral", {"sliding_window": 12})
@@ -35,8 +35,9 @@ SOURCES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"num_key_value_heads": 4, "hidden_act": "gelu"}),
     ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}),
     ("qwen3", {"num_key_value_heads": 4, "attention_bias": True}),
+    *((family, {"num_key_value_heads": 4}) for family in OTHERS),
 ]
-NORMED = ("qwen3",)
+NORMED = ("qwen3", "olmo2")
 GROUPED_NORMED: list[tuple[str, dict[str, Any]]] = [("qwen3", {"num_key_value_heads": 4})]
 SMALL: dict[str, dict[str, Any]] = {
     "mla": {"to": "mla", "kv_rank": 20, "rope_dim": 12, "layout": "kvfold"},

@@ -74,7 +74,7 @@ class Copier(torch.nn.Module):
     def __init__(self, reach: int) -> None:
         super().__init__()
         self.reach = reach
-        self.device = torch.device("cpu")
+        self.device, self.config = torch.device("cpu"), None
 
     def base_model(self, ids: torch.Tensor, use_cache: bool) -> Any:
         guesses = torch.zeros(*ids.shape, 128)

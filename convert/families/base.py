@@ -57,6 +57,7 @@ class AttentionSpec:
         key_norm: what of queries and keys an RMSNorm before their rotation takes: "" for none, "head" for each head by itself,
             "whole" for all of them together.
         score_scale: what scores are multiplied by, None for one over the root of the head width.
+        beside: what layers have beside attention that Llama's have not.
     """
 
     hidden_size: int
@@ -75,6 +76,7 @@ class AttentionSpec:
     full_layers: int = 0
     key_norm: str = ""
     score_scale: float | None = None
+    beside: str = ""
 
     @property
     def key_scalars(self) -> int:
@@ -108,6 +110,8 @@ class Family:
         key_norm: see `AttentionSpec`.
         norm_offset: what is added to the stored weight of every norm.
         score_scale: see `AttentionSpec`.
+        beside: what its layers have beside attention that Llama's have not, in a few words; stock layouts with other attention
+            are Llama's there.
     """
 
     model_type: str
@@ -121,6 +125,7 @@ class Family:
     key_norm: str = ""
     norm_offset: float = 0.0
     score_scale: Callable[[dict[str, Any]], float | None] = lambda said: None
+    beside: str = ""
 
     def spec(self, config: dict[str, Any]) -> AttentionSpec:
         """Read the geometry from config.json, as transformers reads it.
@@ -147,11 +152,12 @@ class Family:
             sliding_window=min(narrow, default=None),
             max_positions=said["max_position_embeddings"],
             vocab_size=said["vocab_size"],
-            norm_eps=said["rms_norm_eps"],
+            norm_eps=next(said[key] for key in ("rms_norm_eps", "norm_epsilon") if key in said),
             tied=said["tie_word_embeddings"],
             full_layers=windows.count(None) if narrow else 0,
             key_norm=self.key_norm,
             score_scale=self.score_scale(said),
+            beside=self.beside,
         )
 
     def _refuse_other(self, config: dict[str, Any]) -> None:

@@ -23,5 +23,37 @@ QWEN2 = Family(
 """Qwen2 and Qwen2.5: biases on q, k and v, none on o; a sliding window only when `use_sliding_window` says so."""
 QWEN3 = Family("qwen3", "Qwen3ForCausalLM", modules=NORMED, windows=windows_by_kind, key_norm="head")
 """Qwen3: every head of queries and keys goes through an RMSNorm whose weight all heads share."""
+OLMO2 = Family(
+    "olmo2",
+    "Olmo2ForCausalLM",
+    modules=NORMED,
+    key_norm="whole",
+    beside="its norms stand behind attention and MLP",
+)
+"""OLMo 2: one RMSNorm over the queries of all heads and one over their keys; attention reads the stream as it is."""
+GEMMA = Family(
+    "gemma",
+    "GemmaForCausalLM",
+    beside="its norms multiply by one more than their weight, and its embedding has a scale",
+)
+"""Gemma 1."""
+GRANITE = Family(
+    "granite",
+    "GraniteForCausalLM",
+    score_scale=lambda said: float(said["attention_multiplier"]),
+    beside="its embedding, residuals and logits have scales of their own",
+)
+"""Granite 3: four multipliers, of which scores have one."""
+STARCODER2 = Family(
+    "starcoder2",
+    "Starcoder2ForCausalLM",
+    qkv_bias=lambda said: bool(said["use_bias"]),
+    o_bias=lambda said: bool(said["use_bias"]),
+    windows=lambda said: [said["sliding_window"]] * said["num_hidden_layers"],
+    beside="its norms are LayerNorms, and its MLP has no gate",
+)
+"""StarCoder 2: biases everywhere."""
+SEED_OSS = Family("seed_oss", "SeedOssForCausalLM", o_bias=lambda said: bool(said["attention_out_bias"]))
+"""Seed-OSS: biases on q, k and v."""
 
-FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA, GRANITE, STARCODER2, SEED_OSS)}

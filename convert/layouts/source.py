@@ -31,7 +31,7 @@ def tensor_specs(reader: CheckpointReader, plan: ConversionPlan, dtype: torch.dt
         name
         for layer in range(spec.layers)
         for role, name in plan.family.names(layer, spec).items()
-        if role in ("k", "v", "k_bias", "v_bias")
+        if role in ("k", "v", "k_bias", "v_bias", *(("k_norm",) if spec.key_norm == "whole" else ()))
     }
     specs = []
     for name, entry in kept(reader, plan).items():
