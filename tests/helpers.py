@@ -20,7 +20,7 @@ from kvfold.cli import main
 
 FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen3")
 """`llama3` is llama with the RoPE scaling of Llama 3.1."""
-OTHERS = ("olmo2", "gemma", "granite", "starcoder2", "seed_oss")
+OTHERS = ("olmo2", "gemma", "granite", "starcoder2", "seed_oss", "phi3")
 """Families whose layers are not Llama's beside attention, or little known."""
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -48,6 +48,7 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
     own: dict[str, dict[str, Any]] = {
         "llama3": {"rope_parameters": LLAMA3_ROPE},
         "mistral": {"sliding_window": None},
+        "phi3": {"pad_token_id": 0},
         "granite": {
             "attention_multiplier": 0.2,
             "embedding_multiplier": 3.0,

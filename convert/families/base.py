@@ -104,7 +104,8 @@ class Family:
     Attributes:
         layer_prefix: what the names of a decoder layer's tensors begin with, `{layer}` standing for the layer's number.
         attention: what a layer calls its attention.
-        modules: role (q, k, v, o, and q_norm and k_norm where there are norms) → module of the attention.
+        modules: role (q, k, v, o, and q_norm and k_norm where there are norms) → module of the attention. Role qkv is one
+            matrix with the rows of q, then those of k, then those of v.
         qkv_bias, o_bias: read from a config whether these projections carry a bias.
         windows: read from a config how many tokens each layer looks back (None: all).
         key_norm: see `AttentionSpec`.
@@ -198,9 +199,14 @@ class Family:
         wanted |= {f"{role}_bias": (n * spec.head_dim,) for role, n in heads.items()}
         wanted |= {f"{role}_norm": (spec.head_dim * (n if spec.key_norm == "whole" else 1),) for role, n in heads.items()}
         wanted |= {"o": (spec.hidden_size, spec.heads * spec.head_dim), "o_bias": (spec.hidden_size,)}
+        fused = heads["q"] * spec.head_dim, *[spec.kv_heads * spec.head_dim] * 2
+        wanted["qkv"] = (sum(fused), spec.hidden_size)
         for role, tensor in tensors.items():
             if tuple(tensor.shape) != wanted[role]:
                 raise UserError(f"the {role} tensor has shape {tuple(tensor.shape)}, but config.json means {wanted[role]}")
+        if "qkv" in tensors:
+            parts = dict(zip("qkv", tensors["qkv"].split(fused), strict=True))
+            tensors = {**{role: t for role, t in tensors.items() if role != "qkv"}, **parts}
         each = spec.key_norm == "head"  # then norms have no heads to be split into
         whole = ("o", "o_bias", *(("q_norm", "k_norm") if each else ()))
         split = {r: t if r in whole else t.unflatten(0, (-1, spec.head_dim)) for r, t in tensors.items()}

@@ -55,5 +55,17 @@ STARCODER2 = Family(
 """StarCoder 2: biases everywhere."""
 SEED_OSS = Family("seed_oss", "SeedOssForCausalLM", o_bias=lambda said: bool(said["attention_out_bias"]))
 """Seed-OSS: biases on q, k and v."""
+PHI3 = Family(
+    "phi3",
+    "Phi3ForCausalLM",
+    modules={"qkv": "qkv_proj", "o": "o_proj"},
+    qkv_bias=lambda said: False,
+    o_bias=lambda said: False,
+    windows=lambda said: [said["sliding_window"]] * said["num_hidden_layers"],
+    beside="gate and up of its MLP are one matrix",
+)
+"""Phi-3, 3.5 and 4: queries, keys and values are one matrix."""
 
-FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA, GRANITE, STARCODER2, SEED_OSS)}
+FAMILIES = {
+    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA, GRANITE, STARCODER2, SEED_OSS, PHI3)
+}

@@ -33,9 +33,11 @@ def tensor_specs(reader: CheckpointReader, plan: ConversionPlan, dtype: torch.dt
         for role, name in plan.family.names(layer, spec).items()
         if role in ("k", "v", "k_bias", "v_bias", *(("k_norm",) if spec.key_norm == "whole" else ()))
     }
+    fused = {plan.family.names(layer, spec).get("qkv") for layer in range(spec.layers)}
     specs = []
     for name, entry in kept(reader, plan).items():
-        shape = (plan.kv_heads * spec.head_dim, *entry.shape[1:]) if name in narrowed else entry.shape
+        heads = spec.heads + 2 * plan.kv_heads if name in fused else plan.kv_heads
+        shape = (heads * spec.head_dim, *entry.shape[1:]) if name in narrowed | fused else entry.shape
         specs.append(TensorSpec(name, dtype if dtype and entry.dtype.is_floating_point else entry.dtype, shape))
     return specs
 
@@ -84,6 +86,8 @@ def tensors(weights: AttentionWeights, layer: int, plan: ConversionPlan) -> dict
         bias = getattr(weights, role)
         if bias is not None:
             by_role[role] = bias.flatten()
+    if "qkv" in names:
+        by_role["qkv"] = torch.cat([by_role.pop(role) for role in "qkv"])
     by_role |= plan.family.stored_norms(weights)
     return {names[role]: tensor for role, tensor in by_role.items()}
 
