@@ -73,10 +73,7 @@ def refuse_strange(config: "PreTrainedConfig") -> None:
         or bool(said.get("use_bidirectional_attention")),
         "its layers have different geometry (per_layer_config)": bool(getattr(config, "is_heterogeneous", False)),
         "its kinds of layers differ in their RoPE": any(isinstance(value, dict) for value in rope.values()),
-        f"its RoPE turns a part of each head only (partial_rotary_factor {rope.get('partial_rotary_factor')})": rope.get(
-            "partial_rotary_factor"
-        )
-        not in (None, 1, 1.0),
+        "queries and keys go through norms of each head's own (qk_layernorm)": bool(said.get("qk_layernorm")),
         "it attends in chunks (attention_chunk_size)": said.get("attention_chunk_size") is not None,
         "it names other weight files (transformers_weights)": said.get("transformers_weights") is not None,
     }

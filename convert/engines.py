@@ -92,6 +92,7 @@ def _shared_obstacles(said: dict[str, Any], spec: AttentionSpec, settings: Conve
     return {
         f"the source has a sliding window, which {layout} lacks": spec.sliding_window is not None,
         f"the MLP's {act} cannot be said in {layout}, which has silu": act != "silu",
+        f"its RoPE turns a part of each head only, which {layout} cannot say": spec.rotary_dim < spec.head_dim,
         f"{spec.beside}, which {layout} cannot say": bool(spec.beside),
         f"the source has MLP biases, which {layout} lacks": bool(said.get("mlp_bias")),
         f"float16 cannot hold the scaled latents of {layout}, --dtype bfloat16 can": dtype in ("float16", "fp16", "half"),

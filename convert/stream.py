@@ -20,7 +20,7 @@ from kvfold.convert.checkpoint import CheckpointReader
 from kvfold.convert.families import Family
 from kvfold.convert.source import build_on_meta, fill_buffers
 from kvfold.errors import ConversionError
-from kvfold.surgery.kvfold_attention import Attention, Rope, attention_of, exchange
+from kvfold.surgery.kvfold_attention import Attention, Rope, attention_of, exchange, widened
 
 FORWARD_TOKENS = 8192
 """Tokens in one forward pass."""
@@ -70,6 +70,7 @@ class Block:
 
     def __init__(self, layer: nn.Module, arguments: dict[str, Any], device: torch.device) -> None:
         self.layer, self.arguments, self.device = layer, arguments, device
+        self.head_dim = int(getattr(attention_of(layer), "head_dim", 0))
 
     def __call__(self, hidden: Tensor) -> Tensor:
         after: Tensor = self.layer(hidden, **self.arguments)
@@ -78,7 +79,7 @@ class Block:
     @property
     def rope(self) -> Rope:
         """The tables (T, D) by which the attention turns queries and keys."""
-        cos, sin = self.arguments["position_embeddings"]
+        cos, sin = widened(self.arguments["position_embeddings"], self.head_dim)
         return cos[0], sin[0]
 
     def set_attention(self, design: nn.Module) -> None:
@@ -100,7 +101,7 @@ class Block:
 
     def mix(self, design: Attention, x: Tensor) -> Tensor:
         """The heads' outputs of a design that is not in the layer, called as its attention is: (B, T, d) → (B, T, H·D)."""
-        return design.mix(x, self.arguments["position_embeddings"], self.arguments.get("attention_mask"))
+        return design.mix(x, self.rope, self.arguments.get("attention_mask"))
 
     def attention_input(self, hidden: Tensor) -> Tensor:
         """What the attention reads where the layer reads `hidden`."""

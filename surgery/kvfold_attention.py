@@ -43,6 +43,15 @@ def pick(rope: Rope, pairs: Tensor) -> Rope:
     return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
 
 
+def widened(rope: Rope, width: int) -> Rope:
+    """Tables of the first numbers of a head (..., r) as those of `width` numbers: those that do not turn stand last."""
+    still = width // 2 - rope[0].shape[-1] // 2
+    if still <= 0:
+        return rope
+    cos, sin = (F.pad(t[..., : t.shape[-1] // 2], (0, still), value=value) for t, value in zip(rope, (1.0, 0.0), strict=True))
+    return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
+
+
 def inverse_size(states: Tensor, eps: float, together: bool = False) -> Tensor:
     """What an RMSNorm multiplies states (..., heads, T, D) by: (..., heads, T, 1), or (..., 1, T, 1) for all heads together."""
     exact = states.to(torch.promote_types(states.dtype, torch.float32))
@@ -101,6 +110,8 @@ class Attention(nn.Module):
     """Whether it caches states before their rotation; then `rotary_emb` must be the source's rotary module."""
     layer_idx = 0
     """Its place in the cache."""
+    head_dim = 0
+    """The source's head width, which the tables may fall short of."""
     o_proj: nn.Linear
     rotary_emb: Any
 
@@ -112,7 +123,8 @@ class Attention(nn.Module):
         past_key_values: Any = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        return self.o_proj(self.mix(hidden_states, position_embeddings, attention_mask, past_key_values)), None
+        rope = widened(position_embeddings, self.head_dim)
+        return self.o_proj(self.mix(hidden_states, rope, attention_mask, past_key_values)), None
 
     def mix(self, x: Tensor, rope: Rope, mask: Tensor | None = None, cache: Any = None) -> Tensor:
         """The heads' outputs side by side, before `o_proj`: (B, T, d) → (B, T, H·D)."""
@@ -145,6 +157,7 @@ class FoldedAttention(Attention):
     ) -> None:
         super().__init__()
         self.query_width, self.value_dim, self.scale = query_width, value_dim, query_width**-0.5
+        self.head_dim = value_dim
         self.norm, self.gains = norm, 0
         if norm is not None:
             self.q_proj = nn.Linear(hidden, heads * value_dim, bias=query_bias)
@@ -205,7 +218,7 @@ class FoldedAttention(Attention):
         before = before.clone() if isinstance(before, Tensor) else before
         states, tokens = self.cached(states, cache), states.shape[2]
         slots = torch.arange(states.shape[2], device=states.device)
-        cos, sin = self.rotary_emb(states, slots[None])
+        cos, sin = widened(self.rotary_emb(states, slots[None]), self.head_dim)
         # A sliding cache drops the oldest.
         new = torch.as_tensor(before, device=states.device).clamp(max=states.shape[2] - tokens) + slots[:tokens]
         return states, (cos[:, new], sin[:, new]), (cos, sin)

@@ -20,7 +20,7 @@ from kvfold.cli import main
 
 FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen3")
 """`llama3` is llama with the RoPE scaling of Llama 3.1."""
-OTHERS = ("olmo2", "gemma", "granite", "starcoder2", "seed_oss", "phi3")
+OTHERS = ("olmo2", "gemma", "granite", "starcoder2", "seed_oss", "phi3", "stablelm")
 """Families whose layers are not Llama's beside attention, or little known."""
 LLAMA3_ROPE = {
     "rope_type": "llama3",

@@ -37,6 +37,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", {}),
     ("qwen3", {"num_key_value_heads": 4, "attention_bias": True}),
     *((family, {"num_key_value_heads": 4}) for family in OTHERS),
+    ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}}),
 ]
 IDS = torch.randint(128, (2, 40), generator=torch.Generator().manual_seed(9))
 

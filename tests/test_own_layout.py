@@ -36,6 +36,7 @@ SOURCES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}),
     ("qwen3", {"num_key_value_heads": 4, "attention_bias": True}),
     *((family, {"num_key_value_heads": 4}) for family in OTHERS),
+    ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}}),
 ]
 NORMED = ("qwen3", "olmo2")
 GROUPED_NORMED: list[tuple[str, dict[str, Any]]] = [("qwen3", {"num_key_value_heads": 4})]

@@ -58,6 +58,7 @@ class AttentionSpec:
             "whole" for all of them together.
         score_scale: what scores are multiplied by, None for one over the root of the head width.
         beside: what layers have beside attention that Llama's have not.
+        rotary_dim: numbers of each head, from the first on, that RoPE turns.
     """
 
     hidden_size: int
@@ -77,6 +78,7 @@ class AttentionSpec:
     key_norm: str = ""
     score_scale: float | None = None
     beside: str = ""
+    rotary_dim: int = 0
 
     @property
     def key_scalars(self) -> int:
@@ -111,6 +113,7 @@ class Family:
         key_norm: see `AttentionSpec`.
         norm_offset: what is added to the stored weight of every norm.
         score_scale: see `AttentionSpec`.
+        partial: whether the class turns only the first numbers of each head where the config says so.
         beside: what its layers have beside attention that Llama's have not, in a few words; stock layouts with other attention
             are Llama's there.
     """
@@ -126,6 +129,7 @@ class Family:
     key_norm: str = ""
     norm_offset: float = 0.0
     score_scale: Callable[[dict[str, Any]], float | None] = lambda said: None
+    partial: bool = False
     beside: str = ""
 
     def spec(self, config: dict[str, Any]) -> AttentionSpec:
@@ -139,6 +143,12 @@ class Family:
         head_dim = said.get("head_dim") or hidden // heads
         if heads % kv_heads or head_dim % 2 or head_dim == 0:
             raise UserError(f"config.json: {heads} heads over {kv_heads} key heads of width {head_dim} is no valid geometry")
+        turning = said["rope_parameters"].get("partial_rotary_factor") or 1.0
+        if turning != 1.0 and not self.partial:
+            raise UserError(
+                "config.json describes a model that kvfold does not fold: its RoPE turns a part of each head only "
+                f"(partial_rotary_factor {turning})"
+            )
         windows = self.windows(said)
         narrow = {window for window in windows if window is not None}
         return AttentionSpec(
@@ -153,12 +163,13 @@ class Family:
             sliding_window=min(narrow, default=None),
             max_positions=said["max_position_embeddings"],
             vocab_size=said["vocab_size"],
-            norm_eps=next(said[key] for key in ("rms_norm_eps", "norm_epsilon") if key in said),
+            norm_eps=next(said[key] for key in ("rms_norm_eps", "norm_epsilon", "layer_norm_eps") if key in said),
             tied=said["tie_word_embeddings"],
             full_layers=windows.count(None) if narrow else 0,
             key_norm=self.key_norm,
             score_scale=self.score_scale(said),
             beside=self.beside,
+            rotary_dim=int(head_dim * turning),
         )
 
     def _refuse_other(self, config: dict[str, Any]) -> None:
@@ -213,13 +224,26 @@ class Family:
         split["o"] = split["o"].unflatten(1, (-1, spec.head_dim)).permute(1, 0, 2)  # (d, H·D) → (H, d, D)
         for role in {"q_norm", "k_norm"} & split.keys():
             split[role] = split[role] + self.norm_offset
+        order = halves_first(spec)
+        for role in {"q", "k", "q_bias", "k_bias"} & split.keys() if spec.rotary_dim < spec.head_dim else ():
+            split[role] = split[role][:, order]
         if spec.key_norm:
             split["norm"] = torch.tensor([spec.norm_eps, float(not each)], dtype=torch.float64)
         if spec.score_scale is not None:
             split["scale"] = torch.tensor(spec.score_scale, dtype=torch.float64)
         return AttentionWeights(**split)
 
+    def stored_heads(self, heads: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+        """Queries, keys or their biases (heads, D, …) of the canonical form as they are stored: (heads·D, …)."""
+        return (heads if spec.rotary_dim == spec.head_dim else heads[:, halves_first(spec).argsort()]).flatten(0, 1)
+
     def stored_norms(self, weights: AttentionWeights) -> dict[str, torch.Tensor]:
         """The norms' weights by role, as they are stored."""
         held = {"q_norm": weights.q_norm, "k_norm": weights.k_norm}
         return {role: weight.flatten() - self.norm_offset for role, weight in held.items() if weight is not None}
+
+
+def halves_first(spec: AttentionSpec) -> torch.Tensor:
+    """Where the numbers of a canonical head, half-split over its whole width, stand in a stored one, whose first ones turn."""
+    turning, still = torch.arange(spec.rotary_dim).chunk(2), torch.arange(spec.rotary_dim, spec.head_dim).chunk(2)
+    return torch.cat([turning[0], still[0], turning[1], still[1]])

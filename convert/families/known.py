@@ -62,10 +62,20 @@ PHI3 = Family(
     qkv_bias=lambda said: False,
     o_bias=lambda said: False,
     windows=lambda said: [said["sliding_window"]] * said["num_hidden_layers"],
+    partial=True,
     beside="gate and up of its MLP are one matrix",
 )
 """Phi-3, 3.5 and 4: queries, keys and values are one matrix."""
 
-FAMILIES = {
-    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA, GRANITE, STARCODER2, SEED_OSS, PHI3)
-}
+STABLELM = Family(
+    "stablelm",
+    "StableLmForCausalLM",
+    qkv_bias=lambda said: bool(said["use_qkv_bias"]),
+    o_bias=lambda said: False,
+    partial=True,
+    beside="its norms are LayerNorms",
+)
+"""StableLM: RoPE turns a quarter of each head."""
+
+KNOWN = (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA, GRANITE, PHI3, STARCODER2, SEED_OSS, STABLELM)
+FAMILIES = {family.model_type: family for family in KNOWN}

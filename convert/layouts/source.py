@@ -77,15 +77,15 @@ def tensors(weights: AttentionWeights, layer: int, plan: ConversionPlan) -> dict
     """Canonical form → tensors by name, as transformers stores them."""
     names = plan.family.names(layer, plan.spec)
     by_role = {
-        "q": weights.q.flatten(0, 1),  # (H, D, d) → (H·D, d)
-        "k": weights.k.flatten(0, 1),
+        "q": plan.family.stored_heads(weights.q, plan.spec),  # (H, D, d) → (H·D, d)
+        "k": plan.family.stored_heads(weights.k, plan.spec),
         "v": weights.v.flatten(0, 1),
         "o": weights.o.permute(1, 0, 2).flatten(1),  # (H, d, D) → (d, H·D)
     }
     for role in ("q_bias", "k_bias", "v_bias", "o_bias"):
         bias = getattr(weights, role)
         if bias is not None:
-            by_role[role] = bias.flatten()
+            by_role[role] = plan.family.stored_heads(bias, plan.spec) if role in ("q_bias", "k_bias") else bias.flatten()
     if "qkv" in names:
         by_role["qkv"] = torch.cat([by_role.pop(role) for role in "qkv"])
     by_role |= plan.family.stored_norms(weights)
