@@ -12,6 +12,7 @@ from kvfold.surgery import baselines, factorized, grouping, latent, norms, rebui
 from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.designs import FoldedWeights
 from kvfold.surgery.latent import Choice, Queried, Tries
+from kvfold.surgery.layer import Layer
 
 
 def alone(plan: ConversionPlan, weights: AttentionWeights, layer: int) -> tuple[str, AttentionWeights]:
@@ -48,14 +49,16 @@ def best_latent(
         offered = baselines.METHODS[plan.method](weights, rank, rope_dim, moment, seen.sample)
         return _least(seen, ((label, thin(folded)) for label, folded in offered))
 
+    layer = Layer(weights, seen.attended, seen.phase.to(torch.complex128))
+
     def fold(choice: Choice) -> FoldedWeights:
         if plan.design == "rebuilt-key":
-            return thin(rebuilt.rebuilt(weights, rank, seen.attended, choice))
+            return thin(rebuilt.rebuilt(layer, rank, choice))
         if plan.design == "reused-key":
-            return thin(factorized.mfa_kr(weights, rope_dim, seen.attended, seen.phase, choice))
+            return thin(factorized.mfa_kr(layer, rope_dim, choice))
         if plan.settings.to == "mfa":
-            return thin(factorized.mfa(weights, rope_dim, seen.attended, seen.phase, choice))
-        return thin(latent.fold(weights, rank, rope_dim, seen.attended, seen.phase, choice))
+            return thin(factorized.mfa(layer, rope_dim, choice))
+        return thin(latent.fold(layer, rank, rope_dim, choice))
 
     start, tries = _search(plan)
     error, choice, folded = latent.search(fold, seen.measure, start, tries if search else {})

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.designs import LatentWeights, ReusedKeyWeights
-from kvfold.surgery.latent import Choice, Tries, assemble, covariance, fold, joint_latent, rotary_slots
+from kvfold.surgery.latent import Choice, Tries, assemble, fold, joint_latent, rotary_slots
+from kvfold.surgery.layer import Layer
 from kvfold.surgery.lowrank import regression
 from kvfold.surgery.rope import from_complex
 
@@ -35,18 +35,16 @@ TRIED: dict[str, Tries] = {
 }
 
 
-def mfa(weights: AttentionWeights, width: int, moment: Tensor, phase: Tensor, choice: Choice = START["mfa"]) -> LatentWeights:
+def mfa(layer: Layer, width: int, choice: Choice = START["mfa"]) -> LatentWeights:
     """One wide key and one wide value of `width` numbers: latent attention with N = 0 and r = R = width.
 
     Raises:
         ValueError: `width` is odd, or above the G·D at which nothing is lost.
     """
-    return fold(weights, min(width, weights.k.shape[-1]), width, moment, phase, choice, position_free=False)
+    return fold(layer, min(width, layer.weights.k.shape[-1]), width, choice, position_free=False)
 
 
-def mfa_kr(
-    weights: AttentionWeights, width: int, moment: Tensor, phase: Tensor, choice: Choice = START["mfa-kr"]
-) -> ReusedKeyWeights:
+def mfa_kr(layer: Layer, width: int, choice: Choice = START["mfa-kr"]) -> ReusedKeyWeights:
     """One wide key of `width` numbers, a share `choice.still` of them without rotation, that serves as value too.
 
     Every head's value is read from the key before its rotation by linear regression, means apart; what that does not say is
@@ -56,27 +54,28 @@ def mfa_kr(
     Raises:
         ValueError: `width` is odd, or above the 2·G·D that hold all keys and all values.
     """
+    weights = layer.weights
     widest = weights.kv_heads * weights.head_dim
     if width % 2 or not 2 <= width <= 2 * widest:
         raise ValueError(f"width {width} must be even and between 2 and {2 * widest}")
     turning = min(widest, max(2, width - 2 * round(width * choice.still / 2)))
     still = width - turning
-    phase, spread = phase.to(torch.complex128), covariance(moment)
-    slots = rotary_slots(weights, turning // 2, moment, phase, choice)
-    values, cached = weights.augmented()[2], from_complex(slots.key)  # (G, D, n), (R, n)
+    slots = rotary_slots(layer, turning // 2, choice)
+    values, cached = layer.rows[2], from_complex(slots.key)  # (G, D, 2n), (R, 2n)
     down, up_k = cached[:0], values.new_zeros(*values.shape[:2], 0)
     if still:
-        left = values - regression(values, cached, spread) @ cached
-        rank = min(still, values.shape[-1] - 1)  # no input has more to hold; zeros behind that
-        down, up_k, _ = joint_latent(weights, slots.rest, left, rank, moment, phase, choice)
+        left = values - regression(layer.seen(values, True), layer.seen(cached, True)) @ cached
+        rank = min(still, weights.k.shape[-1])  # no input has more to hold; zeros behind that
+        down, up_k, _ = joint_latent(layer, slots.rest, left, rank, choice)
         down, up_k = F.pad(down, (0, 0, 0, still - rank)), F.pad(up_k, (0, still - rank))
     order = _halves_first(turning, still).to(cached.device)
-    key = torch.cat([cached, down])[order]  # (C, n)
-    up_v = regression(values, key, spread)  # (G, D, C)
-    mean = (values - up_v @ key) @ moment[:, -1]  # (G, D)
+    key = torch.cat([cached, down])[order]  # (C, 2n)
+    up_v = regression(layer.seen(values, True), layer.seen(key, True))  # (G, D, C)
+    mean = layer.mean(values - up_v @ key)  # (G, D)
+    key = layer.plain(key)
     per = weights.heads // weights.kv_heads
 
-    absorbed = assemble(weights, slots, down, up_k, up_k, phase, position_free=still > 0)
+    absorbed = assemble(layer, slots, down, up_k, up_k, position_free=still > 0)
     scale = (width / (absorbed.q_nope.shape[1] + turning)) ** 0.5  # of the new softmax's root against that of `assemble`
     free = absorbed.up_k.mT @ absorbed.q_nope  # (H, N, r)ᵀ (H, N, d) → (H, r, d)
     bias = absorbed.q_bias

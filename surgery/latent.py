@@ -23,7 +23,8 @@ from torch import Tensor
 from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.designs import LatentWeights, RebuiltKeyWeights, ReusedKeyWeights
 from kvfold.surgery.kvfold_attention import Rope, rotate
-from kvfold.surgery.lowrank import gauge, leading_directions, power_and_inverse
+from kvfold.surgery.layer import Layer
+from kvfold.surgery.lowrank import gauge, leading_directions, left_singular, power_and_inverse
 from kvfold.surgery.rope import from_complex, to_complex
 
 
@@ -130,43 +131,32 @@ def search(
     return best
 
 
-def fold(
-    weights: AttentionWeights,
-    rank: int,
-    rope_dim: int,
-    moment: Tensor,
-    phase: Tensor,
-    choice: Choice = START,
-    position_free: bool = True,
-) -> LatentWeights:
+def fold(layer: Layer, rank: int, rope_dim: int, choice: Choice = START, position_free: bool = True) -> LatentWeights:
     """One layer as latent attention.
 
     Args:
-        weights: the source, float64.
         rank: width `r` of the latent.
         rope_dim: width `R` of the rotary key, up to the G·D numbers at which it holds all keys.
-        moment: E[z zᵀ] of the augmented input (d + 1, d + 1).
-        phase: what `coherence` measured, (H, D/2) complex.
         choice: see `Choice`; `first` slots of at most D numbers, not centred, are what stock `deepseek_v3` can say.
         position_free: whether heads have a part of the key without rotation; MFA has none.
 
     Raises:
         ValueError: an odd or too large `rope_dim`, or a `rank` above the full rank of keys and values.
     """
+    weights = layer.weights
     widest = weights.kv_heads * weights.head_dim
     if rope_dim % 2 or not 2 <= rope_dim <= widest:
         raise ValueError(f"rope_dim {rope_dim} must be even and between 2 and {widest}")
     if not 1 <= rank <= full_rank(weights.k.shape[-1], weights.kv_heads, weights.head_dim):
         raise ValueError(f"rank {rank} must lie between 1 and the full rank of keys and values")
-    phase = phase.to(torch.complex128)
-    slots = rotary_slots(weights, rope_dim // 2, moment, phase, choice)
+    slots = rotary_slots(layer, rope_dim // 2, choice)
     if not position_free:
         choice = replace(choice, balance=0.0)
-    down, up_k, up_v = joint_latent(weights, slots.rest, weights.augmented()[2], rank, moment, phase, choice)
-    folded = assemble(weights, slots, down, up_k, up_v, phase, position_free)
+    values = layer.rows[2]
+    down, up_k, up_v = joint_latent(layer, slots.rest, values, rank, choice)
+    folded = assemble(layer, slots, down, up_k, up_v, position_free)
     # What a centred latent leaves out of the values is their mean.
-    mean = weights.augmented()[2] @ moment[:, -1]
-    return replace(folded, o_bias=weights.o_bias_with(mean)) if choice.centred else folded
+    return replace(folded, o_bias=weights.o_bias_with(layer.mean(values))) if choice.centred else folded
 
 
 def full_rank(hidden: int, kv_heads: int, head_dim: int) -> int:
@@ -176,8 +166,8 @@ def full_rank(hidden: int, kv_heads: int, head_dim: int) -> int:
 
 @dataclass(frozen=True)
 class RotarySlots:
-    """Shared rotary keys: `key` (S, n) complex, turning with the source's frequencies `pairs` (S,); `gain` (G, S) complex, by
-    which the queries of a key head are multiplied; and `rest` (G, D/2, n) complex, what they leave of every key."""
+    """Shared rotary keys: `key` (S, 2n) complex, turning with the source's frequencies `pairs` (S,); `gain` (G, S) complex, by
+    which the queries of a key head are multiplied; and `rest` (G, D/2, 2n) complex, what they leave of every key."""
 
     key: Tensor
     pairs: Tensor
@@ -185,18 +175,15 @@ class RotarySlots:
     rest: Tensor
 
 
-def rotary_slots(weights: AttentionWeights, slots: int, moment: Tensor, phase: Tensor, choice: Choice) -> RotarySlots:
+def rotary_slots(layer: Layer, slots: int, choice: Choice) -> RotarySlots:
     """The best `slots` shared keys, each of one frequency.
 
     Per frequency, components are those of the complex PCA across key heads that minimises `Σ_g e_g^power E|k_g - u_g z|²`,
     `e_g` the mean query energy of key head g there. `choice.picked` says which components of which frequencies are kept.
     """
-    per = weights.heads // weights.kv_heads
-    q, k, _ = weights.augmented()
-    pairs = to_complex(k)  # (G, D/2, n)
-    gram = torch.einsum("afm,bfm->fab", to_complex(k @ moment), pairs.conj())  # (D/2, G, G)
-    energy = ((q @ moment) * q).sum(-1).unflatten(1, (2, -1)).sum(1)  # (H, D/2)
-    energy = energy.unflatten(0, (-1, per)).mean(1).T  # (D/2, G)
+    per = layer.weights.heads // layer.weights.kv_heads
+    pairs, gram = to_complex(layer.rows[1]), layer.key_gram  # (G, D/2, 2n), (D/2, G, G)
+    energy = layer.query_energy.unflatten(0, (-1, per)).mean(1).T  # (D/2, G)
     weight = energy.clamp_min(float(energy.amax()) * 1e-9 + torch.finfo(energy.dtype).tiny) ** (choice.slots / 2)
     sizes, vectors = torch.linalg.eigh(weight[..., None] * gram * weight[..., None, :])
     sizes, vectors = sizes.flip(-1), vectors.flip(-1)  # largest first: (D/2, G), (D/2, G, G)
@@ -204,7 +191,7 @@ def rotary_slots(weights: AttentionWeights, slots: int, moment: Tensor, phase: T
         order = torch.arange(sizes.numel(), device=sizes.device).view(sizes.T.shape).T.flatten()  # component by component
         chosen = order.argsort()[:slots]
     else:
-        lost = 1 - phase.abs().square().mean(0) if choice.picked == "turning" else torch.ones_like(sizes[:, 0])
+        lost = 1 - layer.phase.abs().square().mean(0) if choice.picked == "turning" else torch.ones_like(sizes[:, 0])
         chosen = (sizes * lost[:, None]).flatten().topk(slots).indices.sort().values
     frequency, component = chosen // sizes.shape[1], chosen % sizes.shape[1]
     shared, weight = vectors[frequency, :, component], weight[frequency]  # (S, G)
@@ -218,82 +205,61 @@ def rotary_slots(weights: AttentionWeights, slots: int, moment: Tensor, phase: T
     return RotarySlots(key, frequency, back.conj(), rest)
 
 
-def joint_latent(
-    weights: AttentionWeights, rest: Tensor, values: Tensor, rank: int, moment: Tensor, phase: Tensor, choice: Choice
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One latent for the rests of all keys and all values: the leading directions of their weighted second moment.
+def joint_latent(layer: Layer, rest: Tensor, values: Tensor, rank: int, choice: Choice) -> tuple[Tensor, Tensor, Tensor]:
+    """One latent for the rests of all keys (G, D/2, 2n) and all values (G, D, 2n): see `weighted_latent`.
 
     Keys are weighted by the second moment of the queries that read them, turned by their coherence, so that the error is
-    that of the scores; values (G, D, n) by `(W_Oᵀ W_O)^power`, so that the error is that of the output.
-
-    Returns:
-        down (r, n), up_k (G, D, r), up_v (G, D, r).
+    that of the scores.
     """
-    per, width = weights.heads // weights.kv_heads, weights.head_dim
-    queries = from_complex(phase[..., None] * to_complex(weights.augmented()[0]))  # (H, D, n)
-    reading = (queries @ moment @ queries.mT).unflatten(0, (-1, per)).sum(1) / width  # (G, D, D)
-    return weighted_latent(weights, from_complex(rest), values, power_and_inverse(reading, 0.5), rank, moment, choice)
+    return weighted_latent(layer, from_complex(rest), values, layer.reading, rank, choice)
 
 
 def weighted_latent(
-    weights: AttentionWeights,
-    keys: Tensor,
-    values: Tensor,
-    reading: tuple[Tensor, Tensor],
-    rank: int,
-    moment: Tensor,
-    choice: Choice,
+    layer: Layer, keys: Tensor, values: Tensor, reading: tuple[Tensor, Tensor], rank: int, choice: Choice
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One latent for what is asked of keys and of values (G, D, n each): see `joint_latent`.
+    """One latent for what is asked of keys and of values (G, D, 2n each): the leading directions of their weighted second
+    moment. Values are weighted by `(W_Oᵀ W_O)^power`, so that the error is that of the output.
 
     Args:
         reading: the keys' metric (G, D, D) and its inverse.
+
+    Returns:
+        down (r, 2n), up_k (G, D, r), up_v (G, D, r).
     """
-    _, k, v = weights.augmented()
-    importance = (weights.o.mT @ weights.o).unflatten(0, (weights.kv_heads, -1)).sum(1)
-    (root_k, inverse_k), (root_v, inverse_v) = reading, power_and_inverse(importance, choice.values / 2)
-    metric = covariance(moment) if choice.centred else moment
+    _, k, v = layer.rows
+    (root_k, inverse_k), (root_v, inverse_v) = reading, power_and_inverse(layer.importance, choice.values / 2)
     # Against the energy of the whole keys, so that a rest of nothing is given nothing.
-    energies = [((x @ metric) * x).sum().clamp_min(torch.finfo(x.dtype).tiny) for x in (root_k @ k, root_v @ v)]
+    energies = [
+        (root @ layer.seen(x, choice.centred)).square().sum().clamp_min(torch.finfo(x.dtype).tiny)
+        for root, x in ((root_k, k), (root_v, v))
+    ]
     balance = (choice.balance * energies[1] / energies[0]).sqrt()
-    stacked = torch.cat([balance * root_k @ keys, root_v @ values]).flatten(0, 1)  # (2·G·D, n)
-    basis = leading_directions(stacked, metric, rank)  # (2·G·D, r)
-    up_k, up_v = basis.unflatten(0, (2, -1, weights.head_dim))  # (G, D, r) each
+    stacked = torch.cat([balance * root_k @ keys, root_v @ values]).flatten(0, 1)  # (2·G·D, 2n)
+    stacked = layer.deviations(stacked) if choice.centred else stacked
+    basis = left_singular(layer.seen(stacked), rank)  # (2·G·D, r)
+    up_k, up_v = basis.unflatten(0, (2, -1, layer.weights.head_dim))  # (G, D, r) each
     down = basis.mT @ stacked
-    if choice.centred:
-        down[:, -1] -= down @ moment[:, -1]
-    level = gauge(down, moment)
+    level = gauge(layer.seen(down))
     up_k = inverse_k @ up_k / (balance if choice.balance else 1.0)
     return down * level, up_k / level, inverse_v @ up_v / level
 
 
-def covariance(moment: Tensor) -> Tensor:
-    """E[z zᵀ] without the mean: its last row and column are zero."""
-    mean = moment[:, -1]
-    return moment - mean[:, None] * mean
-
-
 def assemble(
-    weights: AttentionWeights,
-    slots: RotarySlots,
-    down: Tensor,
-    up_k: Tensor,
-    up_v: Tensor,
-    phase: Tensor,
-    position_free: bool = True,
+    layer: Layer, slots: RotarySlots, down: Tensor, up_k: Tensor, up_v: Tensor, position_free: bool = True
 ) -> LatentWeights:
     """The parts as one layer: queries absorb the slots' gains and the phases, and the change of the softmax's scale."""
+    weights = layer.weights
     per, width, rope_dim = weights.heads // weights.kv_heads, weights.head_dim, 2 * len(slots.key)
-    queries = to_complex(weights.augmented()[0])
+    queries = to_complex(layer.plain(layer.rows[0]))
     rotary = from_complex(queries[:, slots.pairs] * slots.gain.repeat_interleave(per, 0)[..., None])
-    free = from_complex(queries * phase[..., None])[:, : width if position_free else 0]
+    free = from_complex(queries * layer.phase[..., None])[:, : width if position_free else 0]
     scale = ((free.shape[1] + rope_dim) / width) ** 0.5  # scores are divided by the new width's root
     heads = torch.cat([free, rotary], 1) * scale  # (H, N + R, n)
-    cached = torch.cat([down, from_complex(slots.key)])  # (r + R, n)
+    cached = layer.plain(torch.cat([down, from_complex(slots.key)]))  # (r + R, n)
     return LatentWeights(
         q_nope=heads[:, : free.shape[1], :-1],
         q_rope=heads[:, free.shape[1] :, :-1],
-        down=down[:, :-1],
+        down=cached[: len(down), :-1],
         k_rope=cached[len(down) :, :-1],
         up_k=up_k.repeat_interleave(per, 0)[:, : free.shape[1]],
         up_v=up_v.repeat_interleave(per, 0),
@@ -303,6 +269,12 @@ def assemble(
         kv_bias=cached[:, -1] if cached[:, -1].any() else None,
         o_bias=weights.o_bias,
     )
+
+
+def covariance(moment: Tensor) -> Tensor:
+    """E[z zᵀ] without the mean: its last row and column are zero."""
+    mean = moment[:, -1]
+    return moment - mean[:, None] * mean
 
 
 def low_rank_queries(folded: Queried, rank: int, moment: Tensor) -> Queried:

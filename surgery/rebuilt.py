@@ -6,18 +6,17 @@ The mildest way to a small cache, and the only one here that decoding pays for: 
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.designs import RebuiltKeyWeights
 from kvfold.surgery.latent import Choice, Tries, full_rank, weighted_latent
+from kvfold.surgery.layer import Layer
 from kvfold.surgery.lowrank import power_and_inverse
 
 START = Choice(slots=0.5, values=0.5, balance=1.0, centred=True)
 TRIED: Tries = {"balance": (0.1, 0.3, 3.0), "slots": (0.0, 1.0), "values": (0.0, 1.0)}
 
 
-def rebuilt(weights: AttentionWeights, rank: int, moment: Tensor, choice: Choice = START) -> RebuiltKeyWeights:
+def rebuilt(layer: Layer, rank: int, choice: Choice = START) -> RebuiltKeyWeights:
     """One layer with a latent of `rank` numbers for keys and values together: their leading joint directions.
 
     Keys are weighted by (second moment of their queries, per frequency)^slots, values by `(W_Oᵀ W_O)^values`, and `balance`
@@ -26,15 +25,16 @@ def rebuilt(weights: AttentionWeights, rank: int, moment: Tensor, choice: Choice
     Raises:
         ValueError: a `rank` above the full rank of keys and values.
     """
+    weights = layer.weights
     per, width = weights.heads // weights.kv_heads, weights.head_dim
     if not 1 <= rank <= full_rank(weights.k.shape[-1], weights.kv_heads, width):
         raise ValueError(f"rank {rank} must lie between 1 and the full rank of keys and values")
-    q, k, v = weights.augmented()
-    # A rotation turns both numbers of a pair into each other: only the sum of their energies tells.
-    energy = ((q @ moment) * q).sum(-1).unflatten(1, (2, -1)).sum(1).repeat(1, 2)  # (H, D)
+    _, k, v = layer.rows
+    energy = layer.query_energy.repeat(1, 2)  # (H, D)
     reading = torch.diag_embed(energy.unflatten(0, (-1, per)).sum(1))  # (G, D, D)
-    metric, mean = power_and_inverse(reading, choice.slots / 2), moment[:, -1]
-    down, up_k, up_v = weighted_latent(weights, k, v, metric, rank, moment, replace(choice, centred=True))
+    metric = power_and_inverse(reading, choice.slots / 2)
+    down, up_k, up_v = weighted_latent(layer, k, v, metric, rank, replace(choice, centred=True))
+    down = layer.plain(down)
     return RebuiltKeyWeights(
         q=weights.q,
         down=down[:, :-1],
@@ -43,6 +43,6 @@ def rebuilt(weights: AttentionWeights, rank: int, moment: Tensor, choice: Choice
         o=weights.o,
         q_bias=weights.q_bias,
         kv_bias=down[:, -1],
-        k_bias=k @ mean,
-        o_bias=weights.o_bias_with(v @ mean),
+        k_bias=layer.mean(k),
+        o_bias=weights.o_bias_with(layer.mean(v)),
     )

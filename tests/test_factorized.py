@@ -10,8 +10,9 @@ from kvfold.surgery.designs import FoldedWeights, design, weights_of
 from kvfold.surgery.factorized import START, mfa, mfa_kr
 from kvfold.surgery.healing import relative_error
 from kvfold.surgery.latent import Choice, fold, low_rank_queries
+from kvfold.surgery.layer import Layer
 from kvfold.surgery.rebuilt import rebuilt
-from tests.test_latent import phase_of
+from tests.test_latent import layer_of, phase_of
 from tests.test_surgery import HIDDEN, KV_HEADS, WIDTH, inputs, moment_of, outputs, random_weights, rope_tables
 
 ALL_KEYS = KV_HEADS * WIDTH
@@ -25,7 +26,7 @@ def run(weights: FoldedWeights, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("bias", [False, True])
 def test_mfa_of_full_width_is_exact(bias: bool) -> None:
     weights, x = random_weights(bias=bias), inputs()
-    folded = mfa(weights, ALL_KEYS, moment_of(x), phase_of(weights, x))
+    folded = mfa(layer_of(weights, x), ALL_KEYS)
     assert folded.q_nope.shape[1] == 0
     torch.testing.assert_close(run(folded, x), outputs(weights, x), atol=1e-6, rtol=0)
 
@@ -33,21 +34,21 @@ def test_mfa_of_full_width_is_exact(bias: bool) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_mfa_kr_is_exact_where_the_key_holds_keys_and_values(bias: bool) -> None:
     weights, x = random_weights(bias=bias), inputs()
-    folded = mfa_kr(weights, 2 * ALL_KEYS, moment_of(x), phase_of(weights, x))
+    folded = mfa_kr(layer_of(weights, x), 2 * ALL_KEYS)
     assert folded.key.shape == (2 * ALL_KEYS, HIDDEN)
     torch.testing.assert_close(run(folded, x), outputs(weights, x), atol=1e-5, rtol=0)
 
 
 def test_one_key_head_needs_no_more_than_its_own_width() -> None:
     weights, x = random_weights(kv_heads=1), inputs()
-    folded = mfa(weights, WIDTH, moment_of(x), phase_of(weights, x))
+    folded = mfa(layer_of(weights, x), WIDTH)
     torch.testing.assert_close(run(folded, x), outputs(weights, x), atol=1e-6, rtol=0)
 
 
 def test_values_are_the_best_linear_reading_of_the_unrotated_key() -> None:
     """By least squares over the tokens."""
     weights, x = random_weights(bias=True), inputs()
-    folded = mfa_kr(weights, WIDTH, moment_of(x), phase_of(weights, x), replace(START["mfa-kr"], still=0.0))
+    folded = mfa_kr(layer_of(weights, x), WIDTH, replace(START["mfa-kr"], still=0.0))
     flat = x.flatten(0, 1)
     key = flat @ folded.key.T + folded.k_bias
     per = len(weights.q) // KV_HEADS
@@ -63,28 +64,28 @@ def test_mfa_kr_contains_mla_of_its_width() -> None:
     weights, x = random_weights(), inputs()
     moment, phase, wanted = moment_of(x), phase_of(weights, x), outputs(weights, x)
     choice = Choice(0.0, 0.0, 0.3, "energy", centred=True)
-    latent = relative_error(run(fold(weights, 12, 8, moment, phase, choice), x), wanted)
-    reused = relative_error(run(mfa_kr(weights, 20, moment, phase, replace(choice, still=0.6)), x), wanted)
+    latent = relative_error(run(fold(Layer(weights, moment, phase), 12, 8, choice), x), wanted)
+    reused = relative_error(run(mfa_kr(Layer(weights, moment, phase), 20, replace(choice, still=0.6)), x), wanted)
     assert reused < latent
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_rebuilt_keys_are_exact_at_full_rank(bias: bool) -> None:
     weights, x = random_weights(bias=bias), inputs()
-    torch.testing.assert_close(run(rebuilt(weights, HIDDEN, moment_of(x)), x), outputs(weights, x), atol=1e-6, rtol=0)
+    torch.testing.assert_close(run(rebuilt(layer_of(weights, x), HIDDEN), x), outputs(weights, x), atol=1e-6, rtol=0)
 
 
 def test_rebuilt_keys_lose_less_than_latent_ones() -> None:
     weights, x = random_weights(), inputs()
     moment, phase, wanted = moment_of(x), phase_of(weights, x), outputs(weights, x)
-    latent = relative_error(run(fold(weights, 12, 8, moment, phase), x), wanted)
-    assert relative_error(run(rebuilt(weights, 20, moment), x), wanted) < latent
+    latent = relative_error(run(fold(Layer(weights, moment, phase), 12, 8), x), wanted)
+    assert relative_error(run(rebuilt(Layer(weights, moment, phase), 20), x), wanted) < latent
 
 
 def test_every_design_gives_its_weights_back() -> None:
     weights, x = random_weights(bias=True), inputs()
-    moment, phase = moment_of(x), phase_of(weights, x)
-    folds = [mfa(weights, 8, moment, phase), mfa_kr(weights, 8, moment, phase), rebuilt(weights, 8, moment)]
+    layer, moment = layer_of(weights, x), moment_of(x)
+    folds = [mfa(layer, 8), mfa_kr(layer, 8), rebuilt(layer, 8)]
     for folded in [*folds, *(low_rank_queries(f, 6, moment) for f in folds)]:
         again = weights_of(design(folded))
         assert again.tensors().keys() == folded.tensors().keys()
@@ -96,4 +97,4 @@ def test_every_design_gives_its_weights_back() -> None:
 def test_widths_that_cannot_be_are_refused(width: int) -> None:
     weights, x = random_weights(), inputs()
     with pytest.raises(ValueError, match="must be even and between 2 and"):
-        mfa_kr(weights, width, moment_of(x), phase_of(weights, x))
+        mfa_kr(layer_of(weights, x), width)

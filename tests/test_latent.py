@@ -22,7 +22,8 @@ from kvfold.surgery.latent import (
     rotary_slots,
     search,
 )
-from kvfold.surgery.lowrank import power_and_inverse
+from kvfold.surgery.layer import Layer
+from kvfold.surgery.lowrank import power_and_inverse, subspace_iteration
 from kvfold.surgery.rope import from_complex, to_complex
 from tests.test_surgery import HEADS, HIDDEN, KV_HEADS, TOKENS, WIDTH, inputs, moment_of, outputs, random_weights, rope_tables
 
@@ -43,12 +44,16 @@ def phase_of(weights: AttentionWeights, x: Tensor) -> Tensor:
     return coherence(attention_seen(weights, x, rope_tables())[0], rope_tables())
 
 
+def layer_of(weights: AttentionWeights, x: Tensor) -> Layer:
+    return Layer(weights, moment_of(x), phase_of(weights, x))
+
+
 @pytest.mark.parametrize("balance", [0.0, 0.3])
 @pytest.mark.parametrize("slots", [0.0, 1.0])
 def test_one_key_head_folds_exactly(slots: float, balance: float) -> None:
     """All rotation is in the slots, and the latent has room for the one value head."""
     weights, x = random_weights(kv_heads=1), inputs()
-    folded = fold(weights, WIDTH, WIDTH, moment_of(x), phase_of(weights, x), Choice(slots, 1.0, balance))
+    folded = fold(layer_of(weights, x), WIDTH, WIDTH, Choice(slots, 1.0, balance))
     torch.testing.assert_close(run(folded, x), outputs(weights, x), atol=1e-6, rtol=0)
 
 
@@ -58,14 +63,14 @@ def test_full_width_is_exact(picked: str, bias: bool) -> None:
     """Every component of every frequency has a slot, and the latent holds all values: biases and all."""
     weights, x = random_weights(bias=bias), inputs()
     choice = Choice(0.5, 1.0, 0.3, picked, centred=True)
-    folded = fold(weights, HIDDEN, KV_HEADS * WIDTH, moment_of(x), phase_of(weights, x), choice)
+    folded = fold(layer_of(weights, x), HIDDEN, KV_HEADS * WIDTH, choice)
     torch.testing.assert_close(run(folded, x), outputs(weights, x), atol=1e-6, rtol=0)
 
 
 def test_low_rank_queries_are_exact_at_full_rank_and_best_below() -> None:
     weights, x = random_weights(bias=True), inputs()
     choice = Choice(0.0, 0.0, 0.3, centred=True)
-    folded = fold(weights, 12, 8, moment_of(x), phase_of(weights, x), choice)
+    folded = fold(layer_of(weights, x), 12, 8, choice)
     exact = low_rank_queries(folded, HIDDEN, moment_of(x))
     torch.testing.assert_close(run(exact, x), run(folded, x), atol=1e-6, rtol=0)
     half = low_rank_queries(folded, HIDDEN // 2, moment_of(x))
@@ -83,7 +88,7 @@ def test_low_rank_queries_are_exact_at_full_rank_and_best_below() -> None:
 def test_without_rotation_full_rank_is_exact_for_any_number_of_heads() -> None:
     weights, x = random_weights(), inputs()
     unturned = torch.ones(HEADS, WIDTH // 2, dtype=torch.complex128)
-    folded = fold(weights, HIDDEN, 4, moment_of(x), unturned)
+    folded = fold(Layer(weights, moment_of(x), unturned), HIDDEN, 4)
     # the source without rotation, through the same module that test_surgery.py holds to the formula
     with torch.no_grad():
         wanted = GroupedAttention(weights)(x, still())[0]
@@ -92,23 +97,25 @@ def test_without_rotation_full_rank_is_exact_for_any_number_of_heads() -> None:
 
 def test_what_the_slots_take_and_leave_adds_up() -> None:
     weights, x = random_weights(), inputs()
-    slots = rotary_slots(weights, 3, moment_of(x), phase_of(weights, x), Choice(1.0, 0.0, 0.3))
-    assert (slots.key.shape, slots.gain.shape) == ((3, HIDDEN + 1), (KV_HEADS, 3))
+    layer = layer_of(weights, x)
+    slots = rotary_slots(layer, 3, Choice(1.0, 0.0, 0.3))
+    assert (slots.key.shape, slots.gain.shape) == ((3, 2 * (HIDDEN + 1)), (KV_HEADS, 3))
     assert slots.pairs.tolist() == [0, 1, 2]
+    torch.testing.assert_close(slots.key[:, HIDDEN + 1 :], slots.key[:, : HIDDEN + 1] @ layer.root.to(slots.key))
     whole = slots.rest.clone()
     whole[:, :3] += slots.gain.conj()[..., None] * slots.key
-    torch.testing.assert_close(from_complex(whole)[..., :-1], weights.k, atol=1e-12, rtol=0)
-    torch.testing.assert_close(slots.rest[:, 3:, :-1], to_complex(weights.k)[:, 3:], atol=0, rtol=0)
+    torch.testing.assert_close(layer.plain(from_complex(whole))[..., :-1], weights.k, atol=1e-12, rtol=0)
+    torch.testing.assert_close(layer.plain(slots.rest)[:, 3:, :-1], to_complex(weights.k)[:, 3:], atol=0, rtol=0)
 
 
 def test_the_joint_latent_is_the_best_of_its_rank() -> None:
     """The weighted error that is left is the tail of the spectrum, by an SVD over the tokens."""
     weights, x = random_weights(), inputs()
-    moment, phase = moment_of(x), phase_of(weights, x)
+    layer, moment, phase = layer_of(weights, x), moment_of(x)[:-1, :-1], phase_of(weights, x)
     rank, choice = 10, Choice(0.0, 1.0, 0.3)
-    rest = rotary_slots(weights, 2, moment, phase, choice).rest
-    down, up_k, up_v = joint_latent(weights, rest, weights.augmented()[2], rank, moment, phase, choice)
-    moment, rest, down = moment[:-1, :-1], rest[..., :-1], down[:, :-1]
+    rest = rotary_slots(layer, 2, choice).rest
+    down, up_k, up_v = joint_latent(layer, rest, layer.rows[2], rank, choice)
+    rest, down = layer.plain(rest)[..., :-1], layer.plain(down)[:, :-1]
     flat, per = x.flatten(0, 1), HEADS // KV_HEADS
     turned = from_complex(phase[..., None] * to_complex(weights.q))
     reading = (turned @ moment @ turned.mT).unflatten(0, (-1, per)).sum(1) / WIDTH
@@ -146,15 +153,15 @@ def test_turning_by_the_coherence_helps() -> None:
     """What makes keys position-free is better with the measured phase than with none."""
     weights, x = random_weights(), inputs()
     wanted, moment = outputs(weights, x), moment_of(x)
-    measured = fold(weights, HIDDEN, 4, moment, phase_of(weights, x))
-    unturned = fold(weights, HIDDEN, 4, moment, torch.ones(HEADS, WIDTH // 2, dtype=torch.complex128))
+    measured = fold(layer_of(weights, x), HIDDEN, 4)
+    unturned = fold(Layer(weights, moment, torch.ones(HEADS, WIDTH // 2, dtype=torch.complex128)), HIDDEN, 4)
     assert relative_error(run(measured, x), wanted) < 0.9 * relative_error(run(unturned, x), wanted)
 
 
 def test_more_rank_means_less_error() -> None:
     weights, x = random_weights(), inputs()
     phase, moment, wanted = phase_of(weights, x), moment_of(x), outputs(weights, x)
-    errors = [float(relative_error(run(fold(weights, r, WIDTH, moment, phase), x), wanted)) for r in (4, 8, 16, 32)]
+    errors = [float(relative_error(run(fold(Layer(weights, moment, phase), r, WIDTH), x), wanted)) for r in (4, 8, 16, 32)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < errors[0] / 1.5
 
@@ -168,16 +175,16 @@ def test_search_returns_what_it_measured_as_best() -> None:
         return seen[-1]
 
     phase = phase_of(weights, x)
-    error, choice, folded = search(lambda choice: fold(weights, 12, 4, moment_of(x), phase, choice), measure)
+    error, choice, folded = search(lambda choice: fold(Layer(weights, moment_of(x), phase), 12, 4, choice), measure)
     assert error == min(seen) <= seen[0]
     assert len(seen) == 9
-    again = fold(weights, 12, 4, moment_of(x), phase_of(weights, x), choice)
+    again = fold(layer_of(weights, x), 12, 4, choice)
     torch.testing.assert_close(again.down, folded.down)
 
 
 def test_latent_attention_gives_its_weights_back() -> None:
     weights, x = random_weights(), inputs()
-    folded = replace(fold(weights, 12, 4, moment_of(x), phase_of(weights, x)), o_bias=torch.randn(HIDDEN, dtype=torch.float64))
+    folded = replace(fold(layer_of(weights, x), 12, 4), o_bias=torch.randn(HIDDEN, dtype=torch.float64))
     again = weights_of(design(folded))
     for name in folded.tensors():
         torch.testing.assert_close(getattr(again, name), getattr(folded, name), atol=0, rtol=0)
@@ -196,4 +203,35 @@ def test_what_cannot_be_is_refused(rank: int, rope_dim: int, words: str) -> None
     weights = random_weights()
     phase = torch.ones(HEADS, WIDTH // 2, dtype=torch.complex128)
     with pytest.raises(ValueError, match=words):
-        fold(weights, rank, rope_dim, moment_of(inputs()), phase, START)
+        fold(Layer(weights, moment_of(inputs()), phase), rank, rope_dim, START)
+
+
+def test_a_layer_keeps_its_rows_and_what_the_inputs_make_of_them() -> None:
+    """Against means over the tokens themselves."""
+    weights, x = random_weights(bias=True), inputs()
+    layer, z = layer_of(weights, x), torch.cat([x.flatten(0, 1), x.new_ones(x[..., 0].numel(), 1)], 1)
+    q, k, _ = layer.rows
+    keys = (z @ layer.plain(k).flatten(0, 1).T).unflatten(1, k.shape[:2])  # (T, G, D)
+    torch.testing.assert_close(layer.mean(k), keys.mean(0))
+    wanted = torch.einsum("tgi,tgj->gij", keys, keys) / len(z)
+    torch.testing.assert_close(layer.seen(k) @ layer.seen(k).mT, wanted)
+    spread = torch.einsum("tgi,tgj->gij", keys - keys.mean(0), keys - keys.mean(0)) / len(z)
+    for centred in (layer.seen(k, centred=True), layer.seen(layer.deviations(k))):
+        torch.testing.assert_close(centred @ centred.mT, spread, atol=1e-9, rtol=1e-7)
+    torch.testing.assert_close(
+        (z @ layer.plain(layer.deviations(k)).flatten(0, 1).T).unflatten(1, k.shape[:2]), keys - keys.mean(0)
+    )
+    queries = (z @ layer.plain(q).flatten(0, 1).T).unflatten(1, q.shape[:2])
+    energy = to_complex(queries[..., None])[..., 0].abs().square().mean(0)
+    torch.testing.assert_close(layer.query_energy, energy)
+
+
+@pytest.mark.parametrize("decay", [0.3, 1.0])
+def test_subspace_iteration_holds_what_the_leading_eigenvectors_hold(decay: float) -> None:
+    basis = torch.linalg.qr(torch.randn(400, 400, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).Q
+    values = torch.arange(1, 401, dtype=torch.float64) ** (-2 * decay)
+    matrix = (basis * values) @ basis.T
+    found = subspace_iteration(matrix, 40)
+    torch.testing.assert_close(found.T @ found, torch.eye(40, dtype=torch.float64), atol=1e-10, rtol=0)
+    held, best = float((found * (matrix @ found)).sum()), float(values[:40].sum())
+    assert 0 <= best - held < 2e-4 * float(values[40:].sum())

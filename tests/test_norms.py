@@ -10,6 +10,7 @@ from torch import Tensor
 from kvfold.surgery import factorized, latent
 from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.designs import FoldedWeights, design, weights_of
+from kvfold.surgery.layer import Layer
 from kvfold.surgery.norms import Linear, merged, paired
 from kvfold.surgery.rebuilt import rebuilt
 from kvfold.surgery.rope import from_complex, to_complex
@@ -67,12 +68,12 @@ def test_the_source_and_every_design_at_full_width_are_the_formula(together: boo
     wanted, moment, phase = by_hand(weights, x), moment_of(x), phase_of(weights, x)
     torch.testing.assert_close(run(weights, x), wanted, atol=1e-9, rtol=0)
     linear, with_queries = Linear(weights, moment), Linear(weights, moment, rebuilt=True)
-    plain = latent.Choice(0.0, 0.0, 0.3)
+    layer, plain = Layer(linear.weights, moment, phase), latent.Choice(0.0, 0.0, 0.3)
     folds: list[Any] = [
-        linear.restored(latent.fold(linear.weights, min(HIDDEN, 2 * KEYS), KEYS, moment, phase, plain)),
-        linear.restored(factorized.mfa(linear.weights, KEYS, moment, phase)),
-        linear.restored(factorized.mfa_kr(linear.weights, 2 * KEYS, moment, phase, replace(plain, still=0.5))),
-        with_queries.restored(rebuilt(with_queries.weights, min(HIDDEN, 2 * KEYS), moment)),
+        linear.restored(latent.fold(layer, min(HIDDEN, 2 * KEYS), KEYS, plain)),
+        linear.restored(factorized.mfa(layer, KEYS)),
+        linear.restored(factorized.mfa_kr(layer, 2 * KEYS, replace(plain, still=0.5))),
+        with_queries.restored(rebuilt(Layer(with_queries.weights, moment, phase), min(HIDDEN, 2 * KEYS))),
     ]
     for folded in folds:
         torch.testing.assert_close(run(folded, x), wanted, atol=1e-5, rtol=0)

@@ -1,0 +1,87 @@
+"""A source layer and what its inputs make of it, worked out once for all of its candidates.
+
+An augmented input `z = [x; 1]` of `n` numbers has the second moment `M = R Rᵀ`, so for any rows `a`, `b` (·, n) that act on it
+
+    E[(a z)(b z)ᵀ] = a M bᵀ = (a R)(b R)ᵀ.
+
+Rows are kept twice, side by side, as `[a, a R]` (·, 2n): what is linear in rows acts on both halves at once, and a second
+moment is a plain product of the second halves. The mean E[a z] is `a R` times a unit vector, the last row of `R`.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kvfold.surgery.attention import AttentionWeights
+from kvfold.surgery.lowrank import power_and_inverse, square_root
+from kvfold.surgery.rope import from_complex, to_complex
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Attributes:
+    weights: the attention, float64.
+    moment: E[z zᵀ] (d + 1, d + 1).
+    phase: what each head's attention leaves of every frequency on average, (H, D/2) complex.
+    """
+
+    weights: AttentionWeights
+    moment: Tensor
+    phase: Tensor
+
+    @cached_property
+    def root(self) -> Tensor:
+        """R (n, n)."""
+        return square_root(self.moment)
+
+    @cached_property
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of queries (H, D, 2n), keys and values (G, D, 2n)."""
+        q, k, v = (torch.cat([x, x @ self.root], -1) for x in self.weights.augmented())
+        return q, k, v
+
+    def seen(self, rows: Tensor, centred: bool = False) -> Tensor:
+        """The half `a R` of rows (·, 2n), without what their mean makes of it where `centred`."""
+        second = rows[..., len(self.root) :]
+        return second - self.mean(rows)[..., None] * self.root[-1] if centred else second
+
+    def plain(self, rows: Tensor) -> Tensor:
+        """The half `a` of rows (·, 2n)."""
+        return rows[..., : len(self.root)]
+
+    def mean(self, rows: Tensor) -> Tensor:
+        """E[a z] of rows (·, 2n)."""
+        return rows[..., len(self.root) :] @ self.root[-1]
+
+    def deviations(self, rows: Tensor) -> Tensor:
+        """Rows (·, 2n) of `a z - E[a z]`: the constant input takes it."""
+        constant = torch.cat([torch.zeros_like(self.root[-1]), self.root[-1]])
+        constant[len(self.root) - 1] = 1
+        return rows - self.mean(rows)[..., None] * constant
+
+    @cached_property
+    def query_energy(self) -> Tensor:
+        """E|q|² of both numbers of every frequency's pair, (H, D/2): a rotation turns them into each other."""
+        return self.seen(self.rows[0]).square().sum(-1).unflatten(1, (2, -1)).sum(1)
+
+    @cached_property
+    def key_gram(self) -> Tensor:
+        """E[k_a k̄_b] of key heads a, b at every frequency, (D/2, G, G) complex."""
+        pairs = to_complex(self.seen(self.rows[1]))
+        return torch.einsum("afm,bfm->fab", pairs, pairs.conj())
+
+    @cached_property
+    def reading(self) -> tuple[Tensor, Tensor]:
+        """The square root of the second moment of the queries that read a key head, turned by their phase, and its inverse:
+        (G, D, D) each."""
+        per, width = self.weights.heads // self.weights.kv_heads, self.weights.head_dim
+        queries = from_complex(self.phase[..., None] * to_complex(self.seen(self.rows[0])))  # (H, D, n)
+        return power_and_inverse((queries @ queries.mT).unflatten(0, (-1, per)).sum(1) / width, 0.5)
+
+    @cached_property
+    def importance(self) -> Tensor:
+        """What a value's numbers do to the output: `W_Oᵀ W_O` (G, D, D), summed over the heads that read it."""
+        o = self.weights.o
+        return (o.mT @ o).unflatten(0, (self.weights.kv_heads, -1)).sum(1)
