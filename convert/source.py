@@ -7,8 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvfold.convert.checkpoint import CheckpointReader, read_config, refuse_adapter
+from kvfold.convert.checkpoint import CheckpointReader, TensorEntry, read_config, refuse_adapter
 from kvfold.convert.config import config_of
+from kvfold.convert.families import Family, family_of
 from kvfold.convert.files import checksum, checksum_of, stamp
 from kvfold.errors import UserError
 
@@ -95,7 +96,7 @@ def open_source(folder: Path) -> CheckpointReader:
         elif not _same(reader, embedding, head):
             reader.config["tie_word_embeddings"] = False
             model = build_on_meta(reader.config)
-    refuse_mismatch(reader, model)
+    refuse_mismatch(reader, model, family_of(reader.config))
     return reader
 
 
@@ -130,22 +131,19 @@ def refuse_code(folder: Path, error: Exception, remedy: str) -> None:
         raise UserError(f"{folder} loads by code of its own only (auto_map), and kvfold runs none: {remedy}") from None
 
 
-def refuse_mismatch(reader: CheckpointReader, model: "PreTrainedModel") -> None:
+def refuse_mismatch(reader: CheckpointReader, model: "PreTrainedModel", family: Family | None = None) -> None:
     """Raise UserError when the checkpoint lacks a tensor of its config's model, or holds one of another shape, one that is not
     floating-point, or one in the model's own layers that it has no place for."""
-    wanted = dict(model.named_parameters(remove_duplicate=False))
+    wanted = set(dict(model.named_parameters(remove_duplicate=False)))
     for name, parameter in model.named_parameters():
-        entry = reader.entry(name)
-        if entry.shape != tuple(parameter.shape):
-            raise UserError(
-                f"{name} in {entry.file} has shape {entry.shape}, but config.json means {tuple(parameter.shape)}: "
-                "weights and config are not of one model, download both again"
-            )
-        if not entry.dtype.is_floating_point:
-            raise UserError(
-                f"{name} in {entry.file} holds {str(entry.dtype).removeprefix('torch.')}, and weights are floating-point: "
-                "start from the unquantised checkpoint"
-            )
+        rows, each = [[name]] if family is None else family.stored_as(name, reader.entries), tuple(parameter.shape)
+        if not rows or ".experts." in rows[0][0]:
+            if len(rows) != each[0]:
+                raise UserError(f"{reader.folder} holds {len(rows)} experts of {name}, and config.json means {each[0]}")
+            each = (each[1] // len(rows[0]), *each[2:])
+        for stored in (part for row in rows for part in row):
+            wanted.add(stored)
+            _refuse_entry(stored, reader.entry(stored), each)
     modules = (model.base_model_prefix + ".", "lm_head.")
     strange = [n for n in reader.entries if n.startswith(modules) and n not in wanted and not n.endswith(UNREAD_BUFFER)]
     if strange:
@@ -153,6 +151,20 @@ def refuse_mismatch(reader: CheckpointReader, model: "PreTrainedModel") -> None:
             f"{reader.folder} holds {strange[0]!r:.100}{f' and {len(strange) - 1} more' * (len(strange) > 1)}, for which a "
             f"{model.config.model_type} model of {model.config.num_hidden_layers} layers has no place: the model is another "
             "than config.json says"
+        )
+
+
+def _refuse_entry(name: str, entry: TensorEntry, shape: tuple[int, ...]) -> None:
+    """Raise UserError when a tensor is of another shape, or no floating-point one."""
+    if entry.shape != shape:
+        raise UserError(
+            f"{name} in {entry.file} has shape {entry.shape}, but config.json means {shape}: "
+            "weights and config are not of one model, download both again"
+        )
+    if not entry.dtype.is_floating_point:
+        raise UserError(
+            f"{name} in {entry.file} holds {str(entry.dtype).removeprefix('torch.')}, and weights are floating-point: "
+            "start from the unquantised checkpoint"
         )
 
 

@@ -217,7 +217,7 @@ class SourceModel(StreamedModel):
     """A source's layers on demand. `reader` must have passed `refuse_mismatch`."""
 
     def __init__(self, reader: CheckpointReader, family: Family, device: torch.device, tokens: int) -> None:
-        super().__init__(reader.config, reader.tensor, device, tokens)
+        super().__init__(reader.config, family.reading(reader.entries, reader.tensor), device, tokens)
         self.reader = reader
 
     @torch.no_grad()

@@ -49,7 +49,7 @@ def verify(job: Job, config: dict[str, Any], ids: Tensor | None, device: torch.d
     drawn = torch.randint(plan.spec.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     few = drawn if ids is None else ids[:1, :length]
     source = SourceModel(job.reader, plan.family, device, few.shape[1])
-    target = StreamedModel(config, job.writer.read, device, few.shape[1])
+    target = StreamedModel(config, plan.family.reading(job.writer.names, job.writer.read), device, few.shape[1])
     scale = residual_scale(plan) if plan.layout == "deepseek_v3" else 1.0  # of the target's residual stream
     states = source.embed(few, None).data.to(device)
     for layer in range(layers) if ids is not None else sorted({0, layers - 1}):

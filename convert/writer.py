@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -152,6 +152,11 @@ class CheckpointWriter:
         else:
             tensor = reader.tensor(source)
             self.write(name, tensor if factor == 1.0 else tensor.float() * factor)
+
+    @property
+    def names(self) -> Container[str]:
+        """Of all tensors that the checkpoint will have."""
+        return self._index
 
     def read(self, name: str) -> Tensor:
         """Read back a tensor that has been written."""

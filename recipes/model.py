@@ -150,13 +150,18 @@ def build(folded: Folded, recipe: Recipe, frozen: torch.dtype | None, meta: bool
         frozen: dtype of what is neither attention nor learns, None for the checkpoint's own.
         meta: shapes without numbers, which costs no memory.
     """
+    if recipe.train == "full" and folded.plan.family.experts is not None:
+        raise UserError("train=full is not possible where layers have experts: use train=attention or train=lora")
     causal: Any = build_on_meta(folded.source_config)
     base = causal.base_model
     for layer in range(folded.plan.spec.layers):
         fold_in(base, layer, folded.attention(layer, meta))
     fill_buffers(causal, "cpu")
+    if folded.plan.family.experts is not None:
+        _fill(causal, folded, frozen, meta)
     # A tensor that has two places in the checkpoint is taken from that without a factor.
-    for name, origin, factor in sorted(folded.rest(), key=lambda entry: entry[2] == 1.0):
+    rest = [] if folded.plan.family.experts is not None else folded.rest()
+    for name, origin, factor in sorted(rest, key=lambda entry: entry[2] == 1.0):
         tensor = folded.reader.tensor(name, meta=meta)
         value = (tensor.float() / factor).to(frozen or tensor.dtype)
         set_module_tensor_to_device(causal, origin, value.device, value=value, dtype=value.dtype)
@@ -179,6 +184,17 @@ def build(folded: Folded, recipe: Recipe, frozen: torch.dtype | None, meta: bool
             scales[name] = max(_size(parameter), LEAST_SCALE)
     student = Student(causal, Objective(recipe.kl_weight, recipe.ce_weight, recipe.top_k))
     return Trainee(student, adapters, {f"causal.{name}": scale for name, scale in scales.items()})
+
+
+def _fill(causal: Any, folded: Folded, frozen: torch.dtype | None, meta: bool) -> None:
+    """Give a model with experts all that is not attention."""
+    read = folded.plan.family.reading(folded.reader.entries, lambda name: folded.reader.tensor(name, meta=meta))
+    inside = designs(causal)
+    for name, _ in list(causal.named_parameters()):
+        if not name.startswith(inside):
+            value = read(name)
+            value = value.to(frozen or value.dtype)
+            set_module_tensor_to_device(causal, name, value.device, value=value, dtype=value.dtype)
 
 
 def _size(tensor: Tensor) -> float:

@@ -20,7 +20,8 @@ from kvfold.cli import main
 
 FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen3")
 """`llama3` is llama with the RoPE scaling of Llama 3.1."""
-OTHERS = ("olmo2", "gemma", "granite", "starcoder2", "seed_oss", "phi3", "stablelm")
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
+OTHERS = ("olmo2", "gemma", "granite", "starcoder2", "seed_oss", "phi3", "stablelm", *EXPERTS)
 """Families whose layers are not Llama's beside attention, or little known."""
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -49,6 +50,9 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
         "llama3": {"rope_parameters": LLAMA3_ROPE},
         "mistral": {"sliding_window": None},
         "phi3": {"pad_token_id": 0},
+        "mixtral": {"num_local_experts": 4, "sliding_window": None},
+        "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
+        "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
         "granite": {
             "attention_multiplier": 0.2,
             "embedding_multiplier": 3.0,

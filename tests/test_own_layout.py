@@ -38,7 +38,7 @@ SOURCES: list[tuple[str, dict[str, Any]]] = [
     *((family, {"num_key_value_heads": 4}) for family in OTHERS),
     ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}}),
 ]
-NORMED = ("qwen3", "olmo2")
+NORMED = ("qwen3", "olmo2", "qwen3_moe")
 GROUPED_NORMED: list[tuple[str, dict[str, Any]]] = [("qwen3", {"num_key_value_heads": 4})]
 SMALL: dict[str, dict[str, Any]] = {
     "mla": {"to": "mla", "kv_rank": 20, "rope_dim": 12, "layout": "kvfold"},
@@ -222,11 +222,12 @@ def test_a_sliding_window_holds_while_decoding(design: str, tmp_path: Path) -> N
     assert cache.layers[0].keys.shape[2] == 11  # the window less the token that is being read
 
 
-@pytest.mark.parametrize("design", SMALL)
-def test_saved_again_and_trained_with_checkpointing(design: str, tmp_path: Path) -> None:
-    _, out = folded(tmp_path, design)
+@pytest.mark.parametrize(("family", "design"), [*(("qwen2", design) for design in SMALL), ("qwen3_moe", "mla")])
+def test_saved_again_and_trained_with_checkpointing(family: str, design: str, tmp_path: Path) -> None:
+    _, out = folded(tmp_path, design, family)
     model = load(out)
     model.save_pretrained(tmp_path / "again")
+    assert CheckpointReader(tmp_path / "again").entries.keys() == CheckpointReader(out).entries.keys()
     torch.testing.assert_close(logits(tmp_path / "again"), logits(out), atol=0, rtol=0)
     gradients: list[Tensor] = []
     for checkpointing in (False, True):
@@ -282,9 +283,9 @@ def test_dtypes_and_eager_attention(tmp_path: Path) -> None:
     decoded_as_uncached(eager)
 
 
-@pytest.mark.parametrize("design", ["mla", "mfa-kr"])
-def test_loads_where_kvfold_is_not_installed(design: str, tmp_path: Path) -> None:
-    _, out = folded(tmp_path, design)
+@pytest.mark.parametrize(("family", "design"), [("qwen2", "mla"), ("qwen2", "mfa-kr"), ("qwen3_moe", "mla")])
+def test_loads_where_kvfold_is_not_installed(family: str, design: str, tmp_path: Path) -> None:
+    _, out = folded(tmp_path, design, family)
     torch.save(logits(out), tmp_path / "wanted.pt")
     code = f"""
 import sys

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from kvfold.convert.checkpoint import CheckpointReader
 from kvfold.convert.pipeline import convert
 from kvfold.convert.settings import ConvertSettings
-from kvfold.errors import ConversionError, Stopped
+from kvfold.errors import ConversionError, Stopped, UserError
 from kvfold.evaluation.evaluate import evaluate
 from kvfold.evaluation.settings import EvaluateSettings
 from kvfold.recipes import rates
@@ -99,6 +99,27 @@ def test_what_learns_follows_from_the_recipe_and_the_design(folds: Path, name: s
         )
         assert len(adapted) == projections or name == "mfa"
         assert {n.replace(".base_layer.weight", ".lora_A.default.weight") for n in adapted} <= learns
+
+
+def test_layers_with_experts_are_trained_around_them(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", "qwen3_moe", initializer_range=0.2)
+    tokens = save_tokens(tmp_path / "t.safetensors", 32, 32)
+    convert(str(source), tmp_path / "fold", ConvertSettings(to="mla", kv_rank=20, rope_dim=12, calibrate=tokens, heal_steps=0))
+    folded = open_folded(tmp_path / "fold", None)
+    student = build(folded, load_recipe("distill-attention", []), None).student
+    ids = torch.randint(128, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "fold")(ids).logits
+        torch.testing.assert_close(student.causal(ids).logits, wanted, atol=2e-4, rtol=1e-4)
+    with pytest.raises(UserError, match="train=full is not possible where layers have experts"):
+        build(folded, load_recipe("full", []), None)
+    settings = load_recipe("distill-attention", [*SHORT, "ce_weight=0"])
+    uptrain(str(tmp_path / "fold"), tmp_path / "out", str(source), settings, tokens)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("fold", "out"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys()
+    assert any("kv_a_proj" in name for name in changed)
+    assert not any("experts" in name for name in changed)
 
 
 def test_an_adapter_as_large_as_its_matrix_is_not_made(folds: Path) -> None:

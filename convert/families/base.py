@@ -1,7 +1,8 @@
 """What a family file says, and what kvfold reads out of a config.json with it."""
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,11 @@ ROLES = ("q", "k", "v", "o")
 def no_windows(said: dict[str, Any]) -> list[int | None]:
     """Every layer looks back over all tokens."""
     return [None] * said["num_hidden_layers"]
+
+
+def windows_of_all(said: dict[str, Any]) -> list[int | None]:
+    """Every layer looks back over `sliding_window`, where there is one."""
+    return [said["sliding_window"]] * said["num_hidden_layers"]
 
 
 def windows_by_kind(said: dict[str, Any]) -> list[int | None]:
@@ -97,6 +103,21 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Experts lie on the disk one by one, and in transformers' memory in one tensor of gates and ups and one of downs.
+
+    Attributes:
+        block: what a layer calls what is `mlp` in memory.
+        gate, up, down: an expert's matrices.
+    """
+
+    block: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True)
 class Family:
     """A source architecture: which tensor plays which role, which biases and norms there are, what scores are multiplied by.
 
@@ -113,6 +134,7 @@ class Family:
         key_norm: see `AttentionSpec`.
         norm_offset: what is added to the stored weight of every norm.
         score_scale: see `AttentionSpec`.
+        experts: see `Experts`; None without.
         partial: whether the class turns only the first numbers of each head where the config says so.
         beside: what its layers have beside attention that Llama's have not, in a few words; stock layouts with other attention
             are Llama's there.
@@ -129,6 +151,7 @@ class Family:
     key_norm: str = ""
     norm_offset: float = 0.0
     score_scale: Callable[[dict[str, Any]], float | None] = lambda said: None
+    experts: Experts | None = None
     partial: bool = False
     beside: str = ""
 
@@ -198,6 +221,28 @@ class Family:
             if spec.o_bias if role == "o" else spec.qkv_bias:
                 names[f"{role}_bias"] = f"{prefix}{self.modules[role]}.bias"
         return names
+
+    def stored_as(self, name: str, held: Container[str]) -> list[list[str]]:
+        """Where a parameter of the class lies among the tensors `held`: for every expert what stands one below the other."""
+        if self.experts is None or name in held:
+            return [[name]]
+        stem, _, last = name.replace(".mlp.", f".{self.experts.block}.").rpartition(".")
+        parts = {"gate_up_proj": (self.experts.gate, self.experts.up), "down_proj": (self.experts.down,)}.get(last)
+        if not stem.endswith(".experts") or parts is None:
+            return [[f"{stem}.{last}"]]
+        count = next(number for number in itertools.count() if f"{stem}.{number}.{parts[0]}.weight" not in held)
+        return [[f"{stem}.{number}.{part}.weight" for part in parts] for number in range(count)]
+
+    def reading(self, held: Container[str], read: Callable[[str], torch.Tensor]) -> Callable[[str], torch.Tensor]:
+        """What reads a parameter of the class, from a map of the names `held` to their tensors."""
+
+        def assembled(name: str) -> torch.Tensor:
+            rows = self.stored_as(name, held)
+            if not rows or ".experts." not in rows[0][0]:
+                return read(rows[0][0] if rows else name)
+            return torch.stack([torch.cat([read(part) for part in row]) for row in rows])
+
+        return assembled
 
     def attention_prefix(self, layer: int) -> str:
         """What the names of the attention's tensors begin with."""

@@ -1,6 +1,6 @@
 """The families that kvfold folds, one by one. What is left out is Llama's: see `Family`."""
 
-from kvfold.convert.families.base import Family, windows_by_kind
+from kvfold.convert.families.base import Experts, Family, windows_by_kind, windows_of_all
 
 PROJECTIONS = {role: f"{role}_proj" for role in "qkvo"}
 NORMED = {**PROJECTIONS, "q_norm": "q_norm", "k_norm": "k_norm"}
@@ -10,7 +10,7 @@ LLAMA = Family("llama", "LlamaForCausalLM")
 MISTRAL = Family(
     "mistral",
     "MistralForCausalLM",
-    windows=lambda said: [said["sliding_window"]] * said["num_hidden_layers"],
+    windows=windows_of_all,
 )
 """Mistral 7B and its kin: a sliding window in the first release."""
 QWEN2 = Family(
@@ -49,7 +49,7 @@ STARCODER2 = Family(
     "Starcoder2ForCausalLM",
     qkv_bias=lambda said: bool(said["use_bias"]),
     o_bias=lambda said: bool(said["use_bias"]),
-    windows=lambda said: [said["sliding_window"]] * said["num_hidden_layers"],
+    windows=windows_of_all,
     beside="its norms are LayerNorms, and its MLP has no gate",
 )
 """StarCoder 2: biases everywhere."""
@@ -61,7 +61,7 @@ PHI3 = Family(
     modules={"qkv": "qkv_proj", "o": "o_proj"},
     qkv_bias=lambda said: False,
     o_bias=lambda said: False,
-    windows=lambda said: [said["sliding_window"]] * said["num_hidden_layers"],
+    windows=windows_of_all,
     partial=True,
     beside="gate and up of its MLP are one matrix",
 )
@@ -76,6 +76,40 @@ STABLELM = Family(
     beside="its norms are LayerNorms",
 )
 """StableLM: RoPE turns a quarter of each head."""
+EXPERTS = "its layers have experts"
+MIXTRAL = Family(
+    "mixtral",
+    "MixtralForCausalLM",
+    qkv_bias=lambda said: False,
+    o_bias=lambda said: False,
+    windows=windows_of_all,
+    experts=Experts("block_sparse_moe", "w1", "w3", "w2"),
+    beside=EXPERTS,
+)
+"""Mixtral: Mistral's attention, and experts."""
+QWEN2_MOE = Family(
+    "qwen2_moe",
+    "Qwen2MoeForCausalLM",
+    qkv_bias=lambda said: bool(said["qkv_bias"]),
+    o_bias=lambda said: False,
+    windows=windows_by_kind,
+    experts=Experts(),
+    beside=EXPERTS,
+)
+"""Qwen1.5-MoE and Qwen2-MoE."""
+QWEN3_MOE = Family(
+    "qwen3_moe",
+    "Qwen3MoeForCausalLM",
+    modules=NORMED,
+    windows=windows_of_all,
+    key_norm="head",
+    experts=Experts(),
+    beside=EXPERTS,
+)
+"""Qwen3-MoE."""
 
-KNOWN = (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA, GRANITE, PHI3, STARCODER2, SEED_OSS, STABLELM)
+KNOWN = (
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA, GRANITE, PHI3, STARCODER2, SEED_OSS, STABLELM),
+    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE),
+)
 FAMILIES = {family.model_type: family for family in KNOWN}

@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 try:
     from .kvfold_attention import DESIGNS, fold_in
@@ -75,7 +76,11 @@ def classes(source: str) -> tuple[Any, Any]:
     ours = {"model_type": "kvfold", "source_model_type": source, "folded_layers": None, "__module__": __name__}
     config = type("KvfoldConfig", (FoldedConfig, CONFIG_MAPPING[source]), ours)
     theirs: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[source]]
-    model = type("KvfoldForCausalLM", (KvfoldForCausalLM, theirs), {"config_class": config, "__module__": __name__})
+    name, stored = "KvfoldForCausalLM", get_checkpoint_conversion_mapping(source)
+    if stored:  # experts lie on the disk one by one: transformers finds how by the name of the class
+        name = f"Kvfold{theirs.__name__}"
+        register_checkpoint_conversion_mapping(name, stored, overwrite=True)
+    model = type(name, (KvfoldForCausalLM, theirs), {"config_class": config, "__module__": __name__})
     AutoModelForCausalLM.register(config, model, exist_ok=True)
     return config, model
 
