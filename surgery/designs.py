@@ -213,7 +213,7 @@ def weights_of(module: nn.Module) -> FoldedWeights:
     }
     if module.norm is not None:
         eps, together = module.norm["eps"], float(module.norm["together"])
-        shared["norm"] = torch.tensor([eps, together], dtype=torch.float64, device=held["o_proj.weight"].device)
+        shared["norm"] = torch.tensor([eps, together], dtype=torch.float64)
     if "q_maps" in held:
         queries = held["q_maps"]
         raw = {"q_raw": "q_proj.weight", "q_raw_bias": "q_proj.bias", "k_raw": "sizing_proj.weight"}
