@@ -191,7 +191,7 @@ class StreamedModel:
         states = HiddenStates((*ids.shape, self.model.config.hidden_size), file)
         for rows in states.batches():
             states.data[rows] = begin(ids[rows]).cpu()
-        self.base.get_input_embeddings().to("meta")
+        set_module_tensor_to_device(self.base.get_input_embeddings(), "weight", "meta")
         return states
 
     def head(self) -> Tensor:

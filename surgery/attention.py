@@ -74,8 +74,8 @@ class AttentionWeights(Weights):
         if self.scale is None:
             return self
         factor = self.score_scale * self.head_dim**0.5
-        names = ("q",) if self.q_norm is None else ("q_norm",)
-        names = (*names, "q_bias") if self.q_norm is None and self.q_bias is not None else names
+        names = ["q"] if self.q_norm is None else ["q_norm"]
+        names += ["q_bias"] if self.q_norm is None and self.q_bias is not None else []
         changed: dict[str, Any] = {name: getattr(self, name) * factor for name in names}
         return replace(self, scale=None, **changed)
 

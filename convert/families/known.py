@@ -10,6 +10,8 @@ LLAMA = Family("llama", "LlamaForCausalLM")
 MISTRAL = Family(
     "mistral",
     "MistralForCausalLM",
+    qkv_bias=lambda said: False,
+    o_bias=lambda said: False,
     windows=windows_of_all,
 )
 """Mistral 7B and its kin: a sliding window in the first release."""
