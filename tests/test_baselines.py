@@ -222,7 +222,8 @@ def test_folds_checkpoints_with_biases_healing_and_low_rank_queries(method: str,
     fold(source, tmp_path / "out", **settings, heal_steps=2, heal_batch_tokens=80)
     model = load(tmp_path / "out")
     decoded_as_uncached(model)
-    assert model.config.qk_rope_head_dim == {"rorope": [8, 8], "whitened": None}.get(method, [8, 8])
+    widths = [None if method in REBUILT else 8] * 2
+    assert [layer.get("rope_dim") for layer in model.config.folded_layers] == widths
     assert measure_cache(model, IDS[:1, :10]) == (26, 26 * 4 * 2)
 
 

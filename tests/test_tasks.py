@@ -148,10 +148,10 @@ def test_flags_are_checked_without_lm_eval(demo_model: Path, tmp_path: Path, mon
         assert not out.exists()
         return text
 
-    assert "--tasks is empty: name one or more, separated by commas" in refused("--tasks", " , ")
+    assert "tasks: value error, is empty: name one or more, separated by commas" in refused("--tasks", " , ")
     assert "--include-path nowhere is no folder" in refused("--include-path", "nowhere")
     assert "limit: input should be greater than 0" in refused("--limit", "0")
-    assert "--damage-only, --quick and --full exclude each other" in refused("--quick", "--full")
+    assert "--damage-only, --quick, --full and --detail exclude each other" in refused("--quick", "--full")
 
 
 def test_without_tasks_nothing_of_lm_eval_is_shown() -> None:
