@@ -17,7 +17,7 @@ def test_the_benchmark_measures_every_stage_once(shared: Path, tmp_path: Path) -
     args = [source, "--on", f"{tokens}:evaluation", "--calibrate", f"{tokens}:calibration", "--out", tmp_path]
     args += ["--rows", "rorope", "--budgets", "50%", "--splits", "0.5", "--max-tokens", "4096"]
     args += ["--set", "heal_steps=4", "heal_batch_tokens=1024", "calibration_tokens=16384"]
-    args += ["--uptrain", "tokens=16384", "eval_tokens=4096"]
+    args += ["--uptrain", "tokens=16384", "eval_tokens=4096", "learning_rate=0.001"]
 
     def run(*more: Any) -> tuple[str, dict[str, Any]]:
         command = [sys.executable, str(BENCHMARK), *map(str, args), *more]

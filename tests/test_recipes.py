@@ -75,7 +75,7 @@ def test_rates_and_schedules(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="learning_rate: value error, write a finite number above 0, or auto, got"):
             load_recipe("distill-lora", [f"learning_rate={value}"])
     for schedule, wanted in (("cosine", [0.2, 1.0, 0.5, 0.0]), ("constant", [0.2, 1.0, 1.0, 1.0])):
-        recipe = load_recipe("distill-kl", [f"schedule={schedule}", "warmup=0.05"])
+        recipe = load_recipe("distill-kl", [f"schedule={schedule}", "warmup=0.05", "learning_rate=0.001"])
         args = arguments(recipe, tmp_path, 1, True, 100)
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
         scheduler = get_scheduler(args.lr_scheduler_type, optimizer, int(args.warmup_steps), 100)
