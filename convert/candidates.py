@@ -1,6 +1,6 @@
 """What a method offers for one layer, and which of it is best: the bridge from a plan to the mathematics in surgery/."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -12,33 +12,26 @@ from kvfold.surgery import baselines, factorized, grouping, latent, norms, rebui
 from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.designs import FoldedWeights
 from kvfold.surgery.latent import Choice, Queried, Tries
-from kvfold.surgery.layer import Layer
 
 
 def alone(plan: ConversionPlan, weights: AttentionWeights, layer: int) -> tuple[str, AttentionWeights]:
     """Fold a layer from its weights: a label and the result."""
-    ordered, generator = _grouped(plan, weights, layer, None)
-    offer = norms.merged if plan.spec.key_norm else grouping.candidates
-    return next(offer(plan.method, ordered, plan.kv_heads, None, generator))
+    return next(_grouped(plan, weights, layer, None, None))
 
 
 def best(plan: ConversionPlan, seen: Observed, layer: int) -> tuple[float, str, FoldedWeights]:
     """What the method offers for this layer that `seen.measure` finds least wrong: its error, a label, and the weights."""
     if plan.design != "grouped":
         return best_latent(plan, seen, *plan.layer_widths(layer))
-    ordered, generator = _grouped(plan, seen.weights, layer, seen.moment)
     moment = seen.attended if plan.method == "pca" else seen.moment
-    offer = norms.merged if plan.spec.key_norm else grouping.candidates
-    return _least(seen, offer(plan.method, ordered, plan.kv_heads, moment, generator))
+    return _least(seen, _grouped(plan, seen.weights, layer, seen.moment, moment))
 
 
 def best_latent(
     plan: ConversionPlan, seen: Observed, rank: int, rope_dim: int, search: bool = True
 ) -> tuple[float, str, FoldedWeights]:
     """The same for the designs whose cache is one latent, at these widths; without `search` only where it would begin."""
-    weights, moment = seen.weights.rooted(), seen.moment
-    linear = norms.Linear(weights, moment, plan.design == "rebuilt-key") if plan.spec.key_norm else None
-    weights = weights if linear is None else linear.weights
+    layer, linear, moment = seen.layer, seen.linear, seen.moment
 
     def thin(folded: Queried) -> Queried:
         if linear is not None:
@@ -46,10 +39,8 @@ def best_latent(
         return folded if plan.q_rank is None else latent.low_rank_queries(folded, plan.q_rank, moment)
 
     if plan.method in baselines.METHODS:
-        offered = baselines.METHODS[plan.method](weights, rank, rope_dim, moment, seen.sample)
+        offered = baselines.METHODS[plan.method](layer.weights, rank, rope_dim, moment, seen.sample)
         return _least(seen, ((label, thin(folded)) for label, folded in offered))
-
-    layer = Layer(weights, seen.attended, seen.phase.to(torch.complex128))
 
     def fold(choice: Choice) -> FoldedWeights:
         if plan.design == "rebuilt-key":
@@ -86,10 +77,13 @@ def _search(plan: ConversionPlan) -> tuple[Choice, Tries]:
 
 
 def _grouped(
-    plan: ConversionPlan, weights: AttentionWeights, layer: int, moment: Tensor | None
-) -> tuple[AttentionWeights, torch.Generator]:
+    plan: ConversionPlan, weights: AttentionWeights, layer: int, alike: Tensor | None, moment: Tensor | None
+) -> Iterator[tuple[str, AttentionWeights]]:
+    """What the method offers for fewer heads: which of them share one is decided under the moment `alike`."""
     if plan.grouping == "similar":
-        groups = grouping.similar(weights, plan.kv_heads, moment)
+        groups = grouping.similar(weights, plan.kv_heads, alike)
     else:
         groups = grouping.neighbours(plan.spec.kv_heads, plan.kv_heads)
-    return grouping.permute_heads(weights, groups), torch.Generator().manual_seed(plan.settings.seed * 100_003 + layer)
+    generator = torch.Generator().manual_seed(plan.settings.seed * 100_003 + layer)
+    offer = norms.merged if plan.spec.key_norm else grouping.candidates
+    return offer(plan.method, grouping.permute_heads(weights, groups), plan.kv_heads, moment, generator)

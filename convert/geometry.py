@@ -1,6 +1,7 @@
 """The target's widths from what the user asked for: flags or a KV budget, with a refusal and the nearest choice that works."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from kvfold.convert.engines import LatentShape
@@ -27,11 +28,11 @@ def source_parameters(config: dict[str, Any], said: dict[str, Any], spec: Attent
     return spec.vocab_size * hidden * (1 if spec.tied else 2) + spec.layers * (attention + mlp + 2 * hidden) + hidden
 
 
-def widest_rope(
-    config: dict[str, Any], said: dict[str, Any], spec: AttentionSpec, settings: ConvertSettings, layout: str
-) -> int:
+def widest_rope(spec: AttentionSpec, settings: ConvertSettings, layout: str, parameters: Callable[[], int]) -> int:
     """The widest rotary key that the calibration text may choose for MLA in our own layout. Every query head has as many more
     columns, and the model grows by `MOST_GROWTH` at most, or as much as with one head's width. Elsewhere the width of all keys.
+
+    `parameters` counts those of the source, which can take a while.
     """
     width, full = spec.head_dim, spec.kv_heads * spec.head_dim
     if settings.to != "mla" or layout != "kvfold" or settings.method not in (None, "kvfold"):
@@ -46,7 +47,7 @@ def widest_rope(
     hidden, heads = spec.hidden_size, spec.heads * width
     still = heads * (read + hidden) + (settings.q_rank or 0) * hidden + numbers * (hidden + 1 + 2 * heads) + hidden
     whole = 2 * heads * hidden + 2 * full * hidden
-    spare = MOST_GROWTH * source_parameters(config, said, spec) / spec.layers + whole - still
+    spare = MOST_GROWTH * parameters() / spec.layers + whole - still
     return full if gained <= 0 else min(full, max(width, int(spare / gained) // 2 * 2))
 
 

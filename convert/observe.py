@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor
 from kvfold.convert.checkpoint import CheckpointReader
 from kvfold.convert.plan import ConversionPlan
 from kvfold.convert.stream import Block, HiddenStates, SourceModel, check_finite
-from kvfold.surgery import latent
+from kvfold.surgery import latent, norms
 from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.designs import FoldedWeights, design
 from kvfold.surgery.healing import relative_error
+from kvfold.surgery.layer import Layer
 from kvfold.surgery.lowrank import SecondMoment
 from kvfold.surgery.refit import OutputRegression
 
@@ -46,6 +48,7 @@ class Observed:
     """A source layer and what was seen of it on the calibration tokens.
 
     Attributes:
+        plan: what the layer is folded into.
         weights: its attention, float64.
         moment: E[z zᵀ] of the attention's augmented inputs (d + 1, d + 1), all tokens alike.
         attended: the same where tokens count by the attention that they receive, with a share of the plain one.
@@ -54,12 +57,26 @@ class Observed:
         measure: the relative error behind the layer with other weights in its attention's place.
     """
 
+    plan: ConversionPlan
     weights: AttentionWeights
     moment: Tensor
     attended: Tensor
     phase: Tensor
     sample: Tensor
     measure: Callable[[FoldedWeights], float]
+
+    @cached_property
+    def linear(self) -> norms.Linear | None:
+        """The layer without its norms of queries and keys, None where it has none."""
+        if not self.plan.spec.key_norm:
+            return None
+        return norms.Linear(self.weights.rooted(), self.moment, self.plan.design == "rebuilt-key")
+
+    @cached_property
+    def layer(self) -> Layer:
+        """What the designs whose cache is one latent are folded from, at whatever widths."""
+        weights = self.weights.rooted() if self.linear is None else self.linear.weights
+        return Layer(weights, self.attended, self.phase.to(torch.complex128))
 
 
 def observe(plan: ConversionPlan, source: SourceModel, layer: int, block: Block, original: HiddenStates) -> Observed:
@@ -92,7 +109,7 @@ def observe(plan: ConversionPlan, source: SourceModel, layer: int, block: Block,
 
     moment = plain.value()
     mixed = ATTENDED * attended.value() + (1 - ATTENDED) * moment
-    return Observed(attention, moment, mixed, latent.coherence(lags, rope), inputs, measure)
+    return Observed(plan, attention, moment, mixed, latent.coherence(lags, rope), inputs, measure)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from typing import Any
 
 from kvfold.convert.config import resolve
@@ -274,6 +275,7 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
             if value != ConvertSettings.model_fields[name].default and settings.to not in targets:
                 flag = f"--{name.replace('_', '-')}" + (f" {value}" if isinstance(value, str) else "")
                 refusals.append(f"{flag} belongs to --to {' or '.join(targets)}, not {settings.to}: leave it out")
+    parameters = cache(lambda: source_parameters(config, said, spec))
     latent = settings.to in LATENT_TARGETS
     layout, kv_heads, rank, rope_dim, most = "source", spec.kv_heads, 0, 0, 0
     stored, note = NOTHING, ""
@@ -284,7 +286,7 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
         )
     if latent:
         layout, note = _layout(said, spec, settings, refusals)
-        most = widest_rope(config, said, spec, settings, layout)
+        most = widest_rope(spec, settings, layout, parameters)
         rank, rope_dim = latent_widths(spec, settings, layout, most, refusals)
         if layout == "step3_text":
             obstacles = step3_text_obstacles(said, spec, settings, rope_dim)
@@ -332,9 +334,7 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
     )
     if plan.measures_widths:
         plan = replace(plan, note=f"{note}; widths are measured on the calibration text")
-    grown = (
-        -plan.parameters_saved_at_least / source_parameters(config, said, spec) if layout == "kvfold" and not refusals else 0.0
-    )
+    grown = -plan.parameters_saved_at_least / parameters() if layout == "kvfold" and not refusals else 0.0
     if grown > MOST_GROWTH:
         plan = replace(plan, note=f"{plan.note}; the model grows by up to {grown:.0%}, which --q-rank makes less")
     return plan

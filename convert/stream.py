@@ -150,6 +150,12 @@ def logit_scale(config: Any) -> float:
     return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
 
 
+def last_states(causal: Any, ids: Tensor) -> Tensor:
+    """What the output embedding reads: (B, T) → (B, T - 1, d), the last position left out, for nothing follows it."""
+    states: Tensor = causal.base_model(ids, use_cache=False).last_hidden_state[:, :-1]
+    return states * logit_scale(causal.config)
+
+
 class StreamedModel:
     """A model of transformers, one decoder layer at a time.
 

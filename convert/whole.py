@@ -40,6 +40,9 @@ SHALLOW = 8
 HELD_OUT = 16
 """One of so many windows is not healed on, and says what healing was worth."""
 
+Output = tuple[Callable[[Tensor], Tensor], Tensor]
+"""What maps the last layer's states to what the output embedding reads, and that embedding in the dtype of the products."""
+
 
 def heals_whole(job: Job, source: SourceModel, windows: Windows) -> bool:
     """Whether the model is healed at once: as asked for, as begun, or else where it is deep and fits into memory."""
@@ -74,6 +77,8 @@ def fold_whole(job: Job, source: SourceModel, windows: Windows, report: Report) 
     original = source.embed(windows.ids, file if on_disk else None)
     if job.plan.settings.token_weights == "nll":
         original.weights = SourceModel(job.reader, job.plan.family, source.device, windows.ids.shape[1]).surprise(windows.ids)
+    norm, head = source.output()
+    output = norm, head.to(autocast_of(job.plan.settings) or torch.float32)
     layers: list[OpenLayer] = []
     fresh, started, share = not job.writer.finished, time.monotonic(), FOLDING
     for layer in range(job.layers):
@@ -81,10 +86,14 @@ def fold_whole(job: Job, source: SourceModel, windows: Windows, report: Report) 
         layers.append(_open(job, source, layer, original))
         if layer == 0 and fresh:
             folding = (time.monotonic() - started) * job.layers
-            healing = _seconds(job, source, layers[0], original)
+            healing = _seconds(job, source, output, layers[0], original)
             report(None, announced(folding, healing))
             share = 0.9 * folding / (folding + healing)
-    record = _heal(job, source, windows.ids, original, layers, lambda done, line: report(share + (0.9 - share) * done, line))
+
+    def healing_report(done: float, line: str) -> None:
+        report(share + (0.9 - share) * done, line)
+
+    record = _heal(job, source, output, windows.ids, original, layers, healing_report)
     file.unlink(missing_ok=True)
     for layer, item in enumerate(layers):
         if not job.finished(layer):
@@ -107,15 +116,13 @@ def _unit(layer: int) -> str:
     return f"folded {layer}"
 
 
-def _seconds(job: Job, source: SourceModel, first: OpenLayer, original: HiddenStates) -> float:
+def _seconds(job: Job, source: SourceModel, output: Output, first: OpenLayer, original: HiddenStates) -> float:
     """What healing will take, from a pass of one layer and of the output over a piece of the tokens."""
     settings, tokens = job.plan.settings, original.data.shape[1]
     hidden = original.data[: max(1, min(PIECE, settings.heal_batch_tokens) // tokens)].to(source.device)
-    autocast = autocast_of(settings)
-    norm, head = source.output()
-    head = head.to(autocast or torch.float32)
-    output = seconds_of(lambda: output_divergence(norm(hidden).requires_grad_(), norm(hidden), head), source.device)
-    seconds = job.layers * training_seconds(first, hidden, autocast) + output
+    norm, head = output
+    seconds = job.layers * training_seconds(first, hidden, autocast_of(settings))
+    seconds += seconds_of(lambda: output_divergence(norm(hidden).requires_grad_(), norm(hidden), head), source.device)
     return settings.heal_steps * max(1, settings.heal_batch_tokens // hidden[..., 0].numel()) * seconds
 
 
@@ -133,6 +140,7 @@ def failed(settings: ConvertSettings, found: FloatingPointError, where: str = ""
 def _heal(
     job: Job,
     source: SourceModel,
+    output: Output,
     ids: Tensor,
     original: HiddenStates,
     layers: list[OpenLayer],
@@ -149,8 +157,7 @@ def _heal(
     generator = torch.Generator().manual_seed(settings.seed)
     autocast = autocast_of(settings)
     begin = source.beginning()
-    norm, head = source.output()
-    head = head.to(autocast or torch.float32)
+    norm, head = output
     blocks, designs = [item.block for item in layers], [item.design for item in layers]
 
     def batch(pick: Tensor | slice) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from kvfold.convert.stream import logit_scale
+from kvfold.convert.stream import last_states
 
 HEAD_TOKENS = 256
 """Tokens whose logits exist at one time, whatever the window: 125 MiB in float32 with a vocabulary of 128k. Scoring holds
@@ -64,8 +64,7 @@ def final_states(
     parts = []
     for done, ids in enumerate(windows.split(batch)):
         report(done * batch / len(windows))
-        states = model.base_model(ids.to(model.device), use_cache=False).last_hidden_state[:, :-1]
-        parts.append((states * logit_scale(model.config)).cpu())
+        parts.append(last_states(model, ids.to(model.device)).cpu())
     return torch.cat(parts)
 
 

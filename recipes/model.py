@@ -22,7 +22,7 @@ from kvfold.convert.plan import ConversionPlan, make_plan
 from kvfold.convert.record import RECORD, read_record
 from kvfold.convert.settings import ConvertSettings, parse_settings
 from kvfold.convert.source import build_on_meta, fetch_config, fill_buffers
-from kvfold.convert.stream import logit_scale
+from kvfold.convert.stream import last_states
 from kvfold.convert.writer import CheckpointWriter
 from kvfold.errors import UserError
 from kvfold.recipes.losses import Objective
@@ -113,12 +113,6 @@ class Student(nn.Module):
         return self.objective(hidden, self.causal.get_output_embeddings(), input_ids[:, 1:], reference, teacher_head)
 
 
-def last_states(causal: Any, input_ids: Tensor) -> Tensor:
-    """What the output embedding reads: (B, T) → (B, T - 1, d), the last position left out, for nothing follows it."""
-    states = causal.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
-    return states * logit_scale(causal.config)
-
-
 @dataclass
 class Trainee:
     """A student and how it learns.
@@ -159,12 +153,12 @@ def build(folded: Folded, recipe: Recipe, frozen: torch.dtype | None, meta: bool
     fill_buffers(causal, "cpu")
     if folded.plan.family.experts is not None:
         _fill(causal, folded, frozen, meta)
-    # A tensor that has two places in the checkpoint is taken from that without a factor.
-    rest = [] if folded.plan.family.experts is not None else folded.rest()
-    for name, origin, factor in sorted(rest, key=lambda entry: entry[2] == 1.0):
-        tensor = folded.reader.tensor(name, meta=meta)
-        value = (tensor.float() / factor).to(frozen or tensor.dtype)
-        set_module_tensor_to_device(causal, origin, value.device, value=value, dtype=value.dtype)
+    else:
+        # A tensor that has two places in the checkpoint is taken from that without a factor.
+        for name, origin, factor in sorted(folded.rest(), key=lambda entry: entry[2] == 1.0):
+            tensor = folded.reader.tensor(name, meta=meta)
+            value = (tensor.float() / factor).to(frozen or tensor.dtype)
+            set_module_tensor_to_device(causal, origin, value.device, value=value, dtype=value.dtype)
     causal.tie_weights()
     causal.requires_grad_(False)
 

@@ -30,9 +30,9 @@ _KEYS = {
 }
 """Keys that say so when they are there and neither null, zero nor false."""
 _NORMED = ("qwen3", "olmo2", "olmo3", "gemma3", "gemma4", "exaone4", "hunyuan", "minimax", "chameleon", "stablelm_epoch")
-_FUSED = ("phi3", "gpt_neox", "falcon", "internlm2", "baichuan", "qwen", "chatglm", "mpt", "bloom", "gpt2", "gpt_bigcode")
+_FUSED = ("gpt_neox", "falcon", "internlm2", "baichuan", "qwen", "chatglm", "mpt", "bloom", "gpt2", "gpt_bigcode")
 _UNTURNED = {"gpt2": "learned ones", "opt": "learned ones", "gpt_bigcode": "learned ones", "bloom": "ALiBi's", "mpt": "ALiBi's"}
-_NORMS = ("phi", "gpt_neox", "falcon", "stablelm", "starcoder2", "cohere", "cohere2", "mpt", "bloom", "gpt2", "opt", "orion")
+_NORMS = ("phi", "gpt_neox", "falcon", "cohere", "cohere2", "mpt", "bloom", "gpt2", "opt", "orion")
 _INTERLEAVED = ("cohere", "cohere2", "gptj", "ernie4_5", "chatglm", "glm", "glm4")
 
 

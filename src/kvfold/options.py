@@ -15,12 +15,12 @@ WORDS = {int: "INTEGER", float: "NUMBER", str: "TEXT", bool: "true|false"}
 Verb = Callable[..., None]
 
 
-def takes(model: type[BaseModel], *names: str, without: tuple[str, ...] = ()) -> Callable[[Verb], Verb]:
-    """Give a verb an option for every field of `model`, or for those named, but for those in `without`.
+def takes(model: type[BaseModel], *names: str) -> Callable[[Verb], Verb]:
+    """Give a verb an option for every field of `model`, or for those named.
 
     The verb has a parameter `flags`: those that were given, as they were written. The model checks and converts them.
     """
-    fields = {n: f for n, f in model.model_fields.items() if n in (names or model.model_fields) and n not in without}
+    fields = {n: f for n, f in model.model_fields.items() if n in (names or model.model_fields)}
 
     def decorate(verb: Verb) -> Verb:
         own = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in signature(verb).parameters.values() if p.name != "flags"]
