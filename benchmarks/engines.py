@@ -21,10 +21,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from kvfold.convert.data import load_tokenizer, load_windows
-from kvfold.convert.gguf import write_gguf
 from kvfold.convert.pipeline import convert
-from kvfold.convert.settings import ConvertSettings
+from kvfold.convert.planning.settings import ConvertSettings
+from kvfold.convert.publishing.gguf import write_gguf
+from kvfold.convert.source.data import load_tokenizer, load_windows
 from kvfold.recipes.demo.demo import MODEL, write_texts
 from kvfold.recipes.model import open_folded
 from kvfold.surgery.kvfold_attention import exchange

@@ -26,11 +26,11 @@ import yaml
 from apart import apart
 
 import kvfold
-from kvfold.convert.checkpoint import CheckpointReader
 from kvfold.convert.families import AttentionSpec, family_of
 from kvfold.convert.pipeline import convert
-from kvfold.convert.settings import ConvertSettings, parse_budget, parse_settings, unknown
-from kvfold.convert.source import fetch_checkpoint
+from kvfold.convert.planning.settings import ConvertSettings, parse_budget, parse_settings, unknown
+from kvfold.convert.source.checkpoint import CheckpointReader
+from kvfold.convert.source.fetch import fetch_checkpoint
 from kvfold.errors import ConversionError, NothingGained, UserError
 from kvfold.evaluation.evaluate import Bench, held_out_windows
 from kvfold.evaluation.parallel import own_device

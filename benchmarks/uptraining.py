@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from kvfold.convert.pipeline import convert
-from kvfold.convert.settings import ConvertSettings
+from kvfold.convert.planning.settings import ConvertSettings
 from kvfold.evaluation.evaluate import evaluate
 from kvfold.evaluation.settings import EvaluateSettings
 from kvfold.recipes.demo.corpus import HELDOUT, standard_library
@@ -113,7 +113,7 @@ def time_plain(training: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-    from kvfold.convert.data import load_windows
+    from kvfold.convert.source.data import load_windows
 
     class Clock(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from kvfold.convert.candidates import best_latent
-from kvfold.convert.checkpoint import CheckpointReader
-from kvfold.convert.data import Windows
+from kvfold.convert.calibration import observe
+from kvfold.convert.conversion import Report
 from kvfold.convert.duration import spoken
-from kvfold.convert.job import Report
-from kvfold.convert.observe import observe
-from kvfold.convert.plan import ConversionPlan
-from kvfold.convert.stream import HiddenStates, SourceModel
+from kvfold.convert.methods import best_latent
+from kvfold.convert.planning.plan import ConversionPlan
+from kvfold.convert.source.checkpoint import CheckpointReader
+from kvfold.convert.source.data import Windows
+from kvfold.convert.source.stream import HiddenStates, SourceModel
 from kvfold.surgery.latent import full_rank
 
 SHARES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 3.0)

@@ -11,11 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from kvfold.convert.candidates import best
-from kvfold.convert.job import Job
-from kvfold.convert.observe import observe, refit_output
-from kvfold.convert.source import spelled
-from kvfold.convert.stream import Block, HiddenStates, SourceModel, check_finite
+from kvfold.convert.calibration import observe, refit_output
+from kvfold.convert.conversion import Conversion
+from kvfold.convert.methods import best
+from kvfold.convert.source.fetch import spelled
+from kvfold.convert.source.stream import Block, HiddenStates, SourceModel, check_finite
 from kvfold.errors import ConversionError
 from kvfold.surgery.designs import WEIGHTS, FoldedWeights, design, weights_of
 
@@ -40,7 +40,7 @@ class OpenLayer:
         self.block.set_attention(self.design)
 
 
-def fold_layer(job: Job, source: SourceModel, layer: int, original: HiddenStates) -> OpenLayer:
+def fold_layer(job: Conversion, source: SourceModel, layer: int, original: HiddenStates) -> OpenLayer:
     """Fold a layer's attention by the candidate of least error, and move the original stream behind it."""
     block = source.block(layer)
     seen = observe(job.plan, source, layer, block, original)

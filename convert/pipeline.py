@@ -1,7 +1,7 @@
 """The conversion: read a layer, fold it, write it, next layer; then copy the rest and give the folder its name.
 
 Without calibration text the tensors of each layer are folded by themselves, here. With it, the layers are folded and
-healed on streams of hidden states: streamed.py.
+healed on streams of hidden states: heal_windows.py.
 """
 
 import json
@@ -16,29 +16,30 @@ import torch
 
 import kvfold
 from kvfold.convert.budgets import measured_widths
-from kvfold.convert.candidates import alone
-from kvfold.convert.checkpoint import TensorSpec, read_json
-from kvfold.convert.data import calibration_windows
-from kvfold.convert.escape import visible
-from kvfold.convert.files import checksum_of_rows
-from kvfold.convert.job import Job, Report
+from kvfold.convert.conversion import Conversion, Report
+from kvfold.convert.heal_windows import fold_on_stream
 from kvfold.convert.layouts import layout_of
-from kvfold.convert.partial import JOURNAL, Partial, refuse_existing, resumable
-from kvfold.convert.plan import make_plan
-from kvfold.convert.record import RECORD
-from kvfold.convert.settings import ConvertSettings, normal_dtype, parse_size
-from kvfold.convert.sidefiles import side_files
-from kvfold.convert.source import fetch_checkpoint, fetch_config, identity, open_source
-from kvfold.convert.streamed import fold_on_stream
+from kvfold.convert.methods import alone
+from kvfold.convert.output.files import checksum_of_rows
+from kvfold.convert.output.partial import JOURNAL, Partial, refuse_existing, resumable
+from kvfold.convert.output.record import RECORD
+from kvfold.convert.output.writer import CheckpointWriter
+from kvfold.convert.planning.plan import make_plan
+from kvfold.convert.planning.settings import ConvertSettings, normal_dtype, parse_size
+from kvfold.convert.publishing.escape import visible
+from kvfold.convert.source.checkpoint import TensorSpec, read_json
+from kvfold.convert.source.data import calibration_windows
+from kvfold.convert.source.fetch import fetch_checkpoint, fetch_config
+from kvfold.convert.source.opening import identity, open_source
+from kvfold.convert.source.sidefiles import side_files
 from kvfold.convert.verify import verify
-from kvfold.convert.writer import CheckpointWriter
 from kvfold.errors import UserError
 
 POOLING = ("mean", "first", "random")
 
 
 @dataclass(frozen=True)
-class Conversion:
+class Converted:
     """What `convert` did: where the checkpoint lies, what kvfold.json says of it, and which of the source's files stayed."""
 
     out: Path
@@ -54,7 +55,7 @@ def convert(
     overwrite: bool = False,
     report: Report = lambda share, line: None,
     check: bool = True,
-) -> Conversion:
+) -> Converted:
     """Fold the checkpoint `source` (local folder or Hub id) into `out`, and with `check` verify it before it gets its name.
 
     Raises:
@@ -71,7 +72,7 @@ def convert(
     device = pick_device(settings.device)
     with Partial(out, JOURNAL, resume, overwrite) as partial, resumable(partial.folder):
         if partial.finished:
-            return Conversion(out, read_json(out / RECORD), [])
+            return Converted(out, read_json(out / RECORD), [])
         folder = fetch_checkpoint(source, settings.revision)
         reader, side = open_source(folder), side_files(folder)
         plan = make_plan(reader.config, settings)  # once more, for what the tensors say otherwise
@@ -91,7 +92,7 @@ def convert(
             "calibration text": None if windows is None else checksum_of_rows(windows.ids),
         }
         with CheckpointWriter(partial, specs, parse_size(settings.max_shard_size), asked) as writer:
-            job = Job(plan, reader, writer)
+            job = Conversion(plan, reader, writer)
             if windows is None:
                 fold_alone(job, device, report)
             else:
@@ -104,10 +105,10 @@ def convert(
             files = {"config.json": json.dumps(config, indent=2) + "\n", RECORD: json.dumps(record, indent=2) + "\n"}
             writer.commit({**side.texts, **layout.files(), **files}, side.copies)
     report(1.0, "done")
-    return Conversion(out, record, side.left)
+    return Converted(out, record, side.left)
 
 
-def _record(source: str, job: Job, tokens: int, seconds: float, device: torch.device) -> dict[str, Any]:
+def _record(source: str, job: Conversion, tokens: int, seconds: float, device: torch.device) -> dict[str, Any]:
     """What kvfold.json says."""
     plan, settings = job.plan, job.plan.settings
     record = {
@@ -143,7 +144,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def fold_alone(job: Job, device: torch.device, report: Report) -> None:
+def fold_alone(job: Conversion, device: torch.device, report: Report) -> None:
     """Fold every layer from its own tensors."""
     # Pooling neighbours leaves queries and output as they are and stays in the checkpoint's dtype; all else gets float64.
     pooling = job.plan.method in POOLING and job.plan.grouping == "neighbours"
@@ -157,7 +158,7 @@ def fold_alone(job: Job, device: torch.device, report: Report) -> None:
         job.writer.finish(job.unit(layer), {"choice": label})
 
 
-def _copy_rest(job: Job, specs: Iterable[TensorSpec], report: Report) -> None:
+def _copy_rest(job: Conversion, specs: Iterable[TensorSpec], report: Report) -> None:
     """Copy what is not attention: byte for byte where its dtype and its scale stay."""
     folded = {name for layer in range(job.layers) for name in job.layout.names(layer, job.plan)}
     rest = [s for s in specs if s.name not in folded]

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.convert.job import Job, Report
+from kvfold.convert.conversion import Conversion, Report
 from kvfold.convert.layouts import modeling_kvfold  # noqa: F401 — registers our layout with transformers
 from kvfold.convert.layouts.deepseek_v3 import residual_scale
-from kvfold.convert.stream import SourceModel, StreamedModel
+from kvfold.convert.source.stream import SourceModel, StreamedModel
 from kvfold.errors import ConversionError, UserError
 from kvfold.surgery.designs import design
 
@@ -26,7 +26,7 @@ MOST_ERROR = 1e-3
 
 
 @torch.no_grad()
-def verify(job: Job, config: dict[str, Any], ids: Tensor | None, device: torch.device, report: Report) -> None:
+def verify(job: Conversion, config: dict[str, Any], ids: Tensor | None, device: torch.device, report: Report) -> None:
     """Compare what is written with what was meant.
 
     Args:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from kvfold.convert.stream import last_states
+from kvfold.convert.source.stream import last_states
 
 HEAD_TOKENS = 256
 """Tokens whose logits exist at one time, whatever the window: 125 MiB in float32 with a vocabulary of 128k. Scoring holds

@@ -11,13 +11,14 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import kvfold
-from kvfold.convert.checkpoint import read_config
-from kvfold.convert.data import Windows, load_tokenizer, load_windows
-from kvfold.convert.escape import visible
 from kvfold.convert.layouts import modeling_kvfold  # noqa: F401 — registers our layout with transformers
-from kvfold.convert.record import RECORD, read_record
-from kvfold.convert.settings import normal_dtype
-from kvfold.convert.source import fetch_checkpoint, load_causal
+from kvfold.convert.output.record import RECORD, read_record
+from kvfold.convert.planning.settings import normal_dtype
+from kvfold.convert.publishing.escape import visible
+from kvfold.convert.source.checkpoint import read_config
+from kvfold.convert.source.data import Windows, load_tokenizer, load_windows
+from kvfold.convert.source.fetch import fetch_checkpoint
+from kvfold.convert.source.model import load_causal
 from kvfold.errors import ConversionError, UserError
 from kvfold.evaluation import greedy, retrieval, speed, tasks
 from kvfold.evaluation.damage import TokenScores, by_position, final_states, interval, position_edges, score

@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvfold.convert.data import load_tokenizer
+from kvfold.convert.source.data import load_tokenizer
 from kvfold.errors import UserError
 from kvfold.evaluation.damage import interval
 from kvfold.evaluation.parallel import spread

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.convert.stream import layer_calls
+from kvfold.convert.source.stream import layer_calls
 from kvfold.surgery.kvfold_attention import attention_of
 
 

@@ -8,8 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvfold.convert import escape
-from kvfold.convert.files import write_whole
+from kvfold.convert.output.files import write_whole
+from kvfold.convert.publishing import escape
 from kvfold.errors import UserError
 from kvfold.evaluation.schema import Report, read_report
 from kvfold.evaluation.unfinished import PARTIAL

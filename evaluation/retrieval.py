@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from kvfold.convert.stream import logit_scale
+from kvfold.convert.source.stream import logit_scale
 from kvfold.evaluation.parallel import spread
 
 KEY, VALUE = 8, 16

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from kvfold.convert.jsonfile import checked, read_json
+from kvfold.convert.source.jsonfile import checked, read_json
 from kvfold.errors import UserError
 
 SCHEMA_VERSION: Literal[2] = 2

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
-from kvfold.convert.settings import normal_dtype, setting
+from kvfold.convert.planning.settings import normal_dtype, setting
 
 TEXT, REPORT = "Text", "Report"
 """Panels of `--help`."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from kvfold.convert.data import load_tokenizer
+from kvfold.convert.source.data import load_tokenizer
 from kvfold.errors import UserError
 
 SEED = 0

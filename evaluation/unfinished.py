@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from kvfold.convert.files import write_whole
+from kvfold.convert.output.files import write_whole
 
 PARTIAL = "report.partial.json"
 

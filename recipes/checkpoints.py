@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from kvfold.convert.files import checksums, files_under, sync, write_whole
+from kvfold.convert.output.files import checksums, files_under, sync, write_whole
 
 SEAL = "checksums.json"
 STATE = "trainer_state.json"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kvfold.convert.data import documents, encode, load_tokenizer, load_windows, refuse_foreign_ids, token_rows
-from kvfold.convert.files import files_under, stamp
+from kvfold.convert.output.files import files_under, stamp
+from kvfold.convert.source.data import documents, encode, load_tokenizer, load_windows, refuse_foreign_ids, token_rows
 from kvfold.errors import UserError
 from kvfold.recipes.recipe import Recipe
 

@@ -16,14 +16,15 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
-from kvfold.convert.checkpoint import CheckpointReader, TensorSpec, refuse_adapter
 from kvfold.convert.layouts import Layout, layout_of
-from kvfold.convert.plan import ConversionPlan, make_plan
-from kvfold.convert.record import RECORD, read_record
-from kvfold.convert.settings import ConvertSettings, parse_settings
-from kvfold.convert.source import build_on_meta, fetch_config, fill_buffers
-from kvfold.convert.stream import last_states
-from kvfold.convert.writer import CheckpointWriter
+from kvfold.convert.output.record import RECORD, read_record
+from kvfold.convert.output.writer import CheckpointWriter
+from kvfold.convert.planning.plan import ConversionPlan, make_plan
+from kvfold.convert.planning.settings import ConvertSettings, parse_settings
+from kvfold.convert.source.checkpoint import CheckpointReader, TensorSpec, refuse_adapter
+from kvfold.convert.source.fetch import fetch_config
+from kvfold.convert.source.model import build_on_meta, fill_buffers
+from kvfold.convert.source.stream import last_states
 from kvfold.errors import UserError
 from kvfold.recipes.losses import Objective
 from kvfold.recipes.recipe import Recipe

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from kvfold.convert.files import write_whole
+from kvfold.convert.output.files import write_whole
 from kvfold.errors import ConversionError
 from kvfold.recipes.trainer import Log, Uptrainer
 

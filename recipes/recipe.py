@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
-from kvfold.convert.settings import parse_settings, parse_yaml, setting, unknown
+from kvfold.convert.planning.settings import parse_settings, parse_yaml, setting, unknown
 from kvfold.errors import UserError
 
 SHIPPED = Path(__file__).parent / "configs"

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from transformers.trainer_callback import TrainerState
 
 import kvfold
-from kvfold.convert.checkpoint import read_config
-from kvfold.convert.partial import JOURNAL, Partial
-from kvfold.convert.record import RECORD
-from kvfold.convert.settings import parse_size
-from kvfold.convert.sidefiles import side_files
-from kvfold.convert.writer import CheckpointWriter
+from kvfold.convert.output.partial import JOURNAL, Partial
+from kvfold.convert.output.record import RECORD
+from kvfold.convert.output.writer import CheckpointWriter
+from kvfold.convert.planning.settings import parse_size
+from kvfold.convert.source.checkpoint import read_config
+from kvfold.convert.source.sidefiles import side_files
 from kvfold.recipes.adapter import write_adapter
 from kvfold.recipes.model import Folded, build, write_folded
 from kvfold.recipes.recipe import Recipe

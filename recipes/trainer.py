@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from kvfold.convert.stream import last_states
+from kvfold.convert.source.stream import last_states
 from kvfold.errors import ConversionError
 from kvfold.recipes.checkpoints import last_checkpoint, remove_old_checkpoints, seal
 from kvfold.recipes.data import Windows, collate

@@ -17,14 +17,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedModel
 
 import kvfold
-from kvfold.convert.checkpoint import CheckpointReader, read_config, read_json
-from kvfold.convert.data import load_tokenizer
-from kvfold.convert.files import checksum, checksum_of_rows, checksums, write_whole
-from kvfold.convert.journal import refuse_other
-from kvfold.convert.partial import RUN, Partial, partial_folder, refuse_existing, resumable
+from kvfold.convert.output.files import checksum, checksum_of_rows, checksums, write_whole
+from kvfold.convert.output.journal import refuse_other
+from kvfold.convert.output.partial import RUN, Partial, partial_folder, refuse_existing, resumable
+from kvfold.convert.output.record import RECORD
 from kvfold.convert.pipeline import pick_device
-from kvfold.convert.record import RECORD
-from kvfold.convert.source import fetch_checkpoint, identity
+from kvfold.convert.source.checkpoint import CheckpointReader, read_config, read_json
+from kvfold.convert.source.data import load_tokenizer
+from kvfold.convert.source.fetch import fetch_checkpoint
+from kvfold.convert.source.opening import identity
 from kvfold.errors import NothingGained, Stopped, UserError
 from kvfold.evaluation.evaluate import load_model, recorded_source
 from kvfold.recipes import rates

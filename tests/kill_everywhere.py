@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from kvfold.convert import whole
+from kvfold.convert import heal_whole
 from kvfold.convert.pipeline import convert
-from kvfold.convert.settings import ConvertSettings
+from kvfold.convert.planning.settings import ConvertSettings
 
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.listdir", "os.scandir"}
 EVENTS |= {"shutil.rmtree", "shutil.copyfile"}
@@ -73,7 +73,7 @@ def digest(folder: Path) -> dict[str, str]:
 def main(source: str, work: Path, tokens: str | None = None) -> None:
     torch.set_num_threads(1)
     os.fsync = lambda descriptor: None  # which a kill has no need of
-    whole.KEEP_SECONDS = 0.0
+    heal_whole.KEEP_SECONDS = 0.0
     work.mkdir()
     old, new, out = work / "old", work / "new", work / "out"
     healed: dict[str, Any] = {"calibrate": tokens, "heal_window": "all", "heal_steps": 3, "heal_batch_tokens": 64}

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kvfold.convert.checkpoint import INDEX
+from kvfold.convert.source.checkpoint import INDEX
 from tests.helpers import invoke, run_cli, save_model, save_tokenizer, save_tokens
 
 HEADS = ("--to", "gqa", "--kv-heads", "2")
@@ -489,7 +489,7 @@ def test_healing_that_diverges_fails_with_a_remedy(
     def diverge(*_: Any, **__: Any) -> None:
         raise FloatingPointError("healing diverged at step 2 of 8: loss nan")
 
-    monkeypatch.setattr("kvfold.convert.streamed.heal", diverge)
+    monkeypatch.setattr("kvfold.convert.heal_windows.heal", diverge)
     flags = ("--calibrate", tokens, "--heal-steps", 8, "--heal-window", 2)
     text = refused(tmp_path / "out", "convert", source, tmp_path / "out", *HEADS, *flags, code=1)
     assert "healing diverged at step" in text

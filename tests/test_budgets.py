@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from kvfold.convert.budgets import Curve, allocate, widths_to_try
-from kvfold.convert.checkpoint import CheckpointReader
 from kvfold.convert.pipeline import convert
-from kvfold.convert.plan import make_plan
-from kvfold.convert.settings import ConvertSettings
+from kvfold.convert.planning.plan import make_plan
+from kvfold.convert.planning.settings import ConvertSettings
+from kvfold.convert.source.checkpoint import CheckpointReader
 from kvfold.surgery import latent
 from tests.helpers import save_model, save_tokens
 from tests.test_convert import decoded_as_uncached, fold, load
@@ -92,19 +92,20 @@ def test_resumed_with_measured_widths(tmp_path: Path, monkeypatch: pytest.Monkey
         to="mfa-kr", width=16, layer_budgets="measured", calibrate=tokens, heal_steps=3, heal_window=2, heal_batch_tokens=80
     )
     convert(str(source), tmp_path / "whole", settings)
-    from kvfold.convert import streamed
 
-    real = streamed._heal
+    from kvfold.convert import heal_windows
+
+    real = heal_windows._heal
 
     def stops(*args: Any) -> dict[str, float]:
         if args[1] == 1:
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(streamed, "_heal", stops)
+    monkeypatch.setattr(heal_windows, "_heal", stops)
     with pytest.raises(KeyboardInterrupt):
         convert(str(source), tmp_path / "out", settings)
-    monkeypatch.setattr(streamed, "_heal", real)
+    monkeypatch.setattr(heal_windows, "_heal", real)
     assert json.loads((tmp_path / "out.partial" / "journal.jsonl").read_text().splitlines()[-1])["unit"] == "layer 0"
     convert(str(source), tmp_path / "out", settings, resume=True)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()

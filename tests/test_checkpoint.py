@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kvfold.convert.checkpoint import DTYPES, INDEX, SINGLE, CheckpointReader, TensorSpec
-from kvfold.convert.partial import JOURNAL, Partial, partial_folder
-from kvfold.convert.writer import CheckpointWriter, assign_shards
+from kvfold.convert.output.partial import JOURNAL, Partial, partial_folder
+from kvfold.convert.output.writer import CheckpointWriter, assign_shards
+from kvfold.convert.source.checkpoint import DTYPES, INDEX, SINGLE, CheckpointReader, TensorSpec
 from kvfold.errors import ConversionError, UserError
 from tests.helpers import invoke, save_model
 
@@ -122,7 +122,7 @@ def test_convert_shards_by_max_shard_size_and_transformers_reads_them(tmp_path: 
 
 def test_copied_bytes_are_the_sources_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In pieces smaller than a tensor, and NaN payloads aside, which are refused."""
-    monkeypatch.setattr("kvfold.convert.checkpoint.CHUNK", 64)
+    monkeypatch.setattr("kvfold.convert.source.checkpoint.CHUNK", 64)
     tensors = {"odd": make(torch.bool, (1001,)), "half": make(torch.bfloat16, (77, 3)), "zero": torch.tensor([0.0, -0.0])}
     reader = checkpoint(tmp_path / "source", tensors)
     with writing(tmp_path / "out", specs_of(tensors), 1000) as writer:
@@ -276,7 +276,7 @@ def test_replacing_never_loses_the_old_one_or_a_neighbour(tmp_path: Path, monkey
             raise OSError(errno.EIO, "broken")
         rename(old, new)
 
-    monkeypatch.setattr("kvfold.convert.partial.exchange", lambda one, other: False)  # as on a system that cannot
+    monkeypatch.setattr("kvfold.convert.output.partial.exchange", lambda one, other: False)  # as on a system that cannot
     monkeypatch.setattr(os, "rename", fail_to_name_it_out)
     with pytest.raises(OSError, match="broken"):
         write(out, {"w": torch.full((3,), 2.0)}, overwrite=True)

@@ -13,13 +13,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kvfold.convert.checkpoint import CheckpointReader
 from kvfold.convert.families import FAMILIES, family_of
 from kvfold.convert.layouts import deepseek_v3
 from kvfold.convert.pipeline import convert
-from kvfold.convert.plan import make_plan
-from kvfold.convert.settings import ConvertSettings
-from kvfold.convert.stream import HiddenStates, SourceModel
+from kvfold.convert.planning.plan import make_plan
+from kvfold.convert.planning.settings import ConvertSettings
+from kvfold.convert.source.checkpoint import CheckpointReader
+from kvfold.convert.source.stream import HiddenStates, SourceModel
 from kvfold.evaluation.layers import measure_cache
 from kvfold.surgery.attention import GroupedAttention
 from kvfold.surgery.designs import design

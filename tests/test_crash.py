@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from kvfold.convert.files import write_whole
-from kvfold.convert.partial import JOURNAL, LOCK, RUN, Partial, exchange
-from kvfold.convert.writer import CheckpointWriter
+from kvfold.convert.output.files import write_whole
+from kvfold.convert.output.partial import JOURNAL, LOCK, RUN, Partial, exchange
+from kvfold.convert.output.writer import CheckpointWriter
 from kvfold.errors import ConversionError, UserError
 from kvfold.evaluation.unfinished import PARTIAL, Unfinished
 from tests.helpers import invoke, save_model, save_tokens
@@ -92,7 +92,7 @@ def test_a_kill_while_names_change_leaves_one_checkpoint_whole(
             rename(other, partial.folder / "replaced")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kvfold.convert.partial.exchange", killed)
+    monkeypatch.setattr("kvfold.convert.output.partial.exchange", killed)
     with pytest.raises(KeyboardInterrupt), partial:
         partial.give_name(made)
     assert out.exists() == can_exchange
@@ -292,7 +292,7 @@ def test_a_signal_says_how_to_go_on(
         "convert": ("kvfold.convert.pipeline.fold_alone", ["convert", begun / "source", tmp_path / "out", "--to", "mqa"]),
         "uptrain": ("kvfold.recipes.uptrain.open_folded", ["uptrain", begun / "whole", tmp_path / "out", "--data", tokens]),
         "evaluate": ("kvfold.evaluation.evaluate.evaluate", ["evaluate", begun / "whole", "--on", tokens]),
-        "gguf": ("kvfold.convert.gguf.write_gguf", ["gguf", begun / "whole", tmp_path / "out.gguf"]),
+        "gguf": ("kvfold.convert.publishing.gguf.write_gguf", ["gguf", begun / "whole", tmp_path / "out.gguf"]),
     }[verb]
     monkeypatch.setattr(step[0], lambda *_: os.kill(os.getpid(), number))
     before = signal.getsignal(signal.SIGTERM)

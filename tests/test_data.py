@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from kvfold.convert.data import Windows, load_tokenizer, load_windows
+from kvfold.convert.source.data import Windows, load_tokenizer, load_windows
 from kvfold.errors import UserError
 from tests.helpers import save_tokenizer, save_tokens
 

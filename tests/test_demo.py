@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvfold.convert.checkpoint import CheckpointReader
 from kvfold.convert.pipeline import convert
-from kvfold.convert.settings import ConvertSettings
+from kvfold.convert.planning.settings import ConvertSettings
+from kvfold.convert.source.checkpoint import CheckpointReader
 from kvfold.evaluation.evaluate import evaluate
 from kvfold.evaluation.settings import EvaluateSettings
 from kvfold.recipes.demo.corpus import CALIBRATION, HELDOUT, standard_library

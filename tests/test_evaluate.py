@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kvfold.convert.pipeline import convert
-from kvfold.convert.settings import ConvertSettings
+from kvfold.convert.planning.settings import ConvertSettings
 from kvfold.evaluation import damage, report
 from kvfold.evaluation.evaluate import evaluate
 from kvfold.evaluation.layers import attention_errors, measure_cache

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from kvfold.convert.gguf import UNREACHABLE, read_vocabulary, write_gguf
+from kvfold.convert.publishing.gguf import UNREACHABLE, read_vocabulary, write_gguf
 from kvfold.errors import UserError
 from kvfold.recipes.demo.demo import MODEL
 from tests.helpers import invoke, save_model, save_tokens

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kvfold.convert.pipeline import convert
-from kvfold.convert.settings import ConvertSettings
+from kvfold.convert.planning.settings import ConvertSettings
 from kvfold.evaluation.evaluate import evaluate
 from kvfold.evaluation.settings import EvaluateSettings
 from kvfold.recipes.demo.demo import MODEL, write_texts

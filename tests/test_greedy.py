@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from kvfold.convert.pipeline import convert
-from kvfold.convert.settings import ConvertSettings
+from kvfold.convert.planning.settings import ConvertSettings
 from kvfold.evaluation import greedy
 from tests.helpers import invoke, save_model, save_tokenizer, save_tokens
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, StaticCache
 
 from kvfold.convert import folding
-from kvfold.convert.checkpoint import CheckpointReader
 from kvfold.convert.layouts import step3_text
-from kvfold.convert.plan import make_plan
-from kvfold.convert.settings import ConvertSettings
+from kvfold.convert.planning.plan import make_plan
+from kvfold.convert.planning.settings import ConvertSettings
+from kvfold.convert.source.checkpoint import CheckpointReader
 from kvfold.evaluation.layers import measure_cache
 from kvfold.surgery import latent
 from kvfold.surgery.designs import design

@@ -23,7 +23,7 @@ def test_the_package_is_found_without_being_installed() -> None:
     """As an editor or a type checker finds it: by plain folders and links below src."""
     for part in PARTS:
         assert (ROOT / "src/kvfold" / part).resolve() == ROOT / part
-    script = "import kvfold.convert.plan, kvfold.recipes.recipe; print(kvfold.convert.__file__)"
+    script = "import kvfold.convert.planning.plan, kvfold.recipes.recipe; print(kvfold.convert.__file__)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, "-c", script]
     ran = subprocess.run(command, env=environment, cwd=ROOT.parent, capture_output=True, text=True, check=True)
@@ -101,5 +101,5 @@ def test_what_is_installed_holds_all_of_it(tmp_path: Path, by: str) -> None:
         for path in (ROOT / part).rglob("*.py"):
             assert f"kvfold/{part}/{path.relative_to(ROOT / part)}" in names
     assert {"kvfold/cli.py", "kvfold/py.typed", "kvfold/recipes/demo/model/model.safetensors"} <= names
-    assert {"kvfold/convert/card.md.jinja", "kvfold/evaluation/report.html.jinja"} <= names
+    assert {"kvfold/convert/publishing/card.md.jinja", "kvfold/evaluation/report.html.jinja"} <= names
     assert {"kvfold/recipes/configs/distill-lora.yaml", "kvfold/recipes/accelerate/uptrain.sbatch"} <= names

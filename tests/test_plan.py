@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from kvfold.convert.budgets import widths_to_try
-from kvfold.convert.engines import LatentShape
 from kvfold.convert.families import AttentionSpec, Rope, family_of
-from kvfold.convert.plan import cache_dtype, count_parameters, make_plan
-from kvfold.convert.settings import ConvertSettings, normal_dtype, parse_budget, parse_settings, parse_size, unknown
+from kvfold.convert.planning.engines import LatentShape
+from kvfold.convert.planning.plan import cache_dtype, count_parameters, make_plan
+from kvfold.convert.planning.settings import ConvertSettings, normal_dtype, parse_budget, parse_settings, parse_size, unknown
 from kvfold.errors import UserError
 from tests.helpers import FAMILIES, invoke, save_model, tiny_config
 

@@ -14,9 +14,9 @@ import torch
 from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM
 
-from kvfold.convert.card import hand_made, newer_of
 from kvfold.convert.pipeline import convert
-from kvfold.convert.settings import ConvertSettings
+from kvfold.convert.planning.settings import ConvertSettings
+from kvfold.convert.publishing.card import hand_made, newer_of
 from kvfold.errors import UserError
 from kvfold.evaluation import report
 from kvfold.evaluation.evaluate import evaluate

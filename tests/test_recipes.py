@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from transformers import get_scheduler
 
 import kvfold.recipes.losses as losses
-from kvfold.convert.data import load_windows
 from kvfold.convert.pipeline import convert
-from kvfold.convert.settings import ConvertSettings
+from kvfold.convert.planning.settings import ConvertSettings
+from kvfold.convert.source.data import load_windows
 from kvfold.errors import UserError
 from kvfold.recipes.data import evaluation_windows, pack, training_order
 from kvfold.recipes.losses import Objective, divergence

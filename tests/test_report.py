@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kvfold.convert.pipeline import convert
-from kvfold.convert.settings import ConvertSettings
+from kvfold.convert.planning.settings import ConvertSettings
 from kvfold.evaluation import damage, plots, report, retrieval, schema, speed
 from kvfold.evaluation.evaluate import evaluate, stage_of
 from kvfold.evaluation.settings import EvaluateSettings
@@ -108,7 +108,7 @@ def test_needles_are_found_by_what_can_find_them() -> None:
 
 def test_the_demo_model_finds_needles(demo_model: Path, tmp_path: Path) -> None:
     """Far above guessing, and better the nearer the needle lies."""
-    from kvfold.convert.data import load_windows
+    from kvfold.convert.source.data import load_windows
     from kvfold.recipes.demo.demo import write_texts
 
     windows = load_windows(str(write_texts(tmp_path)[1]), demo_model, 256, 8192, overlap=1).ids

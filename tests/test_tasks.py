@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvfold.convert.data import load_windows
+from kvfold.convert.source.data import load_windows
 from kvfold.evaluation import report
 from kvfold.evaluation.evaluate import evaluate
 from kvfold.evaluation.settings import EvaluateSettings

@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from kvfold.convert.checkpoint import INDEX, SINGLE
-from kvfold.convert.data import load_tokenizer, sample_from_source
-from kvfold.convert.escape import markdown, visible
-from kvfold.convert.hub import files_of
 from kvfold.convert.layouts import deepseek_v3
 from kvfold.convert.layouts import kvfold as kvfold_layout
 from kvfold.convert.layouts import source as source_layout
-from kvfold.convert.plan import make_plan
-from kvfold.convert.settings import ConvertSettings, parse_yaml
+from kvfold.convert.planning.plan import make_plan
+from kvfold.convert.planning.settings import ConvertSettings, parse_yaml
+from kvfold.convert.publishing.escape import markdown, visible
+from kvfold.convert.publishing.hub import files_of
+from kvfold.convert.source.checkpoint import INDEX, SINGLE
+from kvfold.convert.source.data import load_tokenizer, sample_from_source
 from kvfold.errors import UserError
 from kvfold.recipes.data import training_order
 from tests.helpers import invoke, save_model, save_tokenizer, save_tokens, tiny_config

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from kvfold.convert.checkpoint import CheckpointReader
 from kvfold.convert.pipeline import convert
-from kvfold.convert.settings import ConvertSettings
+from kvfold.convert.planning.settings import ConvertSettings
+from kvfold.convert.source.checkpoint import CheckpointReader
 from kvfold.errors import ConversionError, Stopped, UserError
 from kvfold.evaluation.evaluate import evaluate
 from kvfold.evaluation.settings import EvaluateSettings

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from kvfold.convert.pipeline import convert
-from kvfold.convert.settings import ConvertSettings
+from kvfold.convert.planning.settings import ConvertSettings
 from kvfold.errors import ConversionError, Stopped, UserError
 from kvfold.recipes import uptrain as module
 from kvfold.recipes.recipe import load_recipe
@@ -136,7 +136,8 @@ def test_killed_while_packing_it_can_be_resumed(copied: Path, tmp_path: Path, mo
     out = tmp_path / "out"
     argv = ["uptrain", copied / "fold", out, "--recipe", "distill-attention", *SETTINGS]
     argv += ["--data", f"{copied}/tokens.safetensors:calibration"]
-    monkeypatch.setattr("kvfold.convert.partial.Partial._leave", lambda partial: partial._lock.close())  # as kill -9 does
+    # as kill -9 does
+    monkeypatch.setattr("kvfold.convert.output.partial.Partial._leave", lambda partial: partial._lock.close())
     with monkeypatch.context() as patched:
         patched.setattr(module, "pack", killed)
         assert invoke(*argv)[0] == 130

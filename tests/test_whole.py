@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from kvfold.convert import whole
+from kvfold.convert import heal_whole
+from kvfold.convert.output.writer import CheckpointWriter
 from kvfold.convert.pipeline import convert
-from kvfold.convert.settings import ConvertSettings
-from kvfold.convert.writer import CheckpointWriter
+from kvfold.convert.planning.settings import ConvertSettings
 from tests.helpers import run_cli, save_model, save_tokens
 
 
@@ -47,7 +47,7 @@ def test_an_interrupted_healing_goes_on_to_the_same_bytes(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert(str(source), tmp_path / "whole", settings(tmp_path))
-    monkeypatch.setattr(whole, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(heal_whole, "KEEP_SECONDS", 0.0)
 
     def stop(share: float, line: str, at: list[int] = [0]) -> None:  # noqa: B006 — counts its calls
         at[0] += line.startswith("healing")
@@ -80,7 +80,7 @@ def test_stopped_behind_every_unit_it_gives_the_same_bytes(tmp_path: Path, monke
     design = dict(DESIGNS[name])
     source = str(save_model(tmp_path / "source", design.pop("family", "llama")))
     wanted = settings(tmp_path, **{"heal_steps": 3, **design})
-    monkeypatch.setattr(whole, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(heal_whole, "KEEP_SECONDS", 0.0)
     undisturbed = convert(source, tmp_path / "whole", wanted).record
     finish = CheckpointWriter.finish
 
@@ -113,9 +113,9 @@ def test_damage_costs_what_is_damaged(
 ) -> None:
     """Of a healing that was stopped behind its second step, from which step it goes on."""
     wanted = settings(tmp_path, heal_steps=3)
-    monkeypatch.setattr(whole, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(heal_whole, "KEEP_SECONDS", 0.0)
     convert(str(source), tmp_path / "whole", wanted)
-    finish, heal = CheckpointWriter.finish, whole.heal
+    finish, heal = CheckpointWriter.finish, heal_whole.heal
     steps: list[int] = []
 
     def stopped(writer: CheckpointWriter, unit: str, record: dict[str, Any]) -> None:
@@ -133,7 +133,7 @@ def test_damage_costs_what_is_damaged(
         steps.append(more["begun"].steps if more["begun"] else 0)
         return heal(*args, **more)
 
-    monkeypatch.setattr(whole, "heal", noted)
+    monkeypatch.setattr(heal_whole, "heal", noted)
     convert(str(source), tmp_path / "out", wanted, resume=True)
     assert steps == [begun]
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
@@ -142,8 +142,8 @@ def test_damage_costs_what_is_damaged(
 def test_what_does_not_fit_is_healed_in_windows(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what is so shallow that windows do better."""
     for name, shallow, free in (("small", 0, 1000), ("shallow", 2, 10**12), ("deep", 1, 10**12)):
-        monkeypatch.setattr(whole, "SHALLOW", shallow)
-        monkeypatch.setattr(whole, "free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(heal_whole, "SHALLOW", shallow)
+        monkeypatch.setattr(heal_whole, "free_bytes", lambda device, free=free: free)
         layers = convert(str(source), tmp_path / name, settings(tmp_path, heal_window="auto")).record["layers"]
         if name == "deep":
             assert "output_kl" in layers[0]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kvfold.convert.config import resolve
+from kvfold.convert.source.config import resolve
 from kvfold.errors import UserError
 from kvfold.surgery.attention import AttentionWeights
 

@@ -5,9 +5,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kvfold.convert.checkpoint import CheckpointReader, TensorSpec
 from kvfold.convert.layouts import deepseek_v3, kvfold, source, step3_text
-from kvfold.convert.plan import ConversionPlan
+from kvfold.convert.planning.plan import ConversionPlan
+from kvfold.convert.source.checkpoint import CheckpointReader, TensorSpec
 
 
 class Layout(Protocol):

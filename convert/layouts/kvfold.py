@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.convert.checkpoint import CheckpointReader, TensorSpec
 from kvfold.convert.layouts import modeling_kvfold
 from kvfold.convert.layouts.source import carried, in_place_of_attention
-from kvfold.convert.plan import ConversionPlan
+from kvfold.convert.planning.plan import ConversionPlan
+from kvfold.convert.source.checkpoint import CheckpointReader, TensorSpec
 from kvfold.surgery import kvfold_attention
 from kvfold.surgery.designs import FoldedWeights, design, weights_of
 from kvfold.surgery.kvfold_attention import DESIGNS, FoldedAttention

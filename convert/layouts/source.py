@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.convert.checkpoint import CheckpointReader, TensorSpec
-from kvfold.convert.plan import ConversionPlan
-from kvfold.convert.source import UNREAD_BUFFER
+from kvfold.convert.planning.plan import ConversionPlan
+from kvfold.convert.source.checkpoint import CheckpointReader, TensorSpec
+from kvfold.convert.source.opening import UNREAD_BUFFER
 from kvfold.surgery.attention import AttentionWeights
 
 

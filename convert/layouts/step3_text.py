@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.convert.checkpoint import CheckpointReader, TensorSpec
-from kvfold.convert.config import resolve
 from kvfold.convert.layouts.deepseek_v3 import EMBEDDING, HEAD, LATENT, pad, with_output_embedding
 from kvfold.convert.layouts.source import in_place_of_attention, written_dtype
-from kvfold.convert.plan import ConversionPlan
+from kvfold.convert.planning.plan import ConversionPlan
+from kvfold.convert.source.checkpoint import CheckpointReader, TensorSpec
+from kvfold.convert.source.config import resolve
 from kvfold.surgery.designs import LatentWeights
 
 

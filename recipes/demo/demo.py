@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvfold.convert.pipeline import convert
-from kvfold.convert.settings import ConvertSettings
+from kvfold.convert.planning.settings import ConvertSettings
 from kvfold.errors import NothingGained, UserError
 from kvfold.evaluation import report as reports
 from kvfold.evaluation.evaluate import evaluate

@@ -17,8 +17,8 @@ from kvfold.errors import ConversionError, UserError
 
 if TYPE_CHECKING:
     from kvfold.convert.pipeline import convert as convert_checkpoint
-    from kvfold.convert.plan import make_plan
-    from kvfold.convert.settings import ConvertSettings
+    from kvfold.convert.planning.plan import make_plan
+    from kvfold.convert.planning.settings import ConvertSettings
     from kvfold.evaluation.evaluate import evaluate
     from kvfold.recipes.recipe import load_recipe
     from kvfold.recipes.uptrain import uptrain
@@ -38,8 +38,8 @@ __all__ = [
 
 _HOMES = {
     "convert_checkpoint": ("kvfold.convert.pipeline", "convert"),
-    "ConvertSettings": ("kvfold.convert.settings", "ConvertSettings"),
-    "make_plan": ("kvfold.convert.plan", "make_plan"),
+    "ConvertSettings": ("kvfold.convert.planning.settings", "ConvertSettings"),
+    "make_plan": ("kvfold.convert.planning.plan", "make_plan"),
     "evaluate": ("kvfold.evaluation.evaluate", "evaluate"),
     "load_recipe": ("kvfold.recipes.recipe", "load_recipe"),
     "uptrain": ("kvfold.recipes.uptrain", "uptrain"),

@@ -8,7 +8,7 @@ from typing import Annotated, Any, NoReturn, Optional
 import typer
 
 from kvfold import console
-from kvfold.convert.settings import TARGET, ConvertSettings, parse_settings, read_settings
+from kvfold.convert.planning.settings import TARGET, ConvertSettings, parse_settings, read_settings
 from kvfold.errors import UserError
 from kvfold.evaluation.settings import EvaluateSettings
 from kvfold.options import takes
@@ -41,8 +41,8 @@ def plan(
 ) -> None:
     """What would change: geometry, cache, parameters, refusals. Reads config.json only."""
     settings = parse_settings(ConvertSettings, flags)
-    from kvfold.convert.plan import cache_dtype, count_parameters, make_plan
-    from kvfold.convert.source import fetch_config
+    from kvfold.convert.planning.plan import cache_dtype, count_parameters, make_plan
+    from kvfold.convert.source.fetch import fetch_config
 
     config = fetch_config(source, settings.revision)
     made = make_plan(config, settings)
@@ -72,8 +72,8 @@ def convert(
 ) -> None:
     """Fold a checkpoint into another one with a smaller KV cache."""
     settings = parse_settings(ConvertSettings, {**read_settings(settings_file), **flags})
-    from kvfold.convert.escape import visible
     from kvfold.convert.pipeline import convert as run
+    from kvfold.convert.publishing.escape import visible
 
     with console.progress(f"{source} → {out}") as report:
         done = run(source, out, settings, resume, overwrite, report, verify)
@@ -139,7 +139,7 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the card, list the files, upload nothing.")] = False,
 ) -> None:
     """Write the model card with the measured results, and upload the folder."""
-    from kvfold.convert import card, hub
+    from kvfold.convert.publishing import card, hub
     from kvfold.publish import facts_for
 
     hub.refuse_name(repo)
@@ -167,7 +167,7 @@ def gguf(
     overwrite: Annotated[bool, typer.Option(help="Replace FILE if it exists.")] = False,
 ) -> None:
     """Write an MLA checkpoint as a GGUF file for llama.cpp."""
-    from kvfold.convert.gguf import write_gguf
+    from kvfold.convert.publishing.gguf import write_gguf
 
     with console.progress(f"{out} → {file}") as report:
         write_gguf(out, file, pre, overwrite, report)

@@ -90,7 +90,7 @@ def _unforeseen(error: Exception) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    from kvfold.convert.escape import visible
+    from kvfold.convert.publishing.escape import visible
 
     print("kvfold: " + visible(" ".join(message.split())), file=sys.stderr)
     sys.exit(code)
@@ -118,7 +118,7 @@ def progress(title: str) -> Iterator[Callable[[float | None, str], None]]:
 
 def print_left(names: list[str]) -> None:
     """Say in one line which files stay where they are."""
-    from kvfold.convert.escape import visible
+    from kvfold.convert.publishing.escape import visible
 
     if names:
         more = f" and {len(names) - 5} more" * (len(names) > 5)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from kvfold.convert import card, hub
+from kvfold.convert.publishing import card, hub
 from kvfold.evaluation import report as reports
 
 

@@ -4,10 +4,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from kvfold.convert.engines import LatentShape
 from kvfold.convert.families import AttentionSpec
-from kvfold.convert.settings import TARGETS, ConvertSettings, parse_budget
-from kvfold.convert.source import build_on_meta
+from kvfold.convert.planning.engines import LatentShape
+from kvfold.convert.planning.settings import TARGETS, ConvertSettings, parse_budget
+from kvfold.convert.source.model import build_on_meta
 from kvfold.errors import UserError
 from kvfold.surgery import baselines
 from kvfold.surgery.latent import full_rank

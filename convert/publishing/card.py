@@ -12,10 +12,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from kvfold.convert import record
-from kvfold.convert.checkpoint import read_config
-from kvfold.convert.data import TEXT_SUFFIXES
-from kvfold.convert.escape import all_markdown, markdown
+from kvfold.convert.output import record
+from kvfold.convert.publishing.escape import all_markdown, markdown
+from kvfold.convert.source.checkpoint import read_config
+from kvfold.convert.source.data import TEXT_SUFFIXES
 from kvfold.errors import UserError
 
 CARD = "README.md"
@@ -88,7 +88,7 @@ def make_card(facts: Facts, existing: str | None) -> str:
     """
     record, config = read_record(facts.out), read_config(facts.out)
     remote = "auto_map" in config
-    template = files("kvfold.convert").joinpath("card.md.jinja").read_text(encoding="utf-8")
+    template = files("kvfold.convert.publishing").joinpath("card.md.jinja").read_text(encoding="utf-8")
     named = config.get("architectures")
     architecture = str(named[0]) if isinstance(named, list) and named else ""
     made = ModelCard.from_template(

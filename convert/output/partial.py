@@ -12,7 +12,7 @@ from typing import IO
 
 from safetensors import SafetensorError
 
-from kvfold.convert.files import sync, write_whole
+from kvfold.convert.output.files import sync, write_whole
 from kvfold.errors import ConversionError, UserError, explain
 
 JOURNAL, RUN = "journal.jsonl", "run.json"

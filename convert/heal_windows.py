@@ -3,7 +3,7 @@
 Two streams run over the same calibration tokens: the original's, through the source's layers, and the folded one, through the
 layers as they were written. Layers are opened (read, folded) on the original stream up to `heal_window` ahead, healed together
 so that the folded stream meets the original behind the window, and then the first of them is written and both go one layer on.
-Where the whole model fits into memory it is healed at once instead: whole.py.
+Where the whole model fits into memory it is healed at once instead: heal_whole.py.
 """
 
 import time
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.convert.data import Windows
+from kvfold.convert.conversion import Conversion, Report
 from kvfold.convert.duration import announced, training_seconds
 from kvfold.convert.folding import OpenLayer, fold_layer, packed, reopen_layer, unpacked
-from kvfold.convert.job import Job, Report
-from kvfold.convert.settings import ConvertSettings
-from kvfold.convert.stream import HiddenStates, SourceModel, check_finite
-from kvfold.convert.whole import autocast_of, failed, fold_whole, heals_whole
+from kvfold.convert.heal_whole import autocast_of, failed, fold_whole, heals_whole
+from kvfold.convert.planning.settings import ConvertSettings
+from kvfold.convert.source.data import Windows
+from kvfold.convert.source.stream import HiddenStates, SourceModel, check_finite
 from kvfold.surgery.designs import weights_of
 from kvfold.surgery.healing import heal, relative_error
 
@@ -31,7 +31,7 @@ REPEATED = 32
 """How often healing may go over its text before a line says so."""
 
 
-def fold_on_stream(job: Job, device: torch.device, windows: Windows, report: Report) -> None:
+def fold_on_stream(job: Conversion, device: torch.device, windows: Windows, report: Report) -> None:
     """Fold and heal every layer on the calibration tokens. Raises ConversionError when something is not finite."""
     plan, settings, layers = job.plan, job.plan.settings, job.layers
     if all(job.finished(layer) for layer in range(layers)):
@@ -92,7 +92,7 @@ def fold_on_stream(job: Job, device: torch.device, windows: Windows, report: Rep
         file.unlink(missing_ok=True)
 
 
-def _seconds(job: Job, first: OpenLayer, original: HiddenStates, ahead: int) -> float:
+def _seconds(job: Conversion, first: OpenLayer, original: HiddenStates, ahead: int) -> float:
     """What healing will take, from a pass of one layer over a batch."""
     rows, tokens, _ = original.data.shape
     hidden = original.data[: max(1, min(rows, job.plan.settings.heal_batch_tokens // tokens))].to(first.block.device)
@@ -100,7 +100,7 @@ def _seconds(job: Job, first: OpenLayer, original: HiddenStates, ahead: int) -> 
     return settings.heal_steps * job.layers * ahead * training_seconds(first, hidden, autocast_of(settings))
 
 
-def _open(job: Job, source: SourceModel, layer: int, original: HiddenStates) -> OpenLayer:
+def _open(job: Conversion, source: SourceModel, layer: int, original: HiddenStates) -> OpenLayer:
     """A layer folded now or before an interruption; the original stream moves behind it."""
     if job.finished(layer):
         return reopen_layer(source, layer, original, job.read_written(layer))

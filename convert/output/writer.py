@@ -11,10 +11,10 @@ from typing import IO, Any
 
 from torch import Tensor, frombuffer, uint8
 
-from kvfold.convert.checkpoint import DTYPE_NAMES, INDEX, SINGLE, CheckpointReader, TensorSpec, is_finite
-from kvfold.convert.files import checksum, checksum_of, sync, write_whole
-from kvfold.convert.journal import Journal, Unit
-from kvfold.convert.partial import JOURNAL, Partial, remove
+from kvfold.convert.output.files import checksum, checksum_of, sync, write_whole
+from kvfold.convert.output.journal import Journal, Unit
+from kvfold.convert.output.partial import JOURNAL, Partial, remove
+from kvfold.convert.source.checkpoint import DTYPE_NAMES, INDEX, SINGLE, CheckpointReader, TensorSpec, is_finite
 from kvfold.errors import ConversionError, UserError
 
 RESULT = "result"

@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvfold.convert.observe import Observed
-from kvfold.convert.plan import ConversionPlan
+from kvfold.convert.calibration import Observed
+from kvfold.convert.planning.plan import ConversionPlan
 from kvfold.surgery import baselines, factorized, grouping, latent, norms, rebuilt
 from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.designs import FoldedWeights

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvfold.convert.jsonfile import read_json
-from kvfold.convert.source import load_causal, refuse_code
+from kvfold.convert.source.jsonfile import read_json
+from kvfold.convert.source.model import load_causal, refuse_code
 from kvfold.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from kvfold.convert.plan import ConversionPlan
+    from kvfold.convert.planning.plan import ConversionPlan
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".json", ".parquet")
 

@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from kvfold.convert.escape import each, visible
-from kvfold.convert.jsonfile import checked, read_json
+from kvfold.convert.publishing.escape import each, visible
+from kvfold.convert.source.jsonfile import checked, read_json
 from kvfold.errors import UserError
 
 RECORD = "kvfold.json"

@@ -19,8 +19,8 @@ from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kvfold.convert.files import CHUNK
-from kvfold.convert.jsonfile import checked, read_json
+from kvfold.convert.output.files import CHUNK
+from kvfold.convert.source.jsonfile import checked, read_json
 from kvfold.errors import UserError
 
 DTYPES = {

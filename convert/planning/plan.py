@@ -5,16 +5,23 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any
 
-from kvfold.convert.config import resolve
-from kvfold.convert.engines import (
+from kvfold.convert.families import AttentionSpec, Family, family_of
+from kvfold.convert.planning.engines import (
     LatentShape,
     deepseek_v3_obstacles,
     padded_key,
     padded_shape,
     step3_text_obstacles,
 )
-from kvfold.convert.families import AttentionSpec, Family, family_of
-from kvfold.convert.geometry import (
+from kvfold.convert.planning.settings import (
+    DTYPE_BYTES,
+    TARGETS,
+    ConvertSettings,
+    normal_dtype,
+    parse_size,
+    unknown,
+)
+from kvfold.convert.planning.widths import (
     MOST_GROWTH,
     baseline_widths,
     kept_scalars,
@@ -25,15 +32,8 @@ from kvfold.convert.geometry import (
     target_heads,
     widest_rope,
 )
-from kvfold.convert.settings import (
-    DTYPE_BYTES,
-    TARGETS,
-    ConvertSettings,
-    normal_dtype,
-    parse_size,
-    unknown,
-)
-from kvfold.convert.source import build_on_meta
+from kvfold.convert.source.config import resolve
+from kvfold.convert.source.model import build_on_meta
 from kvfold.errors import UserError
 from kvfold.surgery import baselines
 from kvfold.surgery.grouping import METHODS

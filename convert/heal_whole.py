@@ -14,12 +14,12 @@ import psutil
 import torch
 from torch import Tensor
 
-from kvfold.convert.data import Windows
+from kvfold.convert.conversion import Conversion, Report
 from kvfold.convert.duration import announced, seconds_of, training_seconds
 from kvfold.convert.folding import OpenLayer, fold_layer, packed, reopen_layer, unpacked
-from kvfold.convert.job import Job, Report
-from kvfold.convert.settings import ConvertSettings
-from kvfold.convert.stream import HiddenStates, SourceModel
+from kvfold.convert.planning.settings import ConvertSettings
+from kvfold.convert.source.data import Windows
+from kvfold.convert.source.stream import HiddenStates, SourceModel
 from kvfold.errors import ConversionError
 from kvfold.surgery.designs import weights_of
 from kvfold.surgery.healing import COARSE_KL, Progress, by_error, heal
@@ -44,7 +44,7 @@ Output = tuple[Callable[[Tensor], Tensor], Tensor]
 """What maps the last layer's states to what the output embedding reads, and that embedding in the dtype of the products."""
 
 
-def heals_whole(job: Job, source: SourceModel, windows: Windows) -> bool:
+def heals_whole(job: Conversion, source: SourceModel, windows: Windows) -> bool:
     """Whether the model is healed at once: as asked for, as begun, or else where it is deep and fits into memory."""
     settings = job.plan.settings
     if settings.heal_window != "auto" or not settings.heal_steps:
@@ -56,7 +56,7 @@ def heals_whole(job: Job, source: SourceModel, windows: Windows) -> bool:
     return needed_bytes(job, source, windows.ids.shape[1]) <= 0.6 * free_bytes(source.device)
 
 
-def needed_bytes(job: Job, source: SourceModel, tokens: int) -> int:
+def needed_bytes(job: Conversion, source: SourceModel, tokens: int) -> int:
     """An estimate of what healing the whole model takes: float32 weights, three more of each that learns, activations."""
     spec = job.plan.spec
     weights = sum(p.numel() for p in source.base.parameters()) + spec.vocab_size * spec.hidden_size
@@ -70,7 +70,7 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def fold_whole(job: Job, source: SourceModel, windows: Windows, report: Report) -> None:
+def fold_whole(job: Conversion, source: SourceModel, windows: Windows, report: Report) -> None:
     """Fold all layers, heal them together, write them. Raises ConversionError when something is not finite."""
     on_disk = HiddenStates.needs_disk((*windows.ids.shape, job.plan.spec.hidden_size), copies=1)
     file = job.writer.folder / "original.hidden"
@@ -101,7 +101,7 @@ def fold_whole(job: Job, source: SourceModel, windows: Windows, report: Report) 
             job.writer.finish(job.unit(layer), {"choice": item.choice, "block_error": item.error, **record})
 
 
-def _open(job: Job, source: SourceModel, layer: int, original: HiddenStates) -> OpenLayer:
+def _open(job: Conversion, source: SourceModel, layer: int, original: HiddenStates) -> OpenLayer:
     """A layer folded now or before an interruption; the original stream moves behind it."""
     name = f"folded-{layer}.safetensors"
     if _unit(layer) in job.writer.finished and (kept := unpacked(job.writer.folder / name, layer)) is not None:
@@ -116,7 +116,7 @@ def _unit(layer: int) -> str:
     return f"folded {layer}"
 
 
-def _seconds(job: Job, source: SourceModel, output: Output, first: OpenLayer, original: HiddenStates) -> float:
+def _seconds(job: Conversion, source: SourceModel, output: Output, first: OpenLayer, original: HiddenStates) -> float:
     """What healing will take, from a pass of one layer and of the output over a piece of the tokens."""
     settings, tokens = job.plan.settings, original.data.shape[1]
     hidden = original.data[: max(1, min(PIECE, settings.heal_batch_tokens) // tokens)].to(source.device)
@@ -138,7 +138,7 @@ def failed(settings: ConvertSettings, found: FloatingPointError, where: str = ""
 
 
 def _heal(
-    job: Job,
+    job: Conversion,
     source: SourceModel,
     output: Output,
     ids: Tensor,
@@ -223,7 +223,7 @@ def _heal(
     return {"output_kl": {"before": before, "after": min(after, before)}, "healing_seconds": round(time.time() - started, 2)}
 
 
-def _keep(job: Job, now: Progress, designs: list[Any], before: float) -> None:
+def _keep(job: Conversion, now: Progress, designs: list[Any], before: float) -> None:
     """Write down where healing stands; of the states before, the last stays until the next one is to be written."""
     states = [_state(unit) for unit in job.writer.finished if unit.startswith(HEALED)]
     for name in states[:-1]:  # first, for a state may be several times as large as what comes of it
@@ -240,7 +240,7 @@ def _keep(job: Job, now: Progress, designs: list[Any], before: float) -> None:
     job.writer.finish(unit, {})
 
 
-def _kept(job: Job, designs: list[Any]) -> tuple[Progress | None, float]:
+def _kept(job: Conversion, designs: list[Any]) -> tuple[Progress | None, float]:
     """Where an interrupted healing stood, with its parameters put in, and the loss that it began with."""
     units = [unit for unit in job.writer.finished if unit.startswith(HEALED)]
     if not units:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvfold.convert.families import AttentionSpec
-from kvfold.convert.settings import ConvertSettings
+from kvfold.convert.planning.settings import ConvertSettings
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,14 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from kvfold.convert.checkpoint import CheckpointReader
-from kvfold.convert.config import ConfigFile
-from kvfold.convert.files import sync
-from kvfold.convert.job import Report
-from kvfold.convert.jsonfile import checked, read_json
-from kvfold.convert.partial import alone
-from kvfold.convert.source import build_on_meta, refuse_mismatch
+from kvfold.convert.conversion import Report
+from kvfold.convert.output.files import sync
+from kvfold.convert.output.partial import alone
+from kvfold.convert.source.checkpoint import CheckpointReader
+from kvfold.convert.source.config import ConfigFile
+from kvfold.convert.source.jsonfile import checked, read_json
+from kvfold.convert.source.model import build_on_meta
+from kvfold.convert.source.opening import refuse_mismatch
 from kvfold.errors import UserError
 
 RENAMED = {

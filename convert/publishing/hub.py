@@ -16,9 +16,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from kvfold.convert.card import CARD, Licence, parse_card, read_card
-from kvfold.convert.files import write_whole
-from kvfold.convert.sidefiles import is_needed, lies_inside
+from kvfold.convert.output.files import write_whole
+from kvfold.convert.publishing.card import CARD, Licence, parse_card, read_card
+from kvfold.convert.source.sidefiles import is_needed, lies_inside
 from kvfold.errors import ConversionError, UserError
 
 _UPLOADED = re.compile(

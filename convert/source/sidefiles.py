@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvfold.convert.jsonfile import read_json
+from kvfold.convert.source.jsonfile import read_json
 
 _NEEDED = re.compile(
     r"tokenizer\.json|tokenizer_config\.json|tokenizer\.model(\.v\d+)?|special_tokens_map\.json|added_tokens\.json"

@@ -9,9 +9,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from kvfold.convert.checkpoint import CheckpointReader
-from kvfold.convert.plan import ConversionPlan
-from kvfold.convert.stream import Block, HiddenStates, SourceModel, check_finite
+from kvfold.convert.planning.plan import ConversionPlan
+from kvfold.convert.source.checkpoint import CheckpointReader
+from kvfold.convert.source.stream import Block, HiddenStates, SourceModel, check_finite
 from kvfold.surgery import latent, norms
 from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.designs import FoldedWeights, design

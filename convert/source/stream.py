@@ -16,9 +16,9 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
-from kvfold.convert.checkpoint import CheckpointReader
 from kvfold.convert.families import Family
-from kvfold.convert.source import build_on_meta, fill_buffers
+from kvfold.convert.source.checkpoint import CheckpointReader
+from kvfold.convert.source.model import build_on_meta, fill_buffers
 from kvfold.errors import ConversionError
 from kvfold.surgery.kvfold_attention import Attention, Rope, attention_of, exchange, widened
 

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvfold.convert.checkpoint import CheckpointReader
+from kvfold.convert.calibration import read_attention
 from kvfold.convert.layouts import Layout, layout_of
-from kvfold.convert.observe import read_attention
-from kvfold.convert.plan import ConversionPlan
-from kvfold.convert.writer import CheckpointWriter
+from kvfold.convert.output.writer import CheckpointWriter
+from kvfold.convert.planning.plan import ConversionPlan
+from kvfold.convert.source.checkpoint import CheckpointReader
 from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.designs import FoldedWeights
 
@@ -16,7 +16,7 @@ Report = Callable[[float | None, str], None]
 
 
 @dataclass(frozen=True)
-class Job:
+class Conversion:
     """Attributes: the plan, the source's reader and the target's writer."""
 
     plan: ConversionPlan

@@ -1,0 +1,1 @@
+"""What a conversion would do, from config.json and the settings alone."""

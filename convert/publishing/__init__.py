@@ -1,0 +1,1 @@
+"""What leaves the machine: the model card, the upload to the Hub, the file for llama.cpp."""

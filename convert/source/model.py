@@ -1,0 +1,69 @@
+"""Models of transformers from a checkpoint: with shapes only, or with weights. No code of a checkpoint's runs."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvfold.convert.source.checkpoint import CheckpointReader, refuse_adapter
+from kvfold.convert.source.config import config_of
+from kvfold.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+def build_on_meta(config: dict[str, Any]) -> "PreTrainedModel":
+    """The model of a config.json with shapes and no numbers. Raises UserError when transformers cannot build it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    read = config_of(config)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(read, dtype=torch.float32, trust_remote_code=False)
+    except Exception as error:  # of many kinds, by what stands in the config
+        line = " ".join(str(error).split())
+        raise UserError(f"transformers cannot build a model from config.json ({line}): check that file") from None
+
+
+def fill_buffers(model: "PreTrainedModel", device: "torch.device | str") -> None:
+    """Give a model that was built on the meta device what no checkpoint holds: frequencies, and scales of embeddings."""
+    import torch
+
+    for module in model.modules():
+        unsaved = module._non_persistent_buffers_set & {name for name, held in module._buffers.items() if held is not None}
+        for name in unsaved:
+            module._buffers[name] = torch.empty_like(module.get_buffer(name), device=device)
+        if unsaved:
+            model._init_weights(module)  # as transformers itself does where it loads a checkpoint
+
+
+def load_causal(folder: Path, **how: Any) -> tuple["PreTrainedModel", list[str]]:
+    """The model in `folder` with its weights, by transformers' own classes and no code of the folder's; what it lacks, by name.
+
+    Raises:
+        UserError: it does not load, its weights are no safetensors, or an adapter beside them would be loaded in their place.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    refuse_adapter(folder)
+    CheckpointReader(folder)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **how
+        )
+    except (UserError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # of many kinds, by what stands in the folder
+        refuse_code(folder, error, "choose one that transformers has a class for")
+        line = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{folder} does not load in transformers ({line}): check its config.json and weights") from None
+    model, info = loaded
+    return model, sorted(info["missing_keys"])
+
+
+def refuse_code(folder: Path, error: Exception, remedy: str) -> None:
+    """Raise UserError when `error` is transformers' wish to run code that lies in the folder, which kvfold never grants."""
+    if "trust_remote_code" in str(error):
+        raise UserError(f"{folder} loads by code of its own only (auto_map), and kvfold runs none: {remedy}") from None
