@@ -49,7 +49,7 @@ def best_latent(
             return thin(factorized.mfa_kr(layer, rope_dim, choice))
         if plan.settings.to == "mfa":
             return thin(factorized.mfa(layer, rope_dim, choice))
-        return thin(latent.fold(layer, rank, rope_dim, choice))
+        return thin(latent.fold(layer, rank, rope_dim, choice, turned=plan.turned_keys(rank)))
 
     start, tries = _search(plan)
     error, choice, folded = latent.search(fold, seen.measure, start, tries if search else {})

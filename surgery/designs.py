@@ -25,7 +25,8 @@ class LatentWeights(Weights):
 
     `q_nope` (H, N, m), `q_rope` (H, R, m), `down` (r, d), `k_rope` (R, d), `up_k` (H, N, r), `up_v` (H, D, r), `o` (H, d, D);
     `pairs` (R/2,) the frequency of the source by which each pair of the rotary key turns, D/2 for none;
-    `q_down` (m, d), `q_bias` (H, N + R), `kv_bias` (r + R,), `o_bias` (d,) or None.
+    `q_down` (m, d), `q_bias` (H, N + R), `kv_bias` (r + R,), `o_bias` (d,) or None; `turned` (J, H, N) or None, keys that turn
+    whole: the constant, and one times each of the latent's first J - 1 numbers.
     """
 
     q_nope: Tensor
@@ -45,6 +46,7 @@ class LatentWeights(Weights):
     norm: Tensor | None = None
     kv_bias: Tensor | None = None
     o_bias: Tensor | None = None
+    turned: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ def design(weights: FoldedWeights) -> Design:
     with torch.device("meta"):
         if isinstance(weights, LatentWeights):
             widths |= {"rank": len(weights.down), "rope_dim": len(weights.k_rope), "nope_dim": weights.q_nope.shape[1]}
+            widths |= {"turned": 0 if weights.turned is None else len(weights.turned)}
             module = LatentAttention(hidden, **widths, cache_bias=weights.kv_bias is not None)
         elif isinstance(weights, ReusedKeyWeights):
             widths |= {"rope_dim": len(weights.key)}
@@ -167,6 +170,7 @@ def _stored(weights: LatentWeights | ReusedKeyWeights | RebuiltKeyWeights) -> di
             "kv_a_proj.bias": weights.kv_bias,
             "kv_b_proj.weight": torch.cat([weights.up_k, weights.up_v], 1).flatten(0, 1),  # (H·(N + D), r)
             "rope_pairs": weights.pairs,
+            "turned_keys": weights.turned,
         }
     elif isinstance(weights, ReusedKeyWeights):
         held |= {
@@ -225,7 +229,8 @@ def weights_of(module: nn.Module) -> FoldedWeights:
         q_nope, q_rope = queries.split([module.nope, module.rope_dim], 1)
         up_k, up_v = held["kv_b_proj.weight"].unflatten(0, (-1, module.nope + width)).split([module.nope, width], 1)
         pairs, kv_bias = held["rope_pairs"], held.get("kv_a_proj.bias")
-        return LatentWeights(q_nope, q_rope, down, k_rope, up_k, up_v, pairs=pairs, kv_bias=kv_bias, **shared)
+        turned = held.get("turned_keys")
+        return LatentWeights(q_nope, q_rope, down, k_rope, up_k, up_v, pairs=pairs, kv_bias=kv_bias, turned=turned, **shared)
     if isinstance(module, ReusedKeyAttention):
         return ReusedKeyWeights(
             queries,

@@ -4,7 +4,8 @@ This file needs torch alone. It travels with every checkpoint of the `kvfold` la
 heals and trains. A module stands in the place of a transformers attention and is called as that is.
 
 - `latent`: MLA (2405.04434) and, with `nope_dim` 0, MFA (2412.19255). Cached: `r + R` numbers per token, a latent and a shared
-  rotary key. A few new tokens attend to the cache in the latent (absorbed), so decoding never expands the past.
+  rotary key. A few new tokens attend to the cache in the latent (absorbed), so decoding never expands the past. The first `J`
+  numbers of the latent and a constant may also give keys as wide as the source's, which are turned when they are read.
 - `reused-key`: MFA-KR (2412.19255). Cached: the key before its rotation, `C` numbers; it is turned when it is read.
 - `rebuilt-key`: a latent of `r` numbers from which all keys and values are rebuilt at every step.
 
@@ -107,7 +108,7 @@ class Attention(nn.Module):
     """What stands in the place of a transformers attention: an output projection behind heads."""
 
     turns_when_read = False
-    """Whether it caches states before their rotation; then `rotary_emb` must be the source's rotary module."""
+    """Whether something of what it caches is turned when it is read; then `rotary_emb` must be the source's rotary module."""
     layer_idx = 0
     """Its place in the cache."""
     head_dim = 0
@@ -208,7 +209,7 @@ class FoldedAttention(Attention):
         return states if cache is None else cache.update(states, states[..., :0], self.layer_idx)[0]
 
     def extended(self, states: Tensor, rope: Rope, cache: Any) -> tuple[Tensor, Rope, Rope]:
-        """New states (B, 1, T, E) before their rotation → all of them (B, 1, S, E), the tables of the new ones and of all.
+        """New states (B, 1, T, E) → all of them (B, 1, S, E), the tables of the new ones and of all.
 
         Their places in the cache turn them: RoPE knows distances only.
         """
@@ -225,7 +226,12 @@ class FoldedAttention(Attention):
 
 
 class LatentAttention(FoldedAttention):
-    """MLA, and MFA where the heads have no position-free key (`nope_dim` 0). No norm stands behind the latent."""
+    """MLA, and MFA where the heads have no position-free key (`nope_dim` 0). No norm stands behind the latent.
+
+    With `turned` J above zero, which MFA has not, head h has beside its position-free key and the shared rotary key a third one
+    that turns whole, `m_h0 + Σ_j c_j m_hj` over the first J - 1 numbers `c` of the latent. The queries of the position-free key
+    read it.
+    """
 
     rope_pairs: Tensor
 
@@ -242,19 +248,27 @@ class LatentAttention(FoldedAttention):
         cache_bias: bool = True,
         output_bias: bool = True,
         norm: dict[str, Any] | None = None,
+        turned: int = 0,
     ) -> None:
         super().__init__(hidden, heads, nope_dim + rope_dim, value_dim, q_rank, query_bias, output_bias, norm)
-        self.rank, self.rope_dim, self.nope = rank, rope_dim, nope_dim
+        self.rank, self.rope_dim, self.nope, self.turned = rank, rope_dim, nope_dim, turned
         self.kv_a_proj = nn.Linear(hidden, rank + rope_dim, bias=cache_bias)
         self.kv_b_proj = nn.Linear(rank, heads * (nope_dim + value_dim), bias=False)
         self.register_buffer("rope_pairs", torch.arange(rope_dim // 2))
+        if turned:
+            self.turns_when_read = True
+            self.turned_keys = nn.Parameter(torch.zeros(turned, heads, nope_dim))
 
     def heads(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
         tables = pick(rope, self.rope_pairs)
         q_nope, q_rope = self.queries(x).split([self.nope, self.rope_dim], dim=-1)  # (B, H, T, N), (B, H, T, R)
         latent, key = self.kv_a_proj(x)[:, None].split([self.rank, self.rope_dim], dim=-1)
         q_rope, key = (rotate(part, tables).to(latent) for part in (q_rope, key))
-        keys = self.cached(self.with_gains(x, torch.cat([latent, key], -1)), cache)
+        keys, new, every = self.with_gains(x, torch.cat([latent, key], -1)), rope, rope
+        if self.turned:
+            keys, new, every = self.extended(keys, rope, cache)
+        else:
+            keys = self.cached(keys, cache)
         keys, gains = self.without_gains(keys)  # (B, 1, S, r + R)
         # Products per key and head: in the latent T·(2r + R), expanded T·(N + R + D) and once r·(N + D).
         tokens, expanded = x.shape[1], self.nope + self.value_dim
@@ -263,12 +277,32 @@ class LatentAttention(FoldedAttention):
             up_k, up_v = up.split([self.nope, self.value_dim], 1)
             q = torch.cat([q_nope @ up_k, q_rope], -1) if self.nope else q_rope  # (B, H, T, r + R), or R
             read = keys if self.nope else keys[..., self.rank :]
+            if self.turned:
+                q = torch.cat([q, self._turned_queries(q_nope, new)], -1)
+                read = torch.cat([read, self._shared_turned(keys, every)], -1)
             return attend(q, read, keys[..., : self.rank], mask, self.scale, gains) @ up_v.mT  # (B, H, T, r) → (B, H, T, D)
         latent, key = keys.split([self.rank, self.rope_dim], dim=-1)
         # Through the modules, not their matrices: adapters and sharding wrap them.
         k, v = per_head(self.kv_b_proj(latent[:, 0]), expanded).split([self.nope, self.value_dim], dim=-1)
-        k = torch.cat([k, key.expand(-1, k.shape[1], -1, -1)], -1)
-        return attend(torch.cat([q_nope, q_rope], -1), k, v, mask, self.scale, gains)
+        k, q = torch.cat([k, key.expand(-1, k.shape[1], -1, -1)], -1), torch.cat([q_nope, q_rope], -1)
+        if self.turned:
+            constant, linear = self.turned_keys.to(k).split([1, self.turned - 1])
+            whole = constant.transpose(0, 1) + torch.einsum("bsj,jhn->bhsn", latent[:, 0, :, : self.turned - 1], linear)
+            q, k = torch.cat([q, rotate(q_nope, new).to(q)], -1), torch.cat([k, rotate(whole, every).to(k)], -1)
+        return attend(q, k, v, mask, self.scale, gains)
+
+    def _turned_queries(self, q: Tensor, rope: Rope) -> Tensor:
+        """Queries (B, H, T, N) as they read `_shared_turned`: (B, H, T, J·N)."""
+        (a, b), (c, d) = q[:, :, None].chunk(2, -1), self.turned_keys.transpose(0, 1)[:, :, None].to(q).chunk(2, -1)
+        read = torch.cat([a * c + b * d, b * c - a * d], -1)  # by the conjugate of each, (B, H, J, T, N)
+        return rotate(read, (rope[0].unsqueeze(-3), rope[1].unsqueeze(-3))).to(q).transpose(2, 3).flatten(3)
+
+    def _shared_turned(self, keys: Tensor, rope: Rope) -> Tensor:
+        """What all heads read of the latents (B, 1, S, r + R) that turns whole, ones times 1 and c: (B, 1, S, J·N)."""
+        cos, sin = (table[..., : self.nope // 2] for table in rope)
+        turn = torch.cat([cos, sin], -1).to(keys)  # (B, S, N)
+        numbers = F.pad(keys[:, 0, :, : self.turned - 1], (1, 0), value=1.0)
+        return (numbers[..., None] * turn[..., None, :]).flatten(2)[:, None]
 
 
 class ReusedKeyAttention(FoldedAttention):

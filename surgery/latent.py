@@ -7,7 +7,9 @@ with the values: `k_h = [W_UK,h c ; k_rope]`, `v_h = W_UV,h c`.
 2. `coherence`: the rest of a key loses its rotation. A frequency whose phase stays put over the distances that a head attends
    to survives that; one whose phase spins does not. Its expected phase, a complex number per head and frequency, multiplies the
    query.
-3. `joint_latent`: one low-rank map for the rests and the values of all heads.
+3. `turned_keys`: what the keys' rests are most, a constant and a few numbers times directions over all frequencies, may turn
+   whole: each number is cached once and costs every query head a product as wide as its key. Our own layout has them.
+4. `joint_latent`: one low-rank map for the rests and the values of all heads.
 
 Which weight of the queries, which weight of the values, which balance between keys and values and which slots are best is
 measured: `search`. Inputs are augmented, `z = [x; 1]` of `n = d + 1` numbers, so that biases are one column of the weights.
@@ -19,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.designs import LatentWeights, RebuiltKeyWeights, ReusedKeyWeights
@@ -39,8 +42,9 @@ class Choice:
             out, which is MQA or MFA.
         picked: which components of which frequencies get a slot: `first` counts frequencies from the fastest, one component
             each, before any gets a second; `energy` takes the largest; `turning` those that lose most without rotation.
-        centred: the latent holds deviations from the mean. What is left out of keys is constant over the keys, which softmax
-            ignores; what is left out of values is a constant of the output, which wants an output bias.
+        centred: the latent holds deviations from the mean. What is left out of keys is the constant of `turned_keys`, or, where
+            there are none, constant over the keys, which softmax ignores; what is left out of values is a constant of the
+            output, which wants an output bias.
         still: share of MFA-KR's key that does not turn.
     """
 
@@ -131,7 +135,14 @@ def search(
     return best
 
 
-def fold(layer: Layer, rank: int, rope_dim: int, choice: Choice = START, position_free: bool = True) -> LatentWeights:
+def fold(
+    layer: Layer,
+    rank: int,
+    rope_dim: int,
+    choice: Choice = START,
+    position_free: bool = True,
+    turned: int = 0,
+) -> LatentWeights:
     """One layer as latent attention.
 
     Args:
@@ -139,6 +150,7 @@ def fold(layer: Layer, rank: int, rope_dim: int, choice: Choice = START, positio
         rope_dim: width `R` of the rotary key, up to the G·D numbers at which it holds all keys.
         choice: see `Choice`; `first` slots of at most D numbers, not centred, are what stock `deepseek_v3` can say.
         position_free: whether heads have a part of the key without rotation; MFA has none.
+        turned: how many keys turn whole, a constant and one for each of the latent's first numbers.
 
     Raises:
         ValueError: an odd or too large `rope_dim`, or a `rank` above the full rank of keys and values.
@@ -149,12 +161,19 @@ def fold(layer: Layer, rank: int, rope_dim: int, choice: Choice = START, positio
         raise ValueError(f"rope_dim {rope_dim} must be even and between 2 and {widest}")
     if not 1 <= rank <= full_rank(weights.k.shape[-1], weights.kv_heads, weights.head_dim):
         raise ValueError(f"rank {rank} must lie between 1 and the full rank of keys and values")
-    slots = rotary_slots(layer, rope_dim // 2, choice)
     if not position_free:
         choice = replace(choice, balance=0.0)
-    values = layer.rows[2]
-    down, up_k, up_v = joint_latent(layer, slots.rest, values, rank, choice)
-    folded = assemble(layer, slots, down, up_k, up_v, position_free)
+    slots = rotary_slots(layer, rope_dim // 2, choice, deviations=choice.centred and turned > 0)
+    values, gain = layer.rows[2], None
+    if not turned:
+        down, up_k, up_v = joint_latent(layer, slots.rest, values, rank, choice)
+    else:
+        numbers, gain, rest = turned_keys(layer, slots.rest, min(turned, rank) - 1, choice.centred)
+        read = layer.seen(values) @ layer.seen(numbers).mT  # what values read of these numbers, (G, D, J - 1)
+        down, up_k, up_v = joint_latent(layer, rest, values - read @ numbers, rank - len(numbers), choice)
+        down, up_k, up_v = torch.cat([numbers, down]), F.pad(up_k, (len(numbers), 0)), torch.cat([read, up_v], -1)
+        gain = F.pad(gain, (0, 0, 0, 0, 0, turned - len(gain)))  # where fewer numbers say all
+    folded = assemble(layer, slots, down, up_k, up_v, position_free, gain)
     # What a centred latent leaves out of the values is their mean.
     return replace(folded, o_bias=weights.o_bias_with(layer.mean(values))) if choice.centred else folded
 
@@ -175,14 +194,14 @@ class RotarySlots:
     rest: Tensor
 
 
-def rotary_slots(layer: Layer, slots: int, choice: Choice) -> RotarySlots:
-    """The best `slots` shared keys, each of one frequency.
+def rotary_slots(layer: Layer, slots: int, choice: Choice, deviations: bool = False) -> RotarySlots:
+    """The best `slots` shared keys, each of one frequency: for the keys, or for their `deviations` from the mean.
 
     Per frequency, components are those of the complex PCA across key heads that minimises `Σ_g e_g^power E|k_g - u_g z|²`,
     `e_g` the mean query energy of key head g there. `choice.picked` says which components of which frequencies are kept.
     """
     per = layer.weights.heads // layer.weights.kv_heads
-    pairs, gram = to_complex(layer.rows[1]), layer.key_gram  # (G, D/2, 2n), (D/2, G, G)
+    pairs, gram = to_complex(layer.rows[1]), layer.key_covariance if deviations else layer.key_gram  # (G, D/2, 2n), (D/2, G, G)
     energy = layer.query_energy.unflatten(0, (-1, per)).mean(1).T  # (D/2, G)
     weight = energy.clamp_min(float(energy.amax()) * 1e-9 + torch.finfo(energy.dtype).tiny) ** (choice.slots / 2)
     sizes, vectors = torch.linalg.eigh(weight[..., None] * gram * weight[..., None, :])
@@ -203,6 +222,33 @@ def rotary_slots(layer: Layer, slots: int, choice: Choice) -> RotarySlots:
     back = (shared / weight / scale).T  # (G, S)
     rest = pairs.index_add(1, frequency, -back[..., None] * key)
     return RotarySlots(key, frequency, back.conj(), rest)
+
+
+def turned_keys(layer: Layer, rest: Tensor, count: int, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What of the keys' rests (G, D/2, 2n) turns whole: `m_g0 + Σ_j c_j m_gj`, a constant where `centred`, and at most `count`
+    numbers that mean most to the scores of what a position-free key loses.
+
+    A constant takes nothing of the cache, for its rotation is the positions' alone. The first number usually tells the keys
+    that attention rests on (attention sinks, 2309.17453) from all others, whose mean is another one.
+
+    Returns:
+        numbers `c` (count, 2n), gain `m` (count + 1, G, D), and what is left of the rests (G, D/2, 2n).
+    """
+    per = layer.weights.heads // layer.weights.kv_heads
+    keys = from_complex(rest)  # (G, D, 2n)
+    constant = layer.mean(keys) if centred else torch.zeros_like(keys[..., 0])
+    keys = layer.deviations(keys) if centred else keys
+    lost = layer.query_energy * (1 - layer.phase.abs().square()).clamp_min(0)  # (H, D/2)
+    weight = lost.unflatten(0, (-1, per)).mean(1).sqrt().repeat(1, 2)[..., None]  # (G, D, 1)
+    weighted = (weight * keys).flatten(0, 1)  # (G·D, 2n)
+    whole = layer.seen((weight * layer.rows[1]).flatten(0, 1)).square().sum()
+    if count == 0 or layer.seen(weighted).square().sum() <= 1e-12 * whole:
+        return keys[0, :0], constant[None], to_complex(keys)
+    numbers = left_singular(layer.seen(weighted), count).mT @ weighted
+    numbers = numbers / layer.seen(numbers).norm(dim=1, keepdim=True)  # orthonormal
+    read = layer.seen(keys) @ layer.seen(numbers).mT  # (G, D, count)
+    gain = torch.cat([constant[None], read.permute(2, 0, 1)])
+    return numbers, gain, to_complex(keys - read @ numbers)
 
 
 def joint_latent(layer: Layer, rest: Tensor, values: Tensor, rank: int, choice: Choice) -> tuple[Tensor, Tensor, Tensor]:
@@ -245,14 +291,27 @@ def weighted_latent(
 
 
 def assemble(
-    layer: Layer, slots: RotarySlots, down: Tensor, up_k: Tensor, up_v: Tensor, position_free: bool = True
+    layer: Layer,
+    slots: RotarySlots,
+    down: Tensor,
+    up_k: Tensor,
+    up_v: Tensor,
+    position_free: bool = True,
+    gain: Tensor | None = None,
 ) -> LatentWeights:
-    """The parts as one layer: queries absorb the slots' gains and the phases, and the change of the softmax's scale."""
+    """The parts as one layer: queries absorb the slots' gains and the phases, and the change of the softmax's scale.
+
+    Queries that read turned keys, too, of `gain` (J, G, D), leave the phases to the position-free keys.
+    """
     weights = layer.weights
     per, width, rope_dim = weights.heads // weights.kv_heads, weights.head_dim, 2 * len(slots.key)
-    queries = to_complex(layer.plain(layer.rows[0]))
+    queries, up_k = to_complex(layer.plain(layer.rows[0])), up_k.repeat_interleave(per, 0)
     rotary = from_complex(queries[:, slots.pairs] * slots.gain.repeat_interleave(per, 0)[..., None])
-    free = from_complex(queries * layer.phase[..., None])[:, : width if position_free else 0]
+    if gain is None:
+        queries = queries * layer.phase[..., None]
+    else:
+        up_k = from_complex(to_complex(up_k) * layer.phase.conj()[..., None])
+    free = from_complex(queries)[:, : width if position_free else 0]
     scale = ((free.shape[1] + rope_dim) / width) ** 0.5  # scores are divided by the new width's root
     heads = torch.cat([free, rotary], 1) * scale  # (H, N + R, n)
     cached = layer.plain(torch.cat([down, from_complex(slots.key)]))  # (r + R, n)
@@ -261,13 +320,14 @@ def assemble(
         q_rope=heads[:, free.shape[1] :, :-1],
         down=cached[: len(down), :-1],
         k_rope=cached[len(down) :, :-1],
-        up_k=up_k.repeat_interleave(per, 0)[:, : free.shape[1]],
+        up_k=up_k[:, : free.shape[1]],
         up_v=up_v.repeat_interleave(per, 0),
         o=weights.o,
         pairs=slots.pairs,
         q_bias=None if weights.q_bias is None else heads[..., -1],
         kv_bias=cached[:, -1] if cached[:, -1].any() else None,
         o_bias=weights.o_bias,
+        turned=None if gain is None else gain.repeat_interleave(per, 1),
     )
 
 

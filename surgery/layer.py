@@ -73,6 +73,12 @@ class Layer:
         return torch.einsum("afm,bfm->fab", pairs, pairs.conj())
 
     @cached_property
+    def key_covariance(self) -> Tensor:
+        """The same of their deviations from the mean."""
+        pairs = to_complex(self.seen(self.rows[1], centred=True))
+        return torch.einsum("afm,bfm->fab", pairs, pairs.conj())
+
+    @cached_property
     def reading(self) -> tuple[Tensor, Tensor]:
         """The square root of the second moment of the queries that read a key head, turned by their phase, and its inverse:
         (G, D, D) each."""

@@ -12,6 +12,7 @@ from kvfold.surgery.designs import LatentWeights, design, weights_of
 from kvfold.surgery.healing import relative_error
 from kvfold.surgery.kvfold_attention import FoldedAttention, Rope
 from kvfold.surgery.latent import (
+    FREE_START,
     START,
     Choice,
     attention_seen,
@@ -106,6 +107,27 @@ def test_what_the_slots_take_and_leave_adds_up() -> None:
     whole[:, :3] += slots.gain.conj()[..., None] * slots.key
     torch.testing.assert_close(layer.plain(from_complex(whole))[..., :-1], weights.k, atol=1e-12, rtol=0)
     torch.testing.assert_close(layer.plain(slots.rest)[:, 3:, :-1], to_complex(weights.k)[:, 3:], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_keys_that_all_turn_whole_are_exact(centred: bool) -> None:
+    """As many numbers as the shared rotary key leaves of the keys: the latent holds keys and values, and keys are rebuilt."""
+    weights, x = random_weights(), inputs()
+    keys, rank = KV_HEADS * WIDTH - 2, min(HIDDEN, 2 * KV_HEADS * WIDTH)
+    folded = fold(layer_of(weights, x), rank, 2, replace(FREE_START, centred=centred), turned=keys + 1)
+    assert folded.turned is not None and folded.turned.shape == (keys + 1, HEADS, WIDTH)
+    torch.testing.assert_close(run(folded, x), outputs(weights, x), atol=1e-6, rtol=0)
+
+
+def test_the_first_number_that_turns_tells_apart_what_differs_most() -> None:
+    """Keys of two kinds, each the same but for its place: a constant and one number say all of them."""
+    weights, x = random_weights(), inputs()
+    kinds = x[0, :2]
+    x = kinds[torch.arange(TOKENS) % 2].expand(len(x), -1, -1)
+    folded = fold(layer_of(weights, x), 8, 2, FREE_START, turned=2)
+    torch.testing.assert_close(run(folded, x), outputs(weights, x), atol=1e-6, rtol=0)
+    without = fold(layer_of(weights, x), 8, 2, FREE_START)
+    assert relative_error(run(without, x), outputs(weights, x)) > 1e-3
 
 
 def test_the_joint_latent_is_the_best_of_its_rank() -> None:

@@ -38,7 +38,7 @@ def widths(plan: ConversionPlan, layer: int) -> dict[str, Any]:
     """A layer's design and what it is made with."""
     spec, (rank, rope) = plan.spec, plan.layer_widths(layer)
     shape = {
-        "latent": {"rank": rank, "rope_dim": rope, "nope_dim": plan.stored.nope},
+        "latent": {"rank": rank, "rope_dim": rope, "nope_dim": plan.stored.nope, "turned": plan.turned_keys(rank)},
         "reused-key": {"rope_dim": rope},
         "rebuilt-key": {"rank": rank, "kv_heads": spec.kv_heads},
     }[plan.design]

@@ -80,6 +80,7 @@ def deepseek_v3_obstacles(said: dict[str, Any], spec: AttentionSpec, settings: C
         f"a rotary key wider than {spec.head_dim} repeats frequencies": (settings.rope_dim or 0) > spec.head_dim,
         "low-rank queries stand behind a norm in deepseek_v3": settings.q_rank is not None,
         "rebuilt keys are none of deepseek_v3": settings.keys == "rebuilt",
+        "keys that turn whole are none of deepseek_v3": bool(settings.turned_keys),
         "deepseek_v3 has the same widths in every layer": settings.layer_budgets == "measured",
         f"--method {settings.method} leaves what deepseek_v3 cannot say": settings.method not in (None, "kvfold"),
     }

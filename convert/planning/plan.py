@@ -41,6 +41,8 @@ from kvfold.surgery.grouping import METHODS
 NOTHING = LatentShape(0, 0, 0, 0)
 CONTEXTS = (4096, 32768, 131072)
 LATENT_TARGETS = ("mla", "mfa", "mfa-kr")
+TURNED = 3
+"""Keys that turn whole where nobody asked for a number: a constant, and those of two numbers of the latent."""
 BELONGS = {
     "kv_heads": ("gqa", "mqa"),
     "grouping": ("gqa", "mqa"),
@@ -50,6 +52,7 @@ BELONGS = {
     "width": ("mfa", "mfa-kr"),
     "q_rank": LATENT_TARGETS,
     "keys": ("mla",),
+    "turned_keys": ("mla",),
     "layer_budgets": LATENT_TARGETS,
     "layout": LATENT_TARGETS,
 }
@@ -111,6 +114,12 @@ class ConversionPlan:
         if self.settings.q_rank is None and self.layout == "step3_text":
             return min(self.spec.hidden_size, self.spec.heads * self.rope_dim)
         return self.settings.q_rank
+
+    def turned_keys(self, rank: int) -> int:
+        """Keys that turn whole with a latent of `rank` numbers."""
+        if (self.design, self.settings.to, self.layout, self.method) != ("latent", "mla", "kvfold", "kvfold"):
+            return 0
+        return min(TURNED if self.settings.turned_keys is None else self.settings.turned_keys, rank)
 
     @property
     def measures_widths(self) -> bool:
@@ -203,7 +212,7 @@ class ConversionPlan:
         total += (self.settings.q_rank or 0) * spec.hidden_size
         total += (rank + rope) * (spec.hidden_size + 1) + spec.hidden_size * (spec.heads * spec.head_dim + 1)
         if self.design == "latent":
-            return total + spec.heads * (shape.nope + spec.head_dim) * rank
+            return total + spec.heads * ((shape.nope + spec.head_dim) * rank + self.turned_keys(rank) * shape.nope)
         if self.design == "reused-key":
             return total + rope * rope + rope + spec.heads * spec.head_dim * rope
         return total + spec.kv_heads * spec.head_dim * (2 * rank + 1)

@@ -43,6 +43,9 @@ class ConvertSettings(BaseModel):
     keys: Literal["absorbed", "rebuilt"] = setting(
         "absorbed", TARGET, "rebuilt is mla without rotary key, milder, but decoding rebuilds all keys at every step."
     )
+    turned_keys: int | None = setting(
+        None, TARGET, "Keys that turn whole beside the shared rotary one (mla, own layout). Default: 3; 0 decodes faster.", ge=0
+    )
     layer_budgets: Literal["uniform", "measured"] = setting(
         "uniform", TARGET, "measured keeps the same total, and gives more where a layer needs it (mla, mfa, mfa-kr)."
     )
