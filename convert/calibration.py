@@ -54,7 +54,8 @@ class Observed:
         attended: the same where tokens count by the attention that they receive, with a share of the plain one.
         phase: what each head's attention leaves of every frequency on average, (H, D/2) complex.
         sample: some of the inputs (B, T, d).
-        measure: the relative error behind the layer with other weights in its attention's place.
+        compare: the relative error behind the attention with other weights in its place.
+        measure: the same behind the whole layer, which takes several times as long.
     """
 
     plan: ConversionPlan
@@ -63,6 +64,7 @@ class Observed:
     attended: Tensor
     phase: Tensor
     sample: Tensor
+    compare: Callable[[FoldedWeights], float]
     measure: Callable[[FoldedWeights], float]
 
     @cached_property
@@ -99,17 +101,26 @@ def observe(plan: ConversionPlan, source: SourceModel, layer: int, block: Block,
     before = original.data[measured].clone().to(source.device)  # the stream moves on in place
     with torch.no_grad():
         inputs, after = block.attention_input(before), block(before)
+        behind = before + block.attend(inputs)
     check_finite(after, f"source layer {layer}")
+
+    def error_of(output: Tensor, target: Tensor) -> float:
+        error = float(relative_error(output, target))
+        return error if math.isfinite(error) else math.inf
+
+    @torch.no_grad()
+    def compare(folded: FoldedWeights) -> float:
+        attention = design(folded.to(source.device, torch.float32))
+        return error_of(before + attention.o_proj(block.mix(attention, inputs)), behind)
 
     @torch.no_grad()
     def measure(folded: FoldedWeights) -> float:
         with block.attention(design(folded.to(source.device, torch.float32))):
-            error = float(relative_error(block(before), after))
-        return error if math.isfinite(error) else math.inf
+            return error_of(block(before), after)
 
     moment = plain.value()
     mixed = ATTENDED * attended.value() + (1 - ATTENDED) * moment
-    return Observed(plan, attention, moment, mixed, latent.coherence(lags, rope), inputs, measure)
+    return Observed(plan, attention, moment, mixed, latent.coherence(lags, rope), inputs, compare, measure)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """What a method offers for one layer, and which of it is best: the bridge from a plan to the mathematics in surgery/."""
 
+import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -20,7 +21,7 @@ def alone(plan: ConversionPlan, weights: AttentionWeights, layer: int) -> tuple[
 
 
 def best(plan: ConversionPlan, seen: Observed, layer: int) -> tuple[float, str, FoldedWeights]:
-    """What the method offers for this layer that `seen.measure` finds least wrong: its error, a label, and the weights."""
+    """What the method offers for this layer that is least wrong: its error by `seen.measure`, a label, and the weights."""
     if plan.design != "grouped":
         return best_latent(plan, seen, *plan.layer_widths(layer))
     moment = seen.attended if plan.method == "pca" else seen.moment
@@ -52,11 +53,17 @@ def best_latent(
         return thin(latent.fold(layer, rank, rope_dim, choice, turned=plan.turned_keys(rank)))
 
     start, tries = _search(plan)
-    error, choice, folded = latent.search(fold, seen.measure, start, tries if search else {})
-    return error, str(choice), folded
+    found = latent.search(fold, seen.compare, start, tries) if search else [(0.0, start, fold(start))]
+    return _measured(seen, ((str(choice), folded) for _, choice, folded in found))
 
 
 def _least(seen: Observed, offered: Iterable[tuple[str, FoldedWeights]]) -> tuple[float, str, FoldedWeights]:
+    """Of all that is offered, what is least wrong by `seen.compare`, and of the two best what is by `seen.measure`."""
+    entries = ((seen.compare(folded), number, label, folded) for number, (label, folded) in enumerate(offered))
+    return _measured(seen, ((label, folded) for *_, label, folded in heapq.nsmallest(2, entries)))
+
+
+def _measured(seen: Observed, offered: Iterable[tuple[str, FoldedWeights]]) -> tuple[float, str, FoldedWeights]:
     return min(((seen.measure(folded), label, folded) for label, folded in offered), key=lambda entry: entry[0])
 
 

@@ -218,11 +218,20 @@ class FoldedAttention(Attention):
         before = cache.get_seq_length(self.layer_idx)  # a tensor in a static cache, which moves on in place
         before = before.clone() if isinstance(before, Tensor) else before
         states, tokens = self.cached(states, cache), states.shape[2]
-        slots = torch.arange(states.shape[2], device=states.device)
-        cos, sin = widened(self.rotary_emb(states, slots[None]), self.head_dim)
+        cos, sin = self.tables(states)
         # A sliding cache drops the oldest.
-        new = torch.as_tensor(before, device=states.device).clamp(max=states.shape[2] - tokens) + slots[:tokens]
+        slots = torch.arange(tokens, device=states.device)
+        new = torch.as_tensor(before, device=states.device).clamp(max=states.shape[2] - tokens) + slots
         return states, (cos[:, new], sin[:, new]), (cos, sin)
+
+    def tables(self, states: Tensor) -> Rope:
+        """The tables of every place of (B, 1, S, E), worked out once for all layers that share a rotary module."""
+        of = (states.shape[2], states.dtype, states.device, torch.is_inference_mode_enabled())
+        if getattr(self.rotary_emb, "held", (None,))[0] != of:
+            slots = torch.arange(states.shape[2], device=states.device)
+            self.rotary_emb.held = of, widened(self.rotary_emb(states, slots[None]), self.head_dim)
+        held: Rope = self.rotary_emb.held[1]
+        return held
 
 
 class LatentAttention(FoldedAttention):
@@ -406,7 +415,9 @@ def exchange(layer: nn.Module, attention: nn.Module) -> nn.Module:
 def fold_in(base: Any, number: int, attention: Any) -> None:
     """Put an attention into layer `number` of a model without its head, with all that it needs to run there with a cache."""
     if attention.turns_when_read:
-        attention.rotary_emb = type(base.rotary_emb)(base.config)
+        folded = (attention_of(layer) for layer in base.layers)
+        shared = next((a.rotary_emb for a in folded if isinstance(a, Attention) and a.turns_when_read), None)
+        attention.rotary_emb = shared or type(base.rotary_emb)(base.config)
     exchange(base.layers[number], attention)
 
 

@@ -120,18 +120,18 @@ def search(
     measure: Callable[[Folded], float],
     start: Choice = START,
     tries: Tries = STOCK,
-) -> tuple[float, Choice, Folded]:
-    """The best of `fold` by `measure`, one setting after the other: least error, choice, weights."""
+) -> list[tuple[float, Choice, Folded]]:
+    """What is best of `fold` by `measure`, one setting after the other: error, choice, weights; the second best behind it."""
 
     def tried(choice: Choice) -> tuple[float, Choice, Folded]:
         folded = fold(choice)
         return measure(folded), choice, folded
 
-    best = tried(start)
+    best = [tried(start)]
     for name, values in tries.items():
         for value in values:
-            if value != getattr(best[1], name):
-                best = min(best, tried(replace(best[1], **{name: value})), key=lambda entry: entry[0])
+            if value != getattr(best[0][1], name):
+                best = sorted([*best, tried(replace(best[0][1], **{name: value}))], key=lambda entry: entry[0])[:2]
     return best
 
 
