@@ -93,7 +93,7 @@ def observe(plan: ConversionPlan, source: SourceModel, layer: int, block: Block,
         plain.add(x, counts)
         if rows.start * tokens >= ATTENTION_TOKENS:
             continue
-        seen, received = latent.attention_seen(attention, x, rope)
+        seen, received = latent.attention_seen(attention, x, rope, block.visible)
         attended.add(x, received if counts is None else received * counts)
         lags = lags.to(seen) + seen
     least, most = MEASURED_TOKENS

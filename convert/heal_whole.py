@@ -19,7 +19,7 @@ from kvfold.convert.duration import announced, seconds_of, training_seconds
 from kvfold.convert.folding import OpenLayer, fold_layer, packed, reopen_layer, unpacked
 from kvfold.convert.planning.settings import ConvertSettings
 from kvfold.convert.source.data import Windows
-from kvfold.convert.source.stream import HiddenStates, SourceModel
+from kvfold.convert.source.stream import HiddenStates, SourceModel, logit_cap
 from kvfold.errors import ConversionError
 from kvfold.surgery.designs import weights_of
 from kvfold.surgery.healing import COARSE_KL, Progress, by_error, heal
@@ -40,8 +40,9 @@ SHALLOW = 8
 HELD_OUT = 16
 """One of so many windows is not healed on, and says what healing was worth."""
 
-Output = tuple[Callable[[Tensor], Tensor], Tensor]
-"""What maps the last layer's states to what the output embedding reads, and that embedding in the dtype of the products."""
+Output = tuple[Callable[[Tensor], Tensor], Tensor, float | None]
+"""What maps the last layer's states to what the output embedding reads, that embedding in the dtype of the products, and what
+soft-caps the logits."""
 
 
 def heals_whole(job: Conversion, source: SourceModel, windows: Windows) -> bool:
@@ -78,7 +79,7 @@ def fold_whole(job: Conversion, source: SourceModel, windows: Windows, report: R
     if job.plan.settings.token_weights == "nll":
         original.weights = SourceModel(job.reader, job.plan.family, source.device, windows.ids.shape[1]).surprise(windows.ids)
     norm, head = source.output()
-    output = norm, head.to(autocast_of(job.plan.settings) or torch.float32)
+    output = norm, head.to(autocast_of(job.plan.settings) or torch.float32), logit_cap(source.model.config)
     layers: list[OpenLayer] = []
     fresh, started, share = not job.writer.finished, time.monotonic(), FOLDING
     for layer in range(job.layers):
@@ -120,9 +121,9 @@ def _seconds(job: Conversion, source: SourceModel, output: Output, first: OpenLa
     """What healing will take, from a pass of one layer and of the output over a piece of the tokens."""
     settings, tokens = job.plan.settings, original.data.shape[1]
     hidden = original.data[: max(1, min(PIECE, settings.heal_batch_tokens) // tokens)].to(source.device)
-    norm, head = output
+    norm, *table = output
     seconds = job.layers * training_seconds(first, hidden, autocast_of(settings))
-    seconds += seconds_of(lambda: output_divergence(norm(hidden).requires_grad_(), norm(hidden), head), source.device)
+    seconds += seconds_of(lambda: output_divergence(norm(hidden).requires_grad_(), norm(hidden), *table), source.device)
     return settings.heal_steps * max(1, settings.heal_batch_tokens // hidden[..., 0].numel()) * seconds
 
 
@@ -157,7 +158,7 @@ def _heal(
     generator = torch.Generator().manual_seed(settings.seed)
     autocast = autocast_of(settings)
     begin = source.beginning()
-    norm, head = output
+    norm, *table = output
     blocks, designs = [item.block for item in layers], [item.design for item in layers]
 
     def batch(pick: Tensor | slice) -> tuple[Tensor, Tensor]:
@@ -170,7 +171,7 @@ def _heal(
                 yield batch(pick)
 
     def loss(hidden: Tensor, target: Tensor) -> Tensor:
-        return output_divergence(norm(hidden), norm(target), head)
+        return output_divergence(norm(hidden), norm(target), *table)
 
     @torch.no_grad()
     def measure() -> float:

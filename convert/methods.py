@@ -71,7 +71,8 @@ def _search(plan: ConversionPlan) -> tuple[Choice, Tries]:
     """Where the search for a layer's best choice begins, and what it tries."""
     if plan.design == "rebuilt-key":
         return rebuilt.START, rebuilt.TRIED
-    if plan.spec.key_norm and plan.settings.to != "mfa":  # what is constant over linear keys is not over normed ones
+    # what is constant over linear keys is not over normed ones, and behind a soft cap it does not fall out of the softmax
+    if (plan.spec.key_norm or plan.spec.score_cap) and plan.settings.to != "mfa":
         started, tries = latent.FREE_START, latent.FREE
         if plan.settings.to == "mfa-kr":
             started, tries = factorized.START["mfa-kr"], factorized.TRIED["mfa-kr"]

@@ -45,7 +45,7 @@ def verify(job: Conversion, config: dict[str, Any], ids: Tensor | None, device: 
     numbers = sum(entry.size // entry.dtype.itemsize for name, entry in job.reader.entries.items() if name.startswith(prefix))
     if ids is None and 4 * numbers > CHEAP:
         return
-    length = min(TOKENS, plan.spec.reach)
+    length = min(TOKENS, plan.spec.max_positions)
     drawn = torch.randint(plan.spec.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     few = drawn if ids is None else ids[:1, :length]
     source = SourceModel(job.reader, plan.family, device, few.shape[1])
@@ -62,7 +62,7 @@ def verify(job: Conversion, config: dict[str, Any], ids: Tensor | None, device: 
             raise kind(f"layer {layer} gives NaN or infinity on some tokens: check the source's weights there")
         _refuse_other(target.block(layer)(states * scale) / scale - after, after - states, f"layer {layer}")
         states = after
-    wanted, got = _logits(source.norm(states), source.head()), _logits(target.norm(states * scale), target.head())
+    wanted, got = _logits(source.outward(states), source.head()), _logits(target.outward(states * scale), target.head())
     _refuse_other(got - wanted, wanted, "the output embedding")
 
 

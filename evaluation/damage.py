@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from kvfold.convert.source.stream import last_states
+from kvfold.convert.source.stream import last_states, logits_of
 
 HEAD_TOKENS = 256
 """Tokens whose logits exist at one time, whatever the window: 125 MiB in float32 with a vocabulary of 128k. Scoring holds
@@ -87,7 +87,7 @@ def score(source: PreTrainedModel, reference: Tensor, model: PreTrainedModel, fo
 
 def _log_probs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """(n, d) → (n, V) in float32."""
-    return F.log_softmax(model.get_output_embeddings()(hidden.to(model.device)).float(), dim=-1)
+    return F.log_softmax(logits_of(model, hidden.to(model.device)), dim=-1)
 
 
 def _compare(reference: Tensor, folded: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from kvfold.convert.source.stream import logit_scale
+from kvfold.convert.source.stream import logit_scale, logits_of
 from kvfold.evaluation.parallel import spread
 
 KEY, VALUE = 8, 16
@@ -86,7 +86,7 @@ def _score(model: PreTrainedModel, rows: Tensor, value: int, batch: int = 8) -> 
     right, nll = [], []
     for ids in rows.to(model.device).split(batch):
         hidden = model.base_model(ids, use_cache=False).last_hidden_state[:, -value - 1 : -1]
-        logits = logit_scale(model.config) * model.get_output_embeddings()(hidden).float().flatten(0, 1)
+        logits = logits_of(model, logit_scale(model.config) * hidden).flatten(0, 1)
         targets = ids[:, -value:].flatten()
         right.append((logits.argmax(-1) == targets).double())
         nll.append(F.cross_entropy(logits, targets, reduction="none").double())

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kvfold.surgery.output import PIECE_BYTES
+from kvfold.surgery.output import PIECE_BYTES, capped
 
 
 @dataclass(frozen=True)
@@ -15,12 +15,13 @@ class Objective:
     """`kl_weight · KL(teacher ‖ student) + ce_weight · cross-entropy`, in nats per token.
 
     With `top_k` the KL is that of the teacher's k most likely tokens and all others taken together: a lower bound,
-    which needs no distribution of the teacher over the whole vocabulary.
+    which needs no distribution of the teacher over the whole vocabulary. `cap` soft-caps the logits of both.
     """
 
     kl_weight: float
     ce_weight: float
     top_k: int | None = None
+    cap: float | None = None
 
     def __call__(
         self,
@@ -43,12 +44,12 @@ class Objective:
         reference = None if reference is None else reference.flatten(0, -2)
 
         def piece(rows: Tensor, row_targets: Tensor, row_reference: Tensor | None) -> tuple[Tensor, Tensor]:
-            log_probs = F.log_softmax(head(rows).float(), dim=-1)  # (n, V)
+            log_probs = F.log_softmax(capped(head(rows).float(), self.cap), dim=-1)  # (n, V)
             ce = -log_probs.gather(1, row_targets[:, None]).sum()
             if row_reference is None or teacher_head is None:
                 return ce.new_zeros(()), ce
             with torch.no_grad():
-                wanted = teacher_head(row_reference).float()
+                wanted = capped(teacher_head(row_reference).float(), self.cap)
             return divergence(wanted, log_probs, self.top_k), ce
 
         size = max(1, PIECE_BYTES // (4 * head.out_features))

@@ -24,7 +24,7 @@ from kvfold.convert.planning.settings import ConvertSettings, parse_settings
 from kvfold.convert.source.checkpoint import CheckpointReader, TensorSpec, refuse_adapter
 from kvfold.convert.source.fetch import fetch_config
 from kvfold.convert.source.model import build_on_meta, fill_buffers
-from kvfold.convert.source.stream import last_states
+from kvfold.convert.source.stream import last_states, logit_cap
 from kvfold.errors import UserError
 from kvfold.recipes.losses import Objective
 from kvfold.recipes.recipe import Recipe
@@ -66,7 +66,8 @@ class Folded:
         attention = {name for layer in range(self.plan.spec.layers) for name in self.layout.names(layer, self.plan)}
         for name in self.reader.entries:
             if name not in attention:
-                yield name, *self.layout.origin(name, self.plan)
+                origin, factor = self.layout.origin(name, self.plan)
+                yield name, self.plan.family.called(origin), factor
 
 
 def open_folded(folder: Path, source: str | None) -> Folded:
@@ -150,7 +151,7 @@ def build(folded: Folded, recipe: Recipe, frozen: torch.dtype | None, meta: bool
     causal: Any = build_on_meta(folded.source_config)
     base = causal.base_model
     for layer in range(folded.plan.spec.layers):
-        fold_in(base, layer, folded.attention(layer, meta))
+        fold_in(base, layer, folded.attention(layer, meta), folded.plan.spec.positions(layer))
     fill_buffers(causal, "cpu")
     if folded.plan.family.experts is not None:
         _fill(causal, folded, frozen, meta)
@@ -177,7 +178,7 @@ def build(folded: Folded, recipe: Recipe, frozen: torch.dtype | None, meta: bool
             parameter.data = parameter.data.float()
             parameter.requires_grad_()
             scales[name] = max(_size(parameter), LEAST_SCALE)
-    student = Student(causal, Objective(recipe.kl_weight, recipe.ce_weight, recipe.top_k))
+    student = Student(causal, Objective(recipe.kl_weight, recipe.ce_weight, recipe.top_k, logit_cap(causal.config)))
     return Trainee(student, adapters, {f"causal.{name}": scale for name, scale in scales.items()})
 
 

@@ -172,10 +172,10 @@ def refuse(job: Job, processes: PartialState, keep_adapter: bool) -> None:
             "processes: change one of them"
         )
     texts = [origin for origin in (*job.data.split(","), job.held_out) if origin and ".safetensors" not in origin]
-    if texts and recipe.window > plan.spec.reach:
+    if texts and recipe.window > plan.spec.max_positions:
         raise UserError(
-            f"window={recipe.window} exceeds the {plan.spec.reach} tokens that the source attends over: "
-            f"give window={plan.spec.reach}"
+            f"window={recipe.window} exceeds the {plan.spec.max_positions} positions that the source knows: "
+            f"give window={plan.spec.max_positions}"
         )
     teacher = 0
     if job.teacher is not None:
@@ -256,8 +256,9 @@ def _read(job: Job, processes: int) -> tuple[Windows, torch.Tensor]:
     training, held_out = evaluation_windows(job.held_out, rows, recipe, folder, spec.vocab_size, processes)
     length = len(rows[0]["input_ids"])
     for where, size in (("data", length), ("eval", held_out.shape[1])):
-        if size > spec.reach:
-            raise UserError(f"--{where} has rows of {size} ids; the source attends over {spec.reach}: give shorter ones")
+        if size > spec.max_positions:
+            known = spec.max_positions
+            raise UserError(f"--{where} has rows of {size} ids; the source knows {known} positions: give shorter ones")
     steps = math.ceil(recipe.tokens / (recipe.batch * length))
     return Windows(rows, training_order(training, steps, recipe.batch, recipe.seed)), held_out
 

@@ -3,7 +3,7 @@
 Shapes: `d` hidden size, `H` query heads, `G` key/value heads, `D` head width, `B` batch, `T` tokens.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +16,19 @@ Kind = TypeVar("Kind", bound="Weights")
 
 @dataclass(frozen=True)
 class Weights:
-    """What the canonical forms share: they are tensors by name, some of which may be None."""
+    """What the canonical forms share: they are tensors by name, some of which may be None.
+
+    What scores go through before the softmax: `cap` () soft-caps them by `cap · tanh(score / cap)`, and `sinks` (H,) are scores
+    that a head has beside those of its keys, with nothing behind them.
+    """
+
+    cap: Tensor | None = field(default=None, kw_only=True)
+    sinks: Tensor | None = field(default=None, kw_only=True)
+
+    @property
+    def softmax(self) -> dict[str, Any]:
+        """`cap` and `sinks` by name, for another form of the same layer."""
+        return {"cap": self.cap, "sinks": self.sinks}
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that there are."""
@@ -123,7 +135,8 @@ class GroupedAttention(Attention):
     def __init__(self, weights: AttentionWeights) -> None:
         super().__init__()
         self.head_dim, self.scale, self.norm = weights.head_dim, weights.score_scale, weights.norm
-        self.given_scale = weights.scale
+        self.given_scale, self.cap = weights.scale, weights.cap
+        self.sinks = None if weights.sinks is None else nn.Parameter(weights.sinks)
         if weights.q_norm is not None and weights.k_norm is not None:
             self.q_norm, self.k_norm = nn.Parameter(weights.q_norm), nn.Parameter(weights.k_norm)
         self.q_proj = linear(weights.q.flatten(0, 1), weights.q_bias)  # (H·D, d)
@@ -135,7 +148,8 @@ class GroupedAttention(Attention):
         q, k, v = (per_head(proj(x), self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.norm is not None:
             q, k = normed(q, self.q_norm, self.norm), normed(k, self.k_norm, self.norm)
-        return attend(rotate(q, rope).to(v), rotate(k, rope).to(v), v, mask, self.scale)
+        cap = None if self.cap is None else float(self.cap)
+        return attend(rotate(q, rope).to(v), rotate(k, rope).to(v), v, mask, self.scale, None, cap, self.sinks)
 
     def weights(self) -> AttentionWeights:
         """The canonical form of the current parameters, detached: the inverse of the constructor."""
@@ -157,6 +171,8 @@ class GroupedAttention(Attention):
             k_norm=None if self.norm is None else self.k_norm.detach(),
             norm=self.norm,
             scale=self.given_scale,
+            cap=self.cap,
+            sinks=None if self.sinks is None else self.sinks.detach(),
         )
 
 

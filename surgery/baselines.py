@@ -134,6 +134,7 @@ def whitened(
             q_bias=weights.q_bias,
             k_bias=weights.k_bias,
             o_bias=output_bias(weights),
+            **weights.softmax,
         ),
     )
 
@@ -297,4 +298,5 @@ def absorbed(weights: AttentionWeights, rotary: Rotary, latent: Latent, moment: 
         q_bias=None if weights.q_bias is None else queries[..., -1],
         kv_bias=cached[:, -1] if cached[:, -1].any() else None,
         o_bias=output_bias(weights) if whole else weights.o_bias,
+        **weights.softmax,
     )

@@ -118,6 +118,8 @@ def design(weights: FoldedWeights) -> Design:
         "query_bias": weights.q_bias is not None,
         "norm": None,
         "output_bias": weights.o_bias is not None,
+        "cap": None if weights.cap is None else float(weights.cap),
+        "sinks": weights.sinks is not None,
     }
     if weights.norm is not None:
         raw = weights.up_k if isinstance(weights, RebuiltKeyWeights) else weights.k_raw
@@ -163,6 +165,7 @@ def _stored(weights: LatentWeights | ReusedKeyWeights | RebuiltKeyWeights) -> di
     held |= {
         "o_proj.weight": weights.o.permute(1, 0, 2).flatten(1),  # (H, d, D) → (d, H·D)
         "o_proj.bias": weights.o_bias,
+        "sinks": weights.sinks,
     }
     if isinstance(weights, LatentWeights):
         held |= {
@@ -214,6 +217,8 @@ def weights_of(module: nn.Module) -> FoldedWeights:
         "q_bias": None if "q_maps" in held else cut(held.get(f"{last}.bias"), module.query_width),
         "o": held["o_proj.weight"].unflatten(1, (-1, width)).permute(1, 0, 2),  # (d, H·D) → (H, d, D)
         "o_bias": held.get("o_proj.bias"),
+        "sinks": held.get("sinks"),
+        "cap": None if module.cap is None else torch.tensor(module.cap, dtype=torch.float64),
     }
     if module.norm is not None:
         eps, together = module.norm["eps"], float(module.norm["together"])

@@ -95,6 +95,7 @@ def mfa_kr(layer: Layer, width: int, choice: Choice = START["mfa-kr"]) -> Reused
         q_bias=bias,
         k_bias=key[:, -1] if key[:, -1].any() else None,
         o_bias=weights.o_bias_with(mean),
+        **weights.softmax,
     )
 
 

@@ -75,7 +75,7 @@ def permute_heads(weights: AttentionWeights, groups: Groups) -> AttentionWeights
 
     norms = () if weights.k_norm is None or weights.k_norm.ndim == 1 else ("q_norm", "k_norm")
     moved: dict[str, Any] = {
-        name: pick(name, queries if name[0] in "qo" else order) for name in ("q", "k", "v", "o", *BIASES, *norms)
+        name: pick(name, queries if name[0] in "qos" else order) for name in ("q", "k", "v", "o", "sinks", *BIASES, *norms)
     }
     return replace(weights, **moved)
 

@@ -44,12 +44,19 @@ def pick(rope: Rope, pairs: Tensor) -> Rope:
     return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
 
 
-def widened(rope: Rope, width: int) -> Rope:
-    """Tables of the first numbers of a head (..., r) as those of `width` numbers: those that do not turn stand last."""
-    still = width // 2 - rope[0].shape[-1] // 2
-    if still <= 0:
-        return rope
-    cos, sin = (F.pad(t[..., : t.shape[-1] // 2], (0, still), value=value) for t, value in zip(rope, (1.0, 0.0), strict=True))
+def half_split(rope: Rope, width: int, made: str = "halves") -> Rope:
+    """A model's tables as those of `width` numbers, half-split: what does not turn stands last in each half.
+
+    `made` says how the model has them: `halves`, those of the first numbers of a head (..., r); `pairs`, the same with both of
+    a pair side by side; `none`, of which the layer reads nothing.
+    """
+    if made == "none":
+        return torch.ones_like(rope[0][..., :1]).expand(*rope[0].shape[:-1], width), torch.zeros_like(rope[1][..., :1]).expand(
+            *rope[1].shape[:-1], width
+        )
+    halves = [t[..., ::2] if made == "pairs" else t[..., : t.shape[-1] // 2] for t in rope]
+    still = width // 2 - halves[0].shape[-1]
+    cos, sin = (F.pad(t, (0, max(still, 0)), value=value) for t, value in zip(halves, (1.0, 0.0), strict=True))
     return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
 
 
@@ -59,12 +66,22 @@ def inverse_size(states: Tensor, eps: float, together: bool = False) -> Tensor:
     return (exact.square().mean((-3, -1) if together else -1, keepdim=True) + eps).rsqrt()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, gains: Tensor | None = None) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    gains: Tensor | None = None,
+    cap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Queries (B, H, T, E) over keys (B, G, S, E) and values (B, G, S, F) → (B, H, T, F), scores times `scale`.
 
     Keys or values of a single head serve all, and are not repeated where queries are few. `gains` (B, G', S, 1) multiply the
     scores of every key, by head or for groups of heads. `mask` is transformers': boolean or additive, (B, 1, T, S), None for
-    causal.
+    causal. `cap` soft-caps scores by `cap · tanh(score / cap)`; `sinks` (H,) are scores that a head has beside those of its
+    keys, with nothing behind them.
     """
     tokens = q.shape[2]
     groups = max(t.shape[1] for t in (k, v, gains) if t is not None)
@@ -72,7 +89,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, g
     if gains is not None:
         gains = gains.repeat_interleave(groups // gains.shape[1], 1).to(k)
     # Written out where it is trained too: the backward pass of PyTorch's fused CPU kernel takes twice as long in bf16.
-    if tokens > 1 and not (q.requires_grad and q.device.type == "cpu"):
+    if tokens > 1 and cap is None and sinks is None and not (q.requires_grad and q.device.type == "cpu"):
         heads, widest = q.shape[1], max(q.shape[-1], v.shape[-1])  # the fused kernels take one number and one width only
         k = k if gains is None else k * gains
         q, k, padded = (F.pad(part, (0, widest - part.shape[-1])) for part in (q, k, v))
@@ -85,12 +102,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, g
     scores = (grouped @ k.mT).unflatten(2, (-1, tokens))  # (B, G, H/G, T, S)
     scores = scores if gains is None else scores * gains[:, :, None].mT
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = scores if cap is None else cap * (scores / cap).tanh()
     if mask is None and tokens > 1:
         mask = torch.ones(tokens, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - tokens)
     if mask is not None:
         mask = mask if mask.ndim == 2 else mask[:, :, None]
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
-    return (scores.softmax(-1).to(v.dtype).flatten(2, 3) @ v).unflatten(2, (-1, tokens)).flatten(1, 2)
+    weights = with_sinks(scores, sinks).softmax(-1)[..., : k.shape[2]]
+    return (weights.to(v.dtype).flatten(2, 3) @ v).unflatten(2, (-1, tokens)).flatten(1, 2)
+
+
+def with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Scores (..., G, H/G, T, S) and behind them those of the sinks (H,), one more of each."""
+    if sinks is None:
+        return scores
+    column = sinks.to(scores).view(*scores.shape[-4:-2], 1, 1)
+    return torch.cat([scores, column.expand(*scores.shape[:-1], 1)], -1)
 
 
 def matrix(linear: Any, columns: int, like: Tensor) -> Tensor:
@@ -113,6 +140,10 @@ class Attention(nn.Module):
     """Its place in the cache."""
     head_dim = 0
     """The source's head width, which the tables may fall short of."""
+    positions = "halves"
+    """How it reads the tables that it is called with: see `half_split`."""
+    layer_type = None
+    """What the source's rotary module calls its kind of layer, where kinds differ."""
     o_proj: nn.Linear
     rotary_emb: Any
 
@@ -122,10 +153,11 @@ class Attention(nn.Module):
         position_embeddings: Rope,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        layer_past: Any = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        rope = widened(position_embeddings, self.head_dim)
-        return self.o_proj(self.mix(hidden_states, rope, attention_mask, past_key_values)), None
+        rope, cache = half_split(position_embeddings, self.head_dim, self.positions), past_key_values
+        return self.o_proj(self.mix(hidden_states, rope, attention_mask, layer_past if cache is None else cache)), None
 
     def mix(self, x: Tensor, rope: Rope, mask: Tensor | None = None, cache: Any = None) -> Tensor:
         """The heads' outputs side by side, before `o_proj`: (B, T, d) → (B, T, H·D)."""
@@ -155,8 +187,12 @@ class FoldedAttention(Attention):
         query_bias: bool,
         output_bias: bool,
         norm: dict[str, Any] | None,
+        cap: float | None = None,
+        sinks: bool = False,
     ) -> None:
         super().__init__()
+        self.cap = cap
+        self.sinks = nn.Parameter(torch.zeros(heads)) if sinks else None
         self.query_width, self.value_dim, self.scale = query_width, value_dim, query_width**-0.5
         self.head_dim = value_dim
         self.norm, self.gains = norm, 0
@@ -175,6 +211,10 @@ class FoldedAttention(Attention):
             self.q_a_proj = nn.Linear(hidden, q_rank, bias=False)
             self.q_b_proj = nn.Linear(q_rank, heads * query_width, bias=query_bias)
         self.o_proj = nn.Linear(heads * value_dim, hidden, bias=output_bias)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gains: Tensor | None = None) -> Tensor:
+        """`attend` with what the scores of this layer go through."""
+        return attend(q, k, v, mask, self.scale, gains, self.cap, self.sinks)
 
     def queries(self, x: Tensor) -> Tensor:
         """(B, T, d) → (B, H, T, E)."""
@@ -227,11 +267,14 @@ class FoldedAttention(Attention):
     def tables(self, states: Tensor) -> Rope:
         """The tables of every place of (B, 1, S, E), worked out once for all layers that share a rotary module."""
         of = (states.shape[2], states.dtype, states.device, torch.is_inference_mode_enabled())
-        if getattr(self.rotary_emb, "held", (None,))[0] != of:
-            slots = torch.arange(states.shape[2], device=states.device)
-            self.rotary_emb.held = of, widened(self.rotary_emb(states, slots[None]), self.head_dim)
-        held: Rope = self.rotary_emb.held[1]
-        return held
+        held = vars(self.rotary_emb).setdefault("held", {})
+        kind = (self.layer_type, self.positions)
+        if held.get(kind, (None,))[0] != of:
+            slots = torch.arange(states.shape[2], device=states.device)[None]
+            made = self.rotary_emb(states, slots, *(() if self.layer_type is None else (self.layer_type,)))
+            held[kind] = of, half_split(made, self.head_dim, self.positions)
+        every: Rope = held[kind][1]
+        return every
 
 
 class LatentAttention(FoldedAttention):
@@ -258,8 +301,9 @@ class LatentAttention(FoldedAttention):
         output_bias: bool = True,
         norm: dict[str, Any] | None = None,
         turned: int = 0,
+        **scores: Any,
     ) -> None:
-        super().__init__(hidden, heads, nope_dim + rope_dim, value_dim, q_rank, query_bias, output_bias, norm)
+        super().__init__(hidden, heads, nope_dim + rope_dim, value_dim, q_rank, query_bias, output_bias, norm, **scores)
         self.rank, self.rope_dim, self.nope, self.turned = rank, rope_dim, nope_dim, turned
         self.kv_a_proj = nn.Linear(hidden, rank + rope_dim, bias=cache_bias)
         self.kv_b_proj = nn.Linear(rank, heads * (nope_dim + value_dim), bias=False)
@@ -289,7 +333,7 @@ class LatentAttention(FoldedAttention):
             if self.turned:
                 q = torch.cat([q, self._turned_queries(q_nope, new)], -1)
                 read = torch.cat([read, self._shared_turned(keys, every)], -1)
-            return attend(q, read, keys[..., : self.rank], mask, self.scale, gains) @ up_v.mT  # (B, H, T, r) → (B, H, T, D)
+            return self.attend(q, read, keys[..., : self.rank], mask, gains) @ up_v.mT  # (B, H, T, r) → (B, H, T, D)
         latent, key = keys.split([self.rank, self.rope_dim], dim=-1)
         # Through the modules, not their matrices: adapters and sharding wrap them.
         k, v = per_head(self.kv_b_proj(latent[:, 0]), expanded).split([self.nope, self.value_dim], dim=-1)
@@ -298,7 +342,7 @@ class LatentAttention(FoldedAttention):
             constant, linear = self.turned_keys.to(k).split([1, self.turned - 1])
             whole = constant.transpose(0, 1) + torch.einsum("bsj,jhn->bhsn", latent[:, 0, :, : self.turned - 1], linear)
             q, k = torch.cat([q, rotate(q_nope, new).to(q)], -1), torch.cat([k, rotate(whole, every).to(k)], -1)
-        return attend(q, k, v, mask, self.scale, gains)
+        return self.attend(q, k, v, mask, gains)
 
     def _turned_queries(self, q: Tensor, rope: Rope) -> Tensor:
         """Queries (B, H, T, N) as they read `_shared_turned`: (B, H, T, J·N)."""
@@ -331,8 +375,9 @@ class ReusedKeyAttention(FoldedAttention):
         cache_bias: bool = True,
         output_bias: bool = True,
         norm: dict[str, Any] | None = None,
+        **scores: Any,
     ) -> None:
-        super().__init__(hidden, heads, rope_dim, value_dim, q_rank, query_bias, output_bias, norm)
+        super().__init__(hidden, heads, rope_dim, value_dim, q_rank, query_bias, output_bias, norm, **scores)
         self.k_proj = nn.Linear(hidden, rope_dim, bias=cache_bias)
         self.reuse_proj = nn.Linear(rope_dim, rope_dim, bias=False)
         self.alpha = nn.Parameter(torch.ones(rope_dim))
@@ -345,8 +390,8 @@ class ReusedKeyAttention(FoldedAttention):
         q, k = (rotate(part, pick(at, self.rope_pairs)).to(key) for part, at in ((self.queries(x), new), (key, every)))
         if cache is None:
             value = key[:, 0] + self.alpha.to(key) * self.reuse_proj(key[:, 0])
-            return attend(q, k, per_head(self.v_b_proj(value), self.value_dim), mask, self.scale, gains)
-        mixed = attend(q, k, key, mask, self.scale, gains)  # (B, H, T, C)
+            return self.attend(q, k, per_head(self.v_b_proj(value), self.value_dim), mask, gains)
+        mixed = self.attend(q, k, key, mask, gains)  # (B, H, T, C)
         mixed = mixed + self.alpha * self.reuse_proj(mixed)
         return mixed @ matrix(self.v_b_proj, key.shape[-1], key).unflatten(0, (-1, self.value_dim)).mT  # (B, H, T, D)
 
@@ -369,8 +414,9 @@ class RebuiltKeyAttention(FoldedAttention):
         key_bias: bool = True,
         output_bias: bool = True,
         norm: dict[str, Any] | None = None,
+        **scores: Any,
     ) -> None:
-        super().__init__(hidden, heads, value_dim, value_dim, q_rank, query_bias, output_bias, norm)
+        super().__init__(hidden, heads, value_dim, value_dim, q_rank, query_bias, output_bias, norm, **scores)
         self.kv_a_proj = nn.Linear(hidden, rank, bias=cache_bias)
         self.k_b_proj = nn.Linear(rank, kv_heads * value_dim, bias=key_bias)
         self.v_b_proj = nn.Linear(rank, kv_heads * value_dim, bias=False)
@@ -380,7 +426,7 @@ class RebuiltKeyAttention(FoldedAttention):
         k, v = (per_head(proj(latent[:, 0]), self.value_dim) for proj in (self.k_b_proj, self.v_b_proj))
         if self.norm is not None:
             k = self.sized(k) * self.k_norm[:, None].to(k)
-        return attend(rotate(self.queries(x), new).to(v), rotate(k, every).to(v), v, mask, self.scale)
+        return self.attend(rotate(self.queries(x), new).to(v), rotate(k, every).to(v), v, mask)
 
 
 def per_head(states: Tensor, width: int) -> Tensor:
@@ -404,21 +450,25 @@ def attention_of(layer: nn.Module) -> Any:
     return getattr(layer, _place(layer))
 
 
-def exchange(layer: nn.Module, attention: nn.Module) -> nn.Module:
-    """Put `attention` in the place of a decoder layer's; returns what was there."""
+def exchange(layer: nn.Module, attention: nn.Module, positions: str | None = None) -> nn.Module:
+    """Put `attention` in the place of a decoder layer's, reading tables as `positions` says; returns what was there."""
     before = attention_of(layer)
     attention.layer_idx = before.layer_idx
+    if positions is not None:
+        attention.positions = positions  # type: ignore[assignment]
     setattr(layer, _place(layer), attention)
     return before
 
 
-def fold_in(base: Any, number: int, attention: Any) -> None:
+def fold_in(base: Any, number: int, attention: Any, positions: str = "halves") -> None:
     """Put an attention into layer `number` of a model without its head, with all that it needs to run there with a cache."""
     if attention.turns_when_read:
         folded = (attention_of(layer) for layer in base.layers)
         shared = next((a.rotary_emb for a in folded if isinstance(a, Attention) and a.turns_when_read), None)
         attention.rotary_emb = shared or type(base.rotary_emb)(base.config)
-    exchange(base.layers[number], attention)
+        if isinstance(base.rotary_emb.rope_type, dict):  # kinds of layers differ
+            attention.layer_type = base.config.layer_types[number]
+    exchange(base.layers[number], attention, positions)
 
 
 def _place(layer: nn.Module) -> str:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.designs import LatentWeights, RebuiltKeyWeights, ReusedKeyWeights
-from kvfold.surgery.kvfold_attention import Rope, rotate
+from kvfold.surgery.kvfold_attention import Rope, rotate, with_sinks
 from kvfold.surgery.layer import Layer
 from kvfold.surgery.lowrank import gauge, leading_directions, left_singular, power_and_inverse
 from kvfold.surgery.rope import from_complex, to_complex
@@ -82,8 +82,10 @@ Queried = TypeVar("Queried", bound=LatentWeights | ReusedKeyWeights | RebuiltKey
 
 
 @torch.no_grad()
-def attention_seen(weights: AttentionWeights, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+def attention_seen(weights: AttentionWeights, x: Tensor, rope: Rope, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Where the attention of a batch goes: inputs `x` (B, T, d) → lags (H, T), received (B, T).
+
+    `visible` (T, T) says which keys each query may see, None for all before it and its own.
 
     `lags` are the summed weights on every distance Δ. Key 0 is left out: trained models rest attention on it that nothing needs
     (attention sinks, 2309.17453), and that mass says nothing of how far a head looks. `received` is the attention that all
@@ -92,11 +94,14 @@ def attention_seen(weights: AttentionWeights, x: Tensor, rope: Rope) -> tuple[Te
     tokens = x.shape[1]
     places = torch.arange(tokens, device=x.device)
     distance = places[:, None] - places
+    hidden = distance < 0 if visible is None else ~visible.to(x.device)
     lags, received = x.new_zeros(weights.heads, tokens), x.new_zeros(x.shape[:2])
     for row, z in enumerate(torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)):
         q, k = (rotate(states, rope) for states in weights.states(z))
         scores = q @ k.repeat_interleave(weights.heads // weights.kv_heads, 0).mT * weights.score_scale  # (H, T, T)
-        attention = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
+        scores = scores if weights.cap is None else weights.cap * (scores / weights.cap).tanh()
+        scores = scores.masked_fill(hidden, -torch.inf).unflatten(0, (weights.kv_heads, -1))
+        attention = with_sinks(scores, weights.sinks).softmax(-1)[..., :tokens].flatten(0, 1)
         received[row] = attention.sum((0, 1))
         attention[:, :, 0] = 0
         lags.index_add_(1, distance.clamp_min(0).flatten(), attention.flatten(1))
@@ -328,6 +333,7 @@ def assemble(
         kv_bias=cached[:, -1] if cached[:, -1].any() else None,
         o_bias=weights.o_bias,
         turned=None if gain is None else gain.repeat_interleave(per, 1),
+        **weights.softmax,
     )
 
 

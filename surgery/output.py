@@ -9,33 +9,42 @@ PIECE_BYTES = 256 << 20
 """Size of the float32 logits of one piece."""
 
 
-def output_divergence(hidden: Tensor, reference: Tensor, head: Tensor) -> Tensor:
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Logits behind a soft cap, `cap · tanh(logit / cap)`, where there is one."""
+    return logits if cap is None else cap * (logits / cap).tanh()
+
+
+def output_divergence(hidden: Tensor, reference: Tensor, head: Tensor, cap: float | None = None) -> Tensor:
     """KL(reference ‖ hidden) of the next token's distribution, in nats, averaged over all tokens.
 
-    `hidden` and `reference` (..., d) are what the output embedding `head` (V, d) reads; products are taken in `head`'s dtype.
+    `hidden` and `reference` (..., d) are what the output embedding `head` (V, d) reads; products are taken in `head`'s dtype,
+    and `cap` soft-caps what comes of them.
     Only `hidden` gets a gradient. The forward pass takes it along, so that logits are made once and never kept.
     """
-    kl: Tensor = _Divergence.apply(hidden.flatten(0, -2), reference.detach().flatten(0, -2), head)
+    kl: Tensor = _Divergence.apply(hidden.flatten(0, -2), reference.detach().flatten(0, -2), head, cap)
     return kl
 
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, reference: Tensor, head: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, reference: Tensor, head: Tensor, cap: float | None) -> Tensor:
         size = max(1, PIECE_BYTES // (4 * len(head)))
         kl = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
-            ours, wanted = ((x[rows].to(head) @ head.T).float().log_softmax(-1) for x in (hidden, reference))
+            logits, target = (capped((x[rows].to(head) @ head.T).float(), cap) for x in (hidden, reference))
+            ours, wanted = logits.log_softmax(-1), target.log_softmax(-1)
             probability = wanted.exp()
             kl += (probability * (wanted - ours)).sum()
             if gradient is not None:
-                gradient[rows] = ((ours.exp() - probability) / len(hidden)).to(head) @ head
+                slope = (ours.exp() - probability) / len(hidden)
+                slope = slope if cap is None else slope * (1 - (logits / cap).square())  # tanh' = 1 - tanh²
+                gradient[rows] = slope.to(head) @ head
         ctx.save_for_backward(*([] if gradient is None else [gradient]))
         return kl / len(hidden)
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outer[0], None, None
+        return gradient * outer[0], None, None, None

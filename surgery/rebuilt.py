@@ -45,4 +45,5 @@ def rebuilt(layer: Layer, rank: int, choice: Choice = START) -> RebuiltKeyWeight
         kv_bias=down[:, -1],
         k_bias=layer.mean(k),
         o_bias=weights.o_bias_with(layer.mean(v)),
+        **weights.softmax,
     )

@@ -21,7 +21,9 @@ from kvfold.cli import main
 FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen3")
 """`llama3` is llama with the RoPE scaling of Llama 3.1."""
 EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
-OTHERS = ("olmo2", "gemma", "granite", "starcoder2", "seed_oss", "phi3", "stablelm", *EXPERTS)
+PAIRED = ("cohere", "glm", "glm4", "ernie4_5")
+"""Families whose RoPE turns neighbouring numbers."""
+OTHERS = ("olmo2", "gemma", "granite", "starcoder2", "seed_oss", "phi3", "stablelm", *PAIRED, "phi", *EXPERTS)
 """Families whose layers are not Llama's beside attention, or little known."""
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -50,6 +52,9 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
         "llama3": {"rope_parameters": LLAMA3_ROPE},
         "mistral": {"sliding_window": None},
         "phi3": {"pad_token_id": 0},
+        "glm": {"pad_token_id": 0},
+        "glm4": {"pad_token_id": 0},
+        "gpt_neox": {"num_key_value_heads": 8},
         "mixtral": {"num_local_experts": 4, "sliding_window": None},
         "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
         "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
@@ -77,9 +82,10 @@ def save_model(
     model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "_norm" in name and "self_attn" in name:
+            inside = "self_attn" in name or ".attention." in name
+            if inside and "_norm" in name:
                 parameter.uniform_(0.3, 3.0)
-            elif "self_attn" in name and "o_proj.weight" not in name:
+            elif inside and not name.endswith(("o_proj.weight", "dense.weight")):
                 parameter.normal_(std=0.3)  # biases too, which begin at zero
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     return folder

@@ -23,7 +23,7 @@ from kvfold.convert.source.checkpoint import CheckpointReader
 from kvfold.evaluation.layers import measure_cache
 from kvfold.surgery import latent
 from kvfold.surgery.designs import design
-from kvfold.surgery.kvfold_attention import exchange, rotate
+from kvfold.surgery.kvfold_attention import attention_of, exchange, rotate
 from tests.helpers import FAMILIES, LLAMA3_ROPE, OTHERS, invoke, save_model, save_tokens
 from tests.test_convert import IDS, decoded_as_uncached, fold, load, logits
 
@@ -37,9 +37,12 @@ SOURCES: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", {"num_key_value_heads": 4, "attention_bias": True}),
     *((family, {"num_key_value_heads": 4}) for family in OTHERS),
     ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}}),
+    ("gpt_neox", {}),
 ]
 NORMED = ("qwen3", "olmo2", "qwen3_moe")
 GROUPED_NORMED: list[tuple[str, dict[str, Any]]] = [("qwen3", {"num_key_value_heads": 4})]
+TABLES: list[tuple[str, dict[str, Any]]] = [("cohere", {})]
+"""Families whose tables of angles are made in another way."""
 SMALL: dict[str, dict[str, Any]] = {
     "mla": {"to": "mla", "kv_rank": 20, "rope_dim": 12, "layout": "kvfold"},
     "mla, low-rank queries": {"to": "mla", "kv_rank": 20, "rope_dim": 6, "q_rank": 24},
@@ -52,7 +55,8 @@ SMALL: dict[str, dict[str, Any]] = {
 def whole(source: Path) -> dict[str, dict[str, Any]]:
     """Every design at the width at which nothing is lost."""
     config = CheckpointReader(source).config
-    keys, hidden = config["num_key_value_heads"] * config["head_dim"], config["hidden_size"]
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    keys = config.get("num_key_value_heads", heads) * config.get("head_dim", hidden // heads)
     rank = min(hidden, 2 * keys)
     return {
         "mla": {"to": "mla", "kv_rank": rank, "rope_dim": keys, "layout": "kvfold"},
@@ -161,7 +165,7 @@ def folded(tmp_path: Path, design: str, family: str = "qwen2", **changes: Any) -
     return source, tmp_path / "out"
 
 
-@pytest.mark.parametrize(("family", "changes", "design"), possible([("qwen2", {}), *GROUPED_NORMED]), ids=str)
+@pytest.mark.parametrize(("family", "changes", "design"), possible([("qwen2", {}), *GROUPED_NORMED, *TABLES]), ids=str)
 def test_cached_is_uncached_padded_is_unpadded_and_the_cache_is_small(
     family: str, changes: dict[str, Any], design: str, tmp_path: Path
 ) -> None:
@@ -222,7 +226,9 @@ def test_a_sliding_window_holds_while_decoding(design: str, tmp_path: Path) -> N
     assert cache.layers[0].keys.shape[2] == 11  # the window less the token that is being read
 
 
-@pytest.mark.parametrize(("family", "design"), [*(("qwen2", design) for design in SMALL), ("qwen3_moe", "mla")])
+@pytest.mark.parametrize(
+    ("family", "design"), [*(("qwen2", design) for design in SMALL), ("qwen3_moe", "mla"), ("gpt_neox", "mfa-kr")]
+)
 def test_saved_again_and_trained_with_checkpointing(family: str, design: str, tmp_path: Path) -> None:
     _, out = folded(tmp_path, design, family)
     model = load(out)
@@ -237,7 +243,7 @@ def test_saved_again_and_trained_with_checkpointing(family: str, design: str, tm
             getattr(trained, "activation_checkpointing_enable", trained.gradient_checkpointing_enable)()
         trained(IDS, labels=IDS).loss.backward()
         assert all(p.grad is not None for p in trained.parameters())
-        gradients.append(trained.model.layers[0].self_attn.o_proj.weight.grad)
+        gradients.append(attention_of(trained.base_model.layers[0]).o_proj.weight.grad)
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
@@ -283,7 +289,9 @@ def test_dtypes_and_eager_attention(tmp_path: Path) -> None:
     decoded_as_uncached(eager)
 
 
-@pytest.mark.parametrize(("family", "design"), [("qwen2", "mla"), ("qwen2", "mfa-kr"), ("qwen3_moe", "mla")])
+@pytest.mark.parametrize(
+    ("family", "design"), [("qwen2", "mla"), ("qwen2", "mfa-kr"), ("qwen3_moe", "mla"), ("gpt_neox", "mla")]
+)
 def test_loads_where_kvfold_is_not_installed(family: str, design: str, tmp_path: Path) -> None:
     _, out = folded(tmp_path, design, family)
     torch.save(logits(out), tmp_path / "wanted.pt")

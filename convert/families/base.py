@@ -13,6 +13,7 @@ from kvfold.errors import UserError
 from kvfold.surgery.attention import AttentionWeights
 
 ROLES = ("q", "k", "v", "o")
+FUSED = "qkv"
 
 
 def no_windows(said: dict[str, Any]) -> list[int | None]:
@@ -28,6 +29,11 @@ def windows_of_all(said: dict[str, Any]) -> list[int | None]:
 def windows_by_kind(said: dict[str, Any]) -> list[int | None]:
     """Layers that `layer_types` calls sliding look back over `sliding_window`."""
     return [said["sliding_window"] if kind == "sliding_attention" else None for kind in said["layer_types"]]
+
+
+def all_turn(said: dict[str, Any]) -> list[bool]:
+    """RoPE turns the queries and keys of every layer."""
+    return [True] * said["num_hidden_layers"]
 
 
 @dataclass(frozen=True)
@@ -53,18 +59,23 @@ class Rope:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """The geometry of a source's attention, the same in every layer.
+    """The geometry of a source's attention, the same in every layer but for windows and positions.
 
     Attributes:
-        sliding_window: tokens a layer looks back, None when all; `full_layers` are without it where others have it.
+        windows: tokens each layer looks back, None when all.
+        turning: whether RoPE turns the queries and keys of each layer.
+        rope: that of the layers which attend over everything, where kinds of layers differ in it.
         qkv_bias, o_bias: which projections carry a bias.
-        norm_eps: eps of every RMSNorm.
+        norm_eps: eps of every norm.
         tied: the output embedding is the input embedding.
         key_norm: what of queries and keys an RMSNorm before their rotation takes: "" for none, "head" for each head by itself,
             "whole" for all of them together.
         score_scale: what scores are multiplied by, None for one over the root of the head width.
+        score_cap: what soft-caps the scores behind that, by `cap · tanh(score / cap)`; None for nothing.
         beside: what layers have beside attention that Llama's have not.
         rotary_dim: numbers of each head, from the first on, that RoPE turns.
+        interleaved: the numbers of a pair stand side by side in a head, not half of `rotary_dim` apart.
+        tables: how the model hands the angles to its attention, see `kvfold_attention.half_split`.
     """
 
     hidden_size: int
@@ -75,16 +86,33 @@ class AttentionSpec:
     qkv_bias: bool
     o_bias: bool
     rope: Rope
-    sliding_window: int | None
+    windows: tuple[int | None, ...]
+    turning: tuple[bool, ...]
     max_positions: int
     vocab_size: int
     tied: bool
     norm_eps: float
-    full_layers: int = 0
+    rotary_dim: int
     key_norm: str = ""
     score_scale: float | None = None
+    score_cap: float | None = None
     beside: str = ""
-    rotary_dim: int = 0
+    interleaved: bool = False
+    tables: str = "halves"
+
+    @property
+    def full_layers(self) -> tuple[int, ...]:
+        """The layers that attend over everything."""
+        return tuple(layer for layer, window in enumerate(self.windows) if window is None)
+
+    @property
+    def sliding_window(self) -> int | None:
+        """The narrowest window, None where there is none."""
+        return min((window for window in self.windows if window is not None), default=None)
+
+    def positions(self, layer: int) -> str:
+        """How the attention of a layer reads the angles: `tables`, or "none" where RoPE does not turn it."""
+        return self.tables if self.turning[layer] else "none"
 
     @property
     def key_scalars(self) -> int:
@@ -95,11 +123,6 @@ class AttentionSpec:
     def cache_numbers(self) -> int:
         """Numbers cached per token per layer: 2·G·D."""
         return 2 * self.kv_heads * self.head_dim
-
-    @property
-    def reach(self) -> int:
-        """Tokens over which calibration may run: no longer than the positions and the sliding window of the source."""
-        return min(self.max_positions, self.sliding_window or self.max_positions)
 
 
 @dataclass(frozen=True)
@@ -128,14 +151,20 @@ class Family:
         layer_prefix: what the names of a decoder layer's tensors begin with, `{layer}` standing for the layer's number.
         attention: what a layer calls its attention.
         modules: role (q, k, v, o, and q_norm and k_norm where there are norms) → module of the attention. Role qkv is one
-            matrix with the rows of q, then those of k, then those of v.
+            matrix with the rows of q, then those of k, then those of v; `by_head`, with those of each key head together:
+            queries that read it, key, value.
         qkv_bias, o_bias: read from a config whether these projections carry a bias.
         windows: read from a config how many tokens each layer looks back (None: all).
+        turning: read from a config whether RoPE turns each layer.
         key_norm: see `AttentionSpec`.
         norm_offset: what is added to the stored weight of every norm.
-        score_scale: see `AttentionSpec`.
+        score_scale, score_cap: see `AttentionSpec`, read from a config.
         experts: see `Experts`; None without.
         partial: whether the class turns only the first numbers of each head where the config says so.
+        interleaved, tables: see `AttentionSpec`.
+        grouped: whether the class can have fewer key heads than query heads.
+        renamed: what the class calls some tensors → what they are called on the disk.
+        refused: keys of a config that, where they are set, say what cannot be folded, and how that is told.
         beside: what its layers have beside attention that Llama's have not, in a few words; stock layouts with other attention
             are Llama's there.
     """
@@ -151,8 +180,16 @@ class Family:
     key_norm: str = ""
     norm_offset: float = 0.0
     score_scale: Callable[[dict[str, Any]], float | None] = lambda said: None
+    score_cap: Callable[[dict[str, Any]], float | None] = lambda said: None
+    turning: Callable[[dict[str, Any]], list[bool]] = all_turn
     experts: Experts | None = None
     partial: bool = False
+    interleaved: bool = False
+    tables: str = "halves"
+    by_head: bool = False
+    grouped: bool = True
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
     beside: str = ""
 
     def spec(self, config: dict[str, Any]) -> AttentionSpec:
@@ -162,18 +199,21 @@ class Family:
         """
         self._refuse_other(config)
         said = resolve(config)
-        hidden, heads, kv_heads = said["hidden_size"], said["num_attention_heads"], said["num_key_value_heads"]
+        if reasons := [reason for key, reason in self.refused.items() if said.get(key)]:
+            raise UserError(f"config.json describes a model that kvfold does not fold: {'; '.join(reasons)}")
+        hidden, heads = said["hidden_size"], said["num_attention_heads"]
+        kv_heads = said.get("num_key_value_heads") or heads
         head_dim = said.get("head_dim") or hidden // heads
         if heads % kv_heads or head_dim % 2 or head_dim == 0:
             raise UserError(f"config.json: {heads} heads over {kv_heads} key heads of width {head_dim} is no valid geometry")
-        turning = said["rope_parameters"].get("partial_rotary_factor") or 1.0
+        rope = said["rope_parameters"]
+        rope = rope.get("full_attention") or rope
+        turning = rope.get("partial_rotary_factor") or 1.0
         if turning != 1.0 and not self.partial:
             raise UserError(
                 "config.json describes a model that kvfold does not fold: its RoPE turns a part of each head only "
                 f"(partial_rotary_factor {turning})"
             )
-        windows = self.windows(said)
-        narrow = {window for window in windows if window is not None}
         return AttentionSpec(
             hidden_size=hidden,
             layers=said["num_hidden_layers"],
@@ -182,17 +222,20 @@ class Family:
             head_dim=head_dim,
             qkv_bias=self.qkv_bias(said),
             o_bias=self.o_bias(said),
-            rope=self._rope(said["rope_parameters"]),
-            sliding_window=min(narrow, default=None),
+            rope=self._rope(rope),
+            windows=tuple(self.windows(said)),
+            turning=tuple(self.turning(said)),
             max_positions=said["max_position_embeddings"],
             vocab_size=said["vocab_size"],
             norm_eps=next(said[key] for key in ("rms_norm_eps", "norm_epsilon", "layer_norm_eps") if key in said),
             tied=said["tie_word_embeddings"],
-            full_layers=windows.count(None) if narrow else 0,
+            rotary_dim=int(head_dim * turning),
             key_norm=self.key_norm,
             score_scale=self.score_scale(said),
+            score_cap=self.score_cap(said),
             beside=self.beside,
-            rotary_dim=int(head_dim * turning),
+            interleaved=self.interleaved,
+            tables=self.tables,
         )
 
     def _refuse_other(self, config: dict[str, Any]) -> None:
@@ -217,7 +260,7 @@ class Family:
         """Role → tensor name in one layer; biases as `q_bias`, … where the source has them, and norms as `q_norm`, `k_norm`."""
         prefix = self.attention_prefix(layer)
         names = {role: f"{prefix}{module}.weight" for role, module in self.modules.items()}
-        for role in ROLES:
+        for role in self.modules.keys() & {*ROLES, FUSED}:
             if spec.o_bias if role == "o" else spec.qkv_bias:
                 names[f"{role}_bias"] = f"{prefix}{self.modules[role]}.bias"
         return names
@@ -225,13 +268,17 @@ class Family:
     def stored_as(self, name: str, held: Container[str]) -> list[list[str]]:
         """Where a parameter of the class lies among the tensors `held`: for every expert what stands one below the other."""
         if self.experts is None or name in held:
-            return [[name]]
+            return [[name if name in held else self.renamed.get(name, name)]]
         stem, _, last = name.replace(".mlp.", f".{self.experts.block}.").rpartition(".")
         parts = {"gate_up_proj": (self.experts.gate, self.experts.up), "down_proj": (self.experts.down,)}.get(last)
         if not stem.endswith(".experts") or parts is None:
             return [[f"{stem}.{last}"]]
         count = next(number for number in itertools.count() if f"{stem}.{number}.{parts[0]}.weight" not in held)
         return [[f"{stem}.{number}.{part}.weight" for part in parts] for number in range(count)]
+
+    def called(self, stored: str) -> str:
+        """What the class calls a tensor that has another name on the disk."""
+        return next((name for name, other in self.renamed.items() if other == stored), stored)
 
     def reading(self, held: Container[str], read: Callable[[str], torch.Tensor]) -> Callable[[str], torch.Tensor]:
         """What reads a parameter of the class, from a map of the names `held` to their tensors."""
@@ -252,43 +299,58 @@ class Family:
         """Tensors by role, as stored, → canonical form. Raises UserError when a shape contradicts the config."""
         heads = {"q": spec.heads, "k": spec.kv_heads, "v": spec.kv_heads}
         wanted: dict[str, tuple[int, ...]] = {role: (n * spec.head_dim, spec.hidden_size) for role, n in heads.items()}
-        wanted |= {f"{role}_bias": (n * spec.head_dim,) for role, n in heads.items()}
+        wanted[FUSED] = (sum(heads.values()) * spec.head_dim, spec.hidden_size)
+        wanted |= {f"{role}_bias": rows[:1] for role, rows in wanted.items()}
         wanted |= {f"{role}_norm": (spec.head_dim * (n if spec.key_norm == "whole" else 1),) for role, n in heads.items()}
         wanted |= {"o": (spec.hidden_size, spec.heads * spec.head_dim), "o_bias": (spec.hidden_size,)}
-        fused = heads["q"] * spec.head_dim, *[spec.kv_heads * spec.head_dim] * 2
-        wanted["qkv"] = (sum(fused), spec.hidden_size)
         for role, tensor in tensors.items():
             if tuple(tensor.shape) != wanted[role]:
                 raise UserError(f"the {role} tensor has shape {tuple(tensor.shape)}, but config.json means {wanted[role]}")
-        if "qkv" in tensors:
-            parts = dict(zip("qkv", tensors["qkv"].split(fused), strict=True))
-            tensors = {**{role: t for role, t in tensors.items() if role != "qkv"}, **parts}
         each = spec.key_norm == "head"  # then norms have no heads to be split into
         whole = ("o", "o_bias", *(("q_norm", "k_norm") if each else ()))
-        split = {r: t if r in whole else t.unflatten(0, (-1, spec.head_dim)) for r, t in tensors.items()}
+        split = {role: t if role in whole else t.unflatten(0, (-1, spec.head_dim)) for role, t in tensors.items()}
+        for end in {"", "_bias"} & {role.removeprefix(FUSED) for role in split}:
+            split |= self._cut(split.pop(FUSED + end), end, spec)
         split["o"] = split["o"].unflatten(1, (-1, spec.head_dim)).permute(1, 0, 2)  # (d, H·D) → (H, d, D)
         for role in {"q_norm", "k_norm"} & split.keys():
-            split[role] = split[role] + self.norm_offset
-        order = halves_first(spec)
-        for role in {"q", "k", "q_bias", "k_bias"} & split.keys() if spec.rotary_dim < spec.head_dim else ():
-            split[role] = split[role][:, order]
+            split[role] = (split[role] + self.norm_offset)[..., halves_first(spec)]
+        for role in {"q", "k", "q_bias", "k_bias"} & split.keys() if is_ordered(spec) else ():
+            split[role] = split[role][:, halves_first(spec)]
         if spec.key_norm:
             split["norm"] = torch.tensor([spec.norm_eps, float(not each)], dtype=torch.float64)
-        if spec.score_scale is not None:
-            split["scale"] = torch.tensor(spec.score_scale, dtype=torch.float64)
+        for role, value in (("scale", spec.score_scale), ("cap", spec.score_cap)):
+            if value is not None:
+                split[role] = torch.tensor(value, dtype=torch.float64)
         return AttentionWeights(**split)
+
+    def _cut(self, heads: torch.Tensor, end: str, spec: AttentionSpec) -> dict[str, torch.Tensor]:
+        """All heads of a fused matrix (H + 2·G, D, …) → those of q, k and v, under their roles with `end`."""
+        if self.by_head:
+            groups = heads.unflatten(0, (spec.kv_heads, -1))  # (G, H/G + 2, D, …)
+            parts = groups[:, :-2].flatten(0, 1), groups[:, -2], groups[:, -1]
+        else:
+            parts = heads.split([spec.heads, spec.kv_heads, spec.kv_heads])
+        return {f"{role}{end}": part for role, part in zip(FUSED, parts, strict=True)}
 
     def stored_heads(self, heads: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
         """Queries, keys or their biases (heads, D, …) of the canonical form as they are stored: (heads·D, …)."""
-        return (heads if spec.rotary_dim == spec.head_dim else heads[:, halves_first(spec).argsort()]).flatten(0, 1)
+        return (heads[:, halves_first(spec).argsort()] if is_ordered(spec) else heads).flatten(0, 1)
 
-    def stored_norms(self, weights: AttentionWeights) -> dict[str, torch.Tensor]:
+    def stored_norms(self, weights: AttentionWeights, spec: AttentionSpec) -> dict[str, torch.Tensor]:
         """The norms' weights by role, as they are stored."""
         held = {"q_norm": weights.q_norm, "k_norm": weights.k_norm}
-        return {role: weight.flatten() - self.norm_offset for role, weight in held.items() if weight is not None}
+        order = halves_first(spec).argsort()
+        return {role: weight[..., order].flatten() - self.norm_offset for role, weight in held.items() if weight is not None}
+
+
+def is_ordered(spec: AttentionSpec) -> bool:
+    """Whether canonical heads have another order than stored ones."""
+    return spec.interleaved or spec.rotary_dim < spec.head_dim
 
 
 def halves_first(spec: AttentionSpec) -> torch.Tensor:
     """Where the numbers of a canonical head, half-split over its whole width, stand in a stored one, whose first ones turn."""
-    turning, still = torch.arange(spec.rotary_dim).chunk(2), torch.arange(spec.rotary_dim, spec.head_dim).chunk(2)
-    return torch.cat([turning[0], still[0], turning[1], still[1]])
+    turning = torch.arange(spec.rotary_dim)
+    halves = (turning[::2], turning[1::2]) if spec.interleaved else turning.chunk(2)
+    still = torch.arange(spec.rotary_dim, spec.head_dim).chunk(2) if spec.rotary_dim < spec.head_dim else (turning[:0],) * 2
+    return torch.cat([halves[0], still[0], halves[1], still[1]])

@@ -1,8 +1,11 @@
 """The families that kvfold folds, one by one. What is left out is Llama's: see `Family`."""
 
+from dataclasses import replace
+
 from kvfold.convert.families.base import Experts, Family, windows_by_kind, windows_of_all
 
 PROJECTIONS = {role: f"{role}_proj" for role in "qkvo"}
+LAYER_NORMS = "its norms are LayerNorms"
 NORMED = {**PROJECTIONS, "q_norm": "q_norm", "k_norm": "k_norm"}
 
 LLAMA = Family("llama", "LlamaForCausalLM")
@@ -75,9 +78,61 @@ STABLELM = Family(
     qkv_bias=lambda said: bool(said["use_qkv_bias"]),
     o_bias=lambda said: False,
     partial=True,
-    beside="its norms are LayerNorms",
+    beside=LAYER_NORMS,
 )
 """StableLM: RoPE turns a quarter of each head."""
+PARALLEL = "attention and MLP of a layer read the same stream"
+COHERE = Family(
+    "cohere",
+    "CohereForCausalLM",
+    interleaved=True,
+    tables="pairs",
+    refused={"use_qk_norm": "queries and keys go through LayerNorms of each head's own (use_qk_norm)"},
+    beside=PARALLEL,
+)
+"""Command R and Aya: RoPE turns neighbouring numbers, attention and MLP stand side by side."""
+GLM = Family(
+    "glm",
+    "GlmForCausalLM",
+    o_bias=lambda said: False,
+    partial=True,
+    interleaved=True,
+    beside="gate and up of its MLP are one matrix",
+)
+"""GLM-4: RoPE turns neighbouring numbers in the first half of each head."""
+GLM4 = replace(GLM, model_type="glm4", architecture="Glm4ForCausalLM", beside="its layers have four norms")
+"""GLM-4-0414: the same between two norms more."""
+ERNIE4_5 = Family(
+    "ernie4_5",
+    "Ernie4_5ForCausalLM",
+    qkv_bias=lambda said: bool(said["use_bias"]),
+    o_bias=lambda said: bool(said["use_bias"]),
+    interleaved=True,
+)
+"""ERNIE 4.5: Llama whose RoPE turns neighbouring numbers."""
+PHI = Family(
+    "phi",
+    "PhiForCausalLM",
+    modules={**PROJECTIONS, "o": "dense"},
+    qkv_bias=lambda said: True,
+    o_bias=lambda said: True,
+    partial=True,
+    beside=f"{LAYER_NORMS}, and {PARALLEL}",
+)
+"""Phi-1, 1.5 and 2: biases everywhere, attention and MLP stand side by side."""
+GPT_NEOX = Family(
+    "gpt_neox",
+    "GPTNeoXForCausalLM",
+    layer_prefix="gpt_neox.layers.{layer}.",
+    attention="attention",
+    modules={"qkv": "query_key_value", "o": "dense"},
+    by_head=True,
+    grouped=False,
+    partial=True,
+    renamed={"lm_head.weight": "embed_out.weight"},
+    beside=LAYER_NORMS,
+)
+"""Pythia and GPT-NeoX: one matrix with query, key and value of one head after the other, RoPE on a quarter of each."""
 EXPERTS = "its layers have experts"
 MIXTRAL = Family(
     "mixtral",
@@ -112,6 +167,7 @@ QWEN3_MOE = Family(
 
 KNOWN = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA, GRANITE, PHI3, STARCODER2, SEED_OSS, STABLELM),
+    *(COHERE, GLM, GLM4, ERNIE4_5, PHI, GPT_NEOX),
     *(MIXTRAL, QWEN2_MOE, QWEN3_MOE),
 )
 FAMILIES = {family.model_type: family for family in KNOWN}

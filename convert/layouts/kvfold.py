@@ -44,7 +44,12 @@ def widths(plan: ConversionPlan, layer: int) -> dict[str, Any]:
     }[plan.design]
     shared = {"heads": spec.heads, "value_dim": spec.head_dim, "q_rank": plan.q_rank, "query_bias": spec.qkv_bias}
     norm = {"kv_heads": spec.kv_heads, "together": spec.key_norm == "whole", "eps": spec.norm_eps}
-    return {"design": plan.design, **shape, **shared, **({"norm": norm} if spec.key_norm else {})}
+    special = {
+        "norm": norm if spec.key_norm else None,
+        "cap": spec.score_cap,
+        "positions": spec.positions(layer) if spec.positions(layer) != "halves" else None,
+    }
+    return {"design": plan.design, **shape, **shared, **{name: value for name, value in special.items() if value is not None}}
 
 
 def tensor_specs(reader: CheckpointReader, plan: ConversionPlan, dtype: torch.dtype | None) -> list[TensorSpec]:
@@ -61,6 +66,7 @@ def tensor_specs(reader: CheckpointReader, plan: ConversionPlan, dtype: torch.dt
 def blank(plan: ConversionPlan, layer: int) -> FoldedAttention:
     """The design of a layer with shapes and no numbers."""
     made = widths(plan, layer)
+    made.pop("positions", None)
     with torch.device("meta"):
         return DESIGNS[made.pop("design")](plan.spec.hidden_size, **made)
 

@@ -66,8 +66,9 @@ class KvfoldForCausalLM:
         for number, widths in enumerate(config.folded_layers):
             if widths is None:
                 continue
-            shape = {name: value for name, value in widths.items() if name != "design"}
-            fold_in(base, number, DESIGNS[widths["design"]](config.hidden_size, **shape))
+            shape = {name: value for name, value in widths.items() if name not in ("design", "positions")}
+            attention = DESIGNS[widths["design"]](config.hidden_size, **shape)
+            fold_in(base, number, attention, widths.get("positions", "halves"))
 
 
 @cache
@@ -76,8 +77,9 @@ def classes(source: str) -> tuple[Any, Any]:
     ours = {"model_type": "kvfold", "source_model_type": source, "folded_layers": None, "__module__": __name__}
     config = type("KvfoldConfig", (FoldedConfig, CONFIG_MAPPING[source]), ours)
     theirs: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[source]]
-    name, stored = "KvfoldForCausalLM", get_checkpoint_conversion_mapping(source)
-    if stored:  # experts lie on the disk one by one: transformers finds how by the name of the class
+    name = "KvfoldForCausalLM"
+    stored = get_checkpoint_conversion_mapping(source) or get_checkpoint_conversion_mapping(theirs.__name__)
+    if stored:  # experts lie on the disk one by one, or names differ there: transformers finds how by the name of the class
         name = f"Kvfold{theirs.__name__}"
         register_checkpoint_conversion_mapping(name, stored, overwrite=True)
     model = type(name, (KvfoldForCausalLM, theirs), {"config_class": config, "__module__": __name__})

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvfold.convert.planning.plan import ConversionPlan
 from kvfold.convert.source.checkpoint import CheckpointReader, TensorSpec
-from kvfold.convert.source.opening import UNREAD_BUFFER
+from kvfold.convert.source.opening import UNREAD
 from kvfold.surgery.attention import AttentionWeights
 
 
@@ -65,11 +65,11 @@ def in_place_of_attention(
 
 
 def kept(reader: CheckpointReader, plan: ConversionPlan) -> dict[str, Any]:
-    """The source's entries without a buffer that old checkpoints carry, and without a second copy of a tied embedding."""
+    """The source's entries without buffers that old checkpoints carry, and without a second copy of a tied embedding."""
     return {
         name: entry
         for name, entry in reader.entries.items()
-        if not name.endswith(UNREAD_BUFFER) and not (plan.spec.tied and name == "lm_head.weight")
+        if not name.endswith(UNREAD) and not (plan.spec.tied and name == "lm_head.weight")
     }
 
 
@@ -88,7 +88,7 @@ def tensors(weights: AttentionWeights, layer: int, plan: ConversionPlan) -> dict
             by_role[role] = plan.family.stored_heads(bias, plan.spec) if role in ("q_bias", "k_bias") else bias.flatten()
     if "qkv" in names:
         by_role["qkv"] = torch.cat([by_role.pop(role) for role in "qkv"])
-    by_role |= plan.family.stored_norms(weights)
+    by_role |= plan.family.stored_norms(weights, plan.spec)
     return {names[role]: tensor for role, tensor in by_role.items()}
 
 

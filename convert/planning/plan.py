@@ -154,7 +154,7 @@ class ConversionPlan:
     def cache_bytes(self, tokens: int, batch: int, dtype: str) -> tuple[int, int]:
         """Bytes of the whole cache, source and target. A layer with a sliding window keeps no more tokens than that."""
         spec = self.spec
-        kept = spec.full_layers * tokens + (spec.layers - spec.full_layers) * min(tokens, spec.sliding_window or tokens)
+        kept = sum(min(tokens, window or tokens) for window in spec.windows)
         scale = kept * batch * DTYPE_BYTES[dtype]
         return self.spec.cache_numbers * scale, round(self.cache_numbers * scale)
 
@@ -242,6 +242,8 @@ class ConversionPlan:
         return {
             "source": {
                 **asdict(self.spec),
+                "sliding_window": self.spec.sliding_window,
+                "full_layers": len(self.spec.full_layers),
                 "model_type": self.family.model_type,
                 "architecture": self.family.architecture,
                 "parameters": parameters,
@@ -288,9 +290,9 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
     latent = settings.to in LATENT_TARGETS
     layout, kv_heads, rank, rope_dim, most = "source", spec.kv_heads, 0, 0, 0
     stored, note = NOTHING, ""
-    if latent and spec.full_layers:
+    if latent and 0 < len(spec.full_layers) < spec.layers:
         refusals.append(
-            f"{spec.full_layers} of {spec.layers} layers attend over all tokens and the others over {spec.sliding_window}, "
+            f"{len(spec.full_layers)} of {spec.layers} layers attend over all tokens and the others over {spec.sliding_window}, "
             f"which no layout of {settings.to} says: use --to gqa"
         )
     if latent:
@@ -316,11 +318,19 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
                 f"--pad-for {settings.pad_for} is not possible: {note}; give --rope-dim 64 or less and --kv-rank 512 or less"
             )
         refuse_query_rank(spec, settings, stored, refusals)
-        if spec.key_norm and settings.method in baselines.METHODS and spec.qkv_bias:
-            refusals.append(f"--method {settings.method} drops key biases, which norms behind them do not allow: leave it out")
+        behind = "norms" if spec.key_norm else "a soft cap" if spec.score_cap else ""
+        if behind and settings.method in baselines.METHODS and spec.qkv_bias:
+            refusals.append(
+                f"--method {settings.method} drops key biases, which {behind} behind them does not allow: leave it out"
+            )
         default, methods = "kvfold", ["kvfold", *(baselines.METHODS if settings.to == "mla" else ())]
     else:
         kv_heads = target_heads(spec, settings, refusals)
+        if not family.grouped:
+            refusals.append(
+                f"{family.architecture} has as many key heads as query heads, so --to {settings.to} is not possible: "
+                f"use --to {', '.join(LATENT_TARGETS[:-1])} or {LATENT_TARGETS[-1]}"
+            )
         default, methods = ("pca" if settings.calibrate else "align"), list(METHODS)
     method = settings.method or default
     if method not in methods:
@@ -328,10 +338,10 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
     # The paper pools neighbours; the methods that align heads first gain from choosing who meets whom.
     grouping = settings.grouping or ("similar" if method in ("align", "pca") else "neighbours")
     is_text = settings.calibrate is not None and ".safetensors" not in settings.calibrate
-    if is_text and settings.window > spec.reach:
+    if is_text and settings.window > spec.max_positions:
         refusals.append(
-            f"--window {settings.window} exceeds the {spec.reach} tokens that the source attends over: "
-            f"give --window {spec.reach}"
+            f"--window {settings.window} exceeds the {spec.max_positions} positions that the source knows: "
+            f"give --window {spec.max_positions}"
         )
     for check, value in ((normal_dtype, settings.dtype), (parse_size, settings.max_shard_size)):
         try:

@@ -101,7 +101,7 @@ def _mla_widths(
     else:
         # At most half of the budget rotates, so that as much is left for the latent. In deepseek_v3 a frequency that turns by
         # less than a radian over the whole context does without its rotation.
-        turning = sum(spec.rope.theta ** (-2 * i / width) * spec.reach >= 1 for i in range(width // 2))
+        turning = sum(spec.rope.theta ** (-2 * i / width) * spec.max_positions >= 1 for i in range(width // 2))
         most = min(2 * turning, widest) if layout == "deepseek_v3" else min(widest, most_by_default)
         rope_dim = settings.rope_dim or max(2, min(most, numbers // 4 * 2))
         rank = min(full, numbers - rope_dim)

@@ -94,9 +94,9 @@ def calibration_windows(
         return sample_from_source(folder, settings.window, tokens, device, settings.seed, report)
     report("reading calibration text")
     windows = load_windows(settings.calibrate, folder, settings.window, settings.calibration_tokens, plan.spec.vocab_size)
-    if windows.ids.shape[1] > plan.spec.reach:
+    if windows.ids.shape[1] > plan.spec.max_positions:
         raise UserError(
-            f"{settings.calibrate} has rows of {windows.ids.shape[1]} ids; the source attends over {plan.spec.reach}"
+            f"{settings.calibrate} has rows of {windows.ids.shape[1]} ids; the source knows {plan.spec.max_positions} positions"
         )
     return windows
 

@@ -12,8 +12,8 @@ from kvfold.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-UNREAD_BUFFER = "rotary_emb.inv_freq"
-"""What old checkpoints carry and every model computes anew."""
+UNREAD = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+"""What old checkpoints carry and every model computes anew: frequencies, and GPT-NeoX's masks."""
 
 
 def open_source(folder: Path) -> CheckpointReader:
@@ -29,7 +29,8 @@ def open_source(folder: Path) -> CheckpointReader:
     reader.config["dtype"] = str(reader.dtype).removeprefix("torch.")
     reader.config.pop("torch_dtype", None)
     model = build_on_meta(reader.config)
-    embedding, head = model.base_model_prefix + ".embed_tokens.weight", "lm_head.weight"
+    names = {module: name for name, module in model.named_modules()}
+    embedding, head = names[model.get_input_embeddings()] + ".weight", "lm_head.weight"
     if model.config.tie_word_embeddings and head in reader.entries:
         if embedding not in reader.entries:
             reader.entries[embedding] = reader.entries.pop(head)
@@ -54,7 +55,7 @@ def refuse_mismatch(reader: CheckpointReader, model: "PreTrainedModel", family: 
             wanted.add(stored)
             _refuse_entry(stored, reader.entry(stored), each)
     modules = (model.base_model_prefix + ".", "lm_head.")
-    strange = [n for n in reader.entries if n.startswith(modules) and n not in wanted and not n.endswith(UNREAD_BUFFER)]
+    strange = [n for n in reader.entries if n.startswith(modules) and n not in wanted and not n.endswith(UNREAD)]
     if strange:
         raise UserError(
             f"{reader.folder} holds {strange[0]!r:.100}{f' and {len(strange) - 1} more' * (len(strange) > 1)}, for which a "

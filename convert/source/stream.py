@@ -20,7 +20,8 @@ from kvfold.convert.families import Family
 from kvfold.convert.source.checkpoint import CheckpointReader
 from kvfold.convert.source.model import build_on_meta, fill_buffers
 from kvfold.errors import ConversionError
-from kvfold.surgery.kvfold_attention import Attention, Rope, attention_of, exchange, widened
+from kvfold.surgery.kvfold_attention import Attention, Rope, attention_of, exchange, half_split
+from kvfold.surgery.output import capped
 
 FORWARD_TOKENS = 8192
 """Tokens in one forward pass."""
@@ -65,12 +66,15 @@ class _Caught(Exception):
 class Block:
     """One decoder layer as a map of hidden states (B, T, d) → (B, T, d) at positions 0…T-1, its attention exchangeable.
 
-    `arguments` are what the model calls it with beside the hidden states: tables, masks, whatever its class wants.
+    `arguments` are what the model calls it with beside the hidden states: tables, masks, whatever its class wants. `positions`
+    says how its attention reads the tables, see `kvfold_attention.half_split`.
     """
 
-    def __init__(self, layer: nn.Module, arguments: dict[str, Any], device: torch.device) -> None:
+    def __init__(
+        self, layer: nn.Module, arguments: dict[str, Any], device: torch.device, head_dim: int, positions: str
+    ) -> None:
         self.layer, self.arguments, self.device = layer, arguments, device
-        self.head_dim = int(getattr(attention_of(layer), "head_dim", 0))
+        self.head_dim, self.positions = head_dim, positions
 
     def __call__(self, hidden: Tensor) -> Tensor:
         after: Tensor = self.layer(hidden, **self.arguments)
@@ -79,16 +83,22 @@ class Block:
     @property
     def rope(self) -> Rope:
         """The tables (T, D) by which the attention turns queries and keys."""
-        cos, sin = widened(self.arguments["position_embeddings"], self.head_dim)
+        cos, sin = half_split(self.arguments["position_embeddings"], self.head_dim, self.positions)
         return cos[0], sin[0]
 
+    @property
+    def visible(self) -> Tensor | None:
+        """Which keys each query may see (T, T), None for all before it and its own."""
+        mask: Tensor | None = self.arguments.get("attention_mask")
+        return mask if mask is None else (mask if mask.dtype == torch.bool else mask == 0)[0, 0]
+
     def set_attention(self, design: nn.Module) -> None:
-        exchange(self.layer, design)
+        exchange(self.layer, design, self.positions)
 
     @contextmanager
     def attention(self, design: nn.Module) -> Iterator[None]:
         """A design in the attention's place for a while."""
-        before = exchange(self.layer, design)
+        before = exchange(self.layer, design, self.positions)
         try:
             yield
         finally:
@@ -150,6 +160,16 @@ def logit_scale(config: Any) -> float:
     return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
 
 
+def logit_cap(config: Any) -> float | None:
+    """What a model soft-caps its logits by, as its config says."""
+    return getattr(config, "final_logit_softcapping", None) or None
+
+
+def logits_of(causal: Any, states: Tensor) -> Tensor:
+    """What the output embedding makes of `last_states`: (..., d) → (..., V) in float32."""
+    return capped(causal.get_output_embeddings()(states).float(), logit_cap(causal.config))
+
+
 def last_states(causal: Any, ids: Tensor) -> Tensor:
     """What the output embedding reads: (B, T) → (B, T - 1, d), the last position left out, for nothing follows it."""
     states: Tensor = causal.base_model(ids, use_cache=False).last_hidden_state[:, :-1]
@@ -201,22 +221,30 @@ class StreamedModel:
         return states
 
     def head(self) -> Tensor:
-        """The output embedding (V, d) as it is stored."""
-        tied = self.model.config.tie_word_embeddings
-        module = self.model.get_input_embeddings() if tied else self.model.get_output_embeddings()
-        return self.read(f"{self.names[module]}.weight")
+        """The output embedding (V, d) as it is stored, its bias as a last column where it has one."""
+        tied, output = self.model.config.tie_word_embeddings, self.model.get_output_embeddings()
+        table = self.read(f"{self.names[self.model.get_input_embeddings() if tied else output]}.weight")
+        if output.bias is None:
+            return table
+        return torch.cat([table, self.read(f"{self.names[output]}.bias")[:, None]], 1)
+
+    def outward(self, hidden: Tensor) -> Tensor:
+        """What `head` reads of the last layer's states (B, T, d): a bias reads a one."""
+        states = self.norm(hidden) * logit_scale(self.model.config)
+        biased = self.model.get_output_embeddings().bias is not None
+        return torch.cat([states, torch.ones_like(states[..., :1])], -1) if biased else states
 
     def output(self) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-        """What maps the last layer's states to what the output embedding reads, and that embedding (V, d), on the device."""
-        scale = logit_scale(self.model.config)
-        return lambda hidden: self.norm(hidden) * scale, self.head().float().to(self.device)
+        """`outward`, and `head` in float32 on the device."""
+        return self.outward, self.head().float().to(self.device)
 
     def block(self, layer: int) -> Block:
         """Layer `layer` with its weights, on the device in float32."""
         module = self.base.layers[layer]
         self.base.layers[layer] = nn.Identity()  # a layer is visited once: let its memory go with the block
         self._fill(module)
-        return Block(module, self.arguments[layer], self.device)
+        width = int(getattr(attention_of(module), "head_dim", 0))
+        return Block(module, self.arguments[layer], self.device, width, "halves")
 
 
 class SourceModel(StreamedModel):
@@ -224,7 +252,12 @@ class SourceModel(StreamedModel):
 
     def __init__(self, reader: CheckpointReader, family: Family, device: torch.device, tokens: int) -> None:
         super().__init__(reader.config, family.reading(reader.entries, reader.tensor), device, tokens)
-        self.reader = reader
+        self.reader, self.spec = reader, family.spec(reader.config)
+
+    def block(self, layer: int) -> Block:
+        found = super().block(layer)
+        found.head_dim, found.positions = self.spec.head_dim, self.spec.positions(layer)
+        return found
 
     @torch.no_grad()
     def surprise(self, ids: Tensor) -> Tensor:
@@ -238,7 +271,7 @@ class SourceModel(StreamedModel):
         norm, head = self.output()
         weights = torch.ones(ids.shape)
         for row, targets in enumerate(ids.to(self.device)):
-            logits = norm(states.data[row, :-1].to(self.device)) @ head.T
+            logits = capped(norm(states.data[row, :-1].to(self.device)) @ head.T, logit_cap(self.model.config))
             weights[row, :-1] = nn.functional.cross_entropy(logits, targets[1:], reduction="none").cpu()
         weights[:, :-1] /= weights[:, :-1].mean()
         return weights
