@@ -35,7 +35,7 @@ Curve = dict[int, tuple[float, Widths]]
 def measured_widths(
     plan: ConversionPlan, reader: CheckpointReader, device: torch.device, windows: Windows, scratch: Path, report: Report
 ) -> tuple[Widths, ...]:
-    """Latent and shared key of every layer, whose mean over the layers is at most what the plan has for each.
+    """Latent and shared key of every folded layer, whose mean is at most what the plan has for each.
 
     `scratch` holds the hidden states where they do not fit into memory, and is removed.
     """
@@ -45,31 +45,36 @@ def measured_widths(
     on_disk = HiddenStates.needs_disk((*ids.shape, plan.spec.hidden_size), copies=1)
     original = source.embed(ids, scratch if on_disk else None)
     curves: list[Curve] = []
-    started = time.monotonic()
-    for layer in range(plan.spec.layers):
-        report(0.0, f"measuring layer {layer + 1}/{plan.spec.layers}")
+    for layer in range(plan.folded[-1] + 1):
         block = source.block(layer)
+        if layer not in plan.folded:
+            block.advance(original)
+            continue
+        report(0.0, f"measuring layer {layer + 1}/{plan.spec.layers}")
+        started = time.monotonic()
         seen = observe(plan, source, layer, block, original)
         curve: Curve = {}
-        for widths in widths_to_try(plan):
+        for widths in widths_to_try(plan, plan.spec.turning[layer]):
             error = best_latent(plan, seen, *widths, search=False)[0]
             curve[sum(widths)] = min(curve.get(sum(widths), (inf, widths)), (error, widths))
         curves.append(curve)
         block.advance(original)
-        if layer == 0:
-            report(None, f"measuring widths will take about {spoken((time.monotonic() - started) * plan.spec.layers)}")
+        if len(curves) == 1:
+            report(None, f"measuring widths will take about {spoken((time.monotonic() - started) * len(plan.folded))}")
     scratch.unlink(missing_ok=True)
-    return allocate(curves, int(plan.width_numbers) * plan.spec.layers)
+    return allocate(curves, int(plan.width_numbers) * len(plan.folded))
 
 
-def widths_to_try(plan: ConversionPlan) -> list[Widths]:
-    """Every pair of widths that is measured, the plan's own among them."""
+def widths_to_try(plan: ConversionPlan, rotary: bool = True) -> list[Widths]:
+    """Every pair of widths that is measured, the plan's own among them; for a layer whose keys RoPE turns or not."""
     spec, mean = plan.spec, int(plan.width_numbers)
     full, widest = full_rank(spec.hidden_size, spec.kv_heads, spec.head_dim), spec.kv_heads * spec.head_dim
     turning = plan.widest_rope
     step = {"mfa": 4, "mfa-kr": 2, "mla": 1}[plan.settings.to]
     shares = SHARES if plan.settings.layer_budgets == "measured" else (1.0,)
     totals = sorted({max(4, int(mean * share) // step * step) for share in shares})
+    if plan.settings.to == "mla" and plan.design == "latent" and not rotary:
+        return list(dict.fromkeys((min(total, full), 0) for total in totals))
     tried: list[Widths] = [(plan.kv_rank, plan.rope_dim)] if plan.design == "latent" else []
     for total in totals:
         if plan.settings.to == "mfa":

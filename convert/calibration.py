@@ -120,7 +120,9 @@ def observe(plan: ConversionPlan, source: SourceModel, layer: int, block: Block,
 
     moment = plain.value()
     mixed = ATTENDED * attended.value() + (1 - ATTENDED) * moment
-    return Observed(plan, attention, moment, mixed, latent.coherence(lags, rope), inputs, compare, measure)
+    phase = latent.coherence(lags, rope)
+    phase = phase if plan.spec.turning[layer] else torch.ones_like(phase)
+    return Observed(plan, attention, moment, mixed, phase, inputs, compare, measure)
 
 
 @torch.no_grad()

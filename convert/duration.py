@@ -15,7 +15,7 @@ def training_seconds(item: OpenLayer, hidden: Tensor, autocast: torch.dtype | No
     def once() -> None:
         with torch.autocast(hidden.device.type, autocast, enabled=autocast is not None):
             total = item.block(hidden).float().sum()
-        torch.autograd.grad(total, list(item.design.parameters()))
+        torch.autograd.grad(total, item.parameters)
 
     return seconds_of(once, hidden.device)
 

@@ -3,13 +3,13 @@
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvfold.convert.calibration import observe, refit_output
 from kvfold.convert.conversion import Conversion
@@ -17,7 +17,7 @@ from kvfold.convert.methods import best
 from kvfold.convert.source.fetch import spelled
 from kvfold.convert.source.stream import Block, HiddenStates, SourceModel, check_finite
 from kvfold.errors import ConversionError
-from kvfold.surgery.designs import WEIGHTS, FoldedWeights, design, weights_of
+from kvfold.surgery.designs import WEIGHTS, Design, FoldedWeights, design, weights_of
 
 REFITTED = ("kvfold", "pca")
 """Methods whose output projection is fitted to the folded heads; the others are left as they were published."""
@@ -25,19 +25,34 @@ REFITTED = ("kvfold", "pca")
 
 @dataclass
 class OpenLayer:
-    """A layer that has been folded but not written: its block, and what there is to say of it."""
+    """A layer that has been folded but not written: its block, and what there is to say of it.
+
+    `design` is None in a layer that stays as it is.
+    """
 
     block: Block
-    weights: InitVar[FoldedWeights]
-    choice: str
-    error: float
+    weights: InitVar[FoldedWeights | None]
+    choice: str = ""
+    error: float = 0.0
+    design: Design | None = field(default=None, init=False)
 
-    def __post_init__(self, weights: FoldedWeights) -> None:
-        self.set_weights(weights)
+    def __post_init__(self, weights: FoldedWeights | None) -> None:
+        if weights is not None:
+            self.set_weights(weights)
 
     def set_weights(self, weights: FoldedWeights) -> None:
         self.design = design(weights.to(self.block.device, torch.float32))
         self.block.set_attention(self.design)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What learns in it."""
+        return [] if self.design is None else list(self.design.parameters())
+
+
+def designs_of(layers: Iterable[OpenLayer]) -> list[Design]:
+    """The designs of those that are folded."""
+    return [item.design for item in layers if item.design is not None]
 
 
 def fold_layer(job: Conversion, source: SourceModel, layer: int, original: HiddenStates) -> OpenLayer:
@@ -58,9 +73,14 @@ def fold_layer(job: Conversion, source: SourceModel, layer: int, original: Hidde
 
 
 def reopen_layer(
-    source: SourceModel, layer: int, original: HiddenStates, weights: FoldedWeights, choice: str = "", error: float = 0.0
+    source: SourceModel,
+    layer: int,
+    original: HiddenStates,
+    weights: FoldedWeights | None = None,
+    choice: str = "",
+    error: float = 0.0,
 ) -> OpenLayer:
-    """A layer that was folded before an interruption; the original stream moves behind it."""
+    """A layer that was folded before an interruption, or that stays as it is; the original stream moves behind it."""
     block = source.block(layer)
     block.advance(original)
     return OpenLayer(block, weights, choice, error)
@@ -71,6 +91,8 @@ def packed(items: Iterable[tuple[int, OpenLayer]]) -> bytes:
     tensors: dict[str, Tensor] = {}
     notes: dict[str, str] = {}
     for layer, item in items:
+        if item.design is None:
+            continue
         held = weights_of(item.design)
         tensors |= {f"{layer}.{name}": t.cpu().contiguous() for name, t in held.tensors().items()}
         notes[str(layer)] = json.dumps([type(held).__name__, item.choice, item.error])

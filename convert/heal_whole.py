@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvfold.convert.conversion import Conversion, Report
 from kvfold.convert.duration import announced, seconds_of, training_seconds
-from kvfold.convert.folding import OpenLayer, fold_layer, packed, reopen_layer, unpacked
+from kvfold.convert.folding import OpenLayer, designs_of, fold_layer, packed, reopen_layer, unpacked
 from kvfold.convert.planning.settings import ConvertSettings
 from kvfold.convert.source.data import Windows
 from kvfold.convert.source.stream import HiddenStates, SourceModel, logit_cap
@@ -51,8 +51,8 @@ def heals_whole(job: Conversion, source: SourceModel, windows: Windows) -> bool:
     if settings.heal_window != "auto" or not settings.heal_steps:
         return settings.heal_window == "all" and settings.heal_steps > 0
     if job.writer.finished:
-        return _unit(0) in job.writer.finished
-    if job.layers <= SHALLOW:
+        return _unit(job.plan.folded[0]) in job.writer.finished
+    if len(job.plan.folded) <= SHALLOW:
         return False
     return needed_bytes(job, source, windows.ids.shape[1]) <= 0.6 * free_bytes(source.device)
 
@@ -61,7 +61,7 @@ def needed_bytes(job: Conversion, source: SourceModel, tokens: int) -> int:
     """An estimate of what healing the whole model takes: float32 weights, three more of each that learns, activations."""
     spec = job.plan.spec
     weights = sum(p.numel() for p in source.base.parameters()) + spec.vocab_size * spec.hidden_size
-    learning = spec.layers * spec.hidden_size * spec.head_dim * (2 * spec.heads + 2 * spec.kv_heads)
+    learning = len(job.plan.folded) * spec.hidden_size * spec.head_dim * (2 * spec.heads + 2 * spec.kv_heads)
     # A token keeps about forty vectors of a layer, and its scores against the window several times.
     activations = 2 * PIECE * spec.layers * (40 * spec.hidden_size + 5 * spec.heads * tokens)
     return 4 * (weights + 3 * learning) + activations
@@ -85,9 +85,9 @@ def fold_whole(job: Conversion, source: SourceModel, windows: Windows, report: R
     for layer in range(job.layers):
         report(share * layer / job.layers, f"layer {layer + 1}/{job.layers}: folding")
         layers.append(_open(job, source, layer, original))
-        if layer == 0 and fresh:
-            folding = (time.monotonic() - started) * job.layers
-            healing = _seconds(job, source, output, layers[0], original)
+        if layer == job.plan.folded[0] and fresh:
+            folding = (time.monotonic() - started) * len(job.plan.folded)
+            healing = _seconds(job, source, output, layers[-1], original)
             report(None, announced(folding, healing))
             share = 0.9 * folding / (folding + healing)
 
@@ -97,13 +97,15 @@ def fold_whole(job: Conversion, source: SourceModel, windows: Windows, report: R
     record = _heal(job, source, output, windows.ids, original, layers, healing_report)
     file.unlink(missing_ok=True)
     for layer, item in enumerate(layers):
-        if not job.finished(layer):
+        if item.design is not None and not job.finished(layer):
             job.write(weights_of(item.design), layer)
             job.writer.finish(job.unit(layer), {"choice": item.choice, "block_error": item.error, **record})
 
 
 def _open(job: Conversion, source: SourceModel, layer: int, original: HiddenStates) -> OpenLayer:
     """A layer folded now or before an interruption; the original stream moves behind it."""
+    if layer not in job.plan.folded:
+        return reopen_layer(source, layer, original)
     name = f"folded-{layer}.safetensors"
     if _unit(layer) in job.writer.finished and (kept := unpacked(job.writer.folder / name, layer)) is not None:
         return reopen_layer(source, layer, original, *kept)
@@ -159,7 +161,7 @@ def _heal(
     autocast = autocast_of(settings)
     begin = source.beginning()
     norm, *table = output
-    blocks, designs = [item.block for item in layers], [item.design for item in layers]
+    blocks, designs = [item.block for item in layers], designs_of(layers)
 
     def batch(pick: Tensor | slice) -> tuple[Tensor, Tensor]:
         return begin(ids[pick]), original.data[pick].to(source.device)

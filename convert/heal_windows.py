@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvfold.convert.conversion import Conversion, Report
 from kvfold.convert.duration import announced, training_seconds
-from kvfold.convert.folding import OpenLayer, fold_layer, packed, reopen_layer, unpacked
+from kvfold.convert.folding import OpenLayer, designs_of, fold_layer, packed, reopen_layer, unpacked
 from kvfold.convert.heal_whole import autocast_of, failed, fold_whole, heals_whole
 from kvfold.convert.planning.settings import ConvertSettings
 from kvfold.convert.source.data import Windows
@@ -34,7 +34,7 @@ REPEATED = 32
 def fold_on_stream(job: Conversion, device: torch.device, windows: Windows, report: Report) -> None:
     """Fold and heal every layer on the calibration tokens. Raises ConversionError when something is not finite."""
     plan, settings, layers = job.plan, job.plan.settings, job.layers
-    if all(job.finished(layer) for layer in range(layers)):
+    if all(job.finished(layer) for layer in plan.folded):
         return
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -56,18 +56,19 @@ def fold_on_stream(job: Conversion, device: torch.device, windows: Windows, repo
     original, folded = streams[0], streams[-1]  # without healing nothing reads the folded stream
     ahead = (settings.heal_window if isinstance(settings.heal_window, int) else WINDOW) if settings.heal_steps else 1
     waiting: deque[OpenLayer] = deque()
-    for layer in range(layers):
+    announce = not job.writer.finished
+    for layer in range(plan.folded[-1] + 1):
         started = time.time()
         share, title = 0.9 * layer / layers, f"layer {layer + 1}/{layers}"
         while len(waiting) < min(ahead, layers - layer):
             report(share, f"{title}: folding")
-            fresh, before = not job.writer.finished and not waiting, time.monotonic()
+            before = time.monotonic()
             waiting.append(_open(job, source, layer + len(waiting), original))
-            if fresh:
-                folding = (time.monotonic() - before) * layers
-                report(None, announced(folding, _seconds(job, waiting[0], original, ahead) if settings.heal_steps else 0.0))
+            if announce and waiting[-1].design is not None:
+                announce, folding = False, (time.monotonic() - before) * len(plan.folded)
+                report(None, announced(folding, _seconds(job, waiting[-1], original, ahead) if settings.heal_steps else 0.0))
         current = waiting[0]
-        if not job.finished(layer):
+        if current.design is not None and not job.finished(layer):
             record: dict[str, Any] = {"choice": current.choice, "block_error": current.error}
             if settings.heal_steps:
 
@@ -80,11 +81,12 @@ def fold_on_stream(job: Conversion, device: torch.device, windows: Windows, repo
             record["seconds"] = round(time.time() - started, 2)
             if len(waiting) > 1:
                 job.writer.keep(_waiting(layer), packed(enumerate(list(waiting)[1:], layer + 1)))
-            job.writer.drop(_waiting(layer - 1))
+            job.writer.drop(_waiting(max((n for n in plan.folded if n < layer), default=-1)))
             job.writer.finish(job.unit(layer), record)
-        if settings.heal_steps and layer < layers - 1:
+        if settings.heal_steps and layer < plan.folded[-1]:
             # The folded stream runs through what was written, rounding included: the next layer repairs that too.
-            current.set_weights(job.read_written(layer))
+            if current.design is not None:
+                current.set_weights(job.read_written(layer))
             current.block.advance(folded)
             check_finite(folded.data, f"folded layer {layer}")
         waiting.popleft()
@@ -97,14 +99,17 @@ def _seconds(job: Conversion, first: OpenLayer, original: HiddenStates, ahead: i
     rows, tokens, _ = original.data.shape
     hidden = original.data[: max(1, min(rows, job.plan.settings.heal_batch_tokens // tokens))].to(first.block.device)
     settings = job.plan.settings
-    return settings.heal_steps * job.layers * ahead * training_seconds(first, hidden, autocast_of(settings))
+    return settings.heal_steps * len(job.plan.folded) * ahead * training_seconds(first, hidden, autocast_of(settings))
 
 
 def _open(job: Conversion, source: SourceModel, layer: int, original: HiddenStates) -> OpenLayer:
-    """A layer folded now or before an interruption; the original stream moves behind it."""
+    """A layer folded now or before an interruption, or one that stays as it is; the original stream moves behind it."""
+    if layer not in job.plan.folded:
+        return reopen_layer(source, layer, original)
     if job.finished(layer):
         return reopen_layer(source, layer, original, job.read_written(layer))
-    saved = unpacked(job.writer.folder / _waiting(len(job.writer.finished) - 1), layer)
+    last = max((n for n in job.plan.folded if job.finished(n)), default=-1)
+    saved = unpacked(job.writer.folder / _waiting(last), layer)
     if saved is not None:
         return reopen_layer(source, layer, original, *saved)
     return fold_layer(job, source, layer, original)
@@ -138,7 +143,7 @@ def _heal(
                 yield folded.data[pick].to(device), original.data[pick].to(device)
 
     blocks = [item.block for item in waiting]
-    designs = [item.design for item in waiting]
+    designs = designs_of(waiting)
     parameters = [p for module in designs for p in module.parameters()]
 
     @torch.no_grad()

@@ -50,9 +50,11 @@ def best_latent(
             return thin(factorized.mfa_kr(layer, rope_dim, choice))
         if plan.settings.to == "mfa":
             return thin(factorized.mfa(layer, rope_dim, choice))
-        return thin(latent.fold(layer, rank, rope_dim, choice, turned=plan.turned_keys(rank)))
+        return thin(latent.fold(layer, rank, rope_dim, choice, turned=plan.turned_keys(rank, rope_dim)))
 
     start, tries = _search(plan)
+    if plan.design == "latent" and not rope_dim:
+        tries = {name: values for name, values in tries.items() if name not in ("picked", "slots")}
     found = latent.search(fold, seen.compare, start, tries) if search else [(0.0, start, fold(start))]
     return _measured(seen, ((str(choice), folded) for _, choice, folded in found))
 
@@ -71,11 +73,12 @@ def _search(plan: ConversionPlan) -> tuple[Choice, Tries]:
     """Where the search for a layer's best choice begins, and what it tries."""
     if plan.design == "rebuilt-key":
         return rebuilt.START, rebuilt.TRIED
-    # what is constant over linear keys is not over normed ones, and behind a soft cap it does not fall out of the softmax
-    if (plan.spec.key_norm or plan.spec.score_cap) and plan.settings.to != "mfa":
+    # What is constant over linear keys is not over normed ones, and does not fall out of the softmax behind a soft cap; beside
+    # a sink attention weights do not sum to one.
+    if plan.spec.sinks or ((plan.spec.key_norm or plan.spec.score_cap) and plan.settings.to != "mfa"):
         started, tries = latent.FREE_START, latent.FREE
-        if plan.settings.to == "mfa-kr":
-            started, tries = factorized.START["mfa-kr"], factorized.TRIED["mfa-kr"]
+        if plan.settings.to != "mla":
+            started, tries = factorized.START[plan.settings.to], factorized.TRIED[plan.settings.to]
         return replace(started, centred=False), {name: values for name, values in tries.items() if name != "centred"}
     if plan.layout == "step3_text":
         return factorized.STOCK_START, factorized.STOCK

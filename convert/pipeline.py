@@ -121,7 +121,7 @@ def _record(source: str, job: Conversion, tokens: int, seconds: float, device: t
         "kv_budget": plan.kv_budget,
         "cache_numbers_per_token_per_layer": plan.cache_numbers,
         "calibration_tokens": tokens,
-        "layers": [job.writer.finished[job.unit(i)] for i in range(job.layers)],
+        "layers": [job.writer.finished[job.unit(i)] for i in plan.folded],
         "seconds": round(seconds, 2),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
@@ -160,7 +160,7 @@ def fold_alone(job: Conversion, device: torch.device, report: Report) -> None:
 
 def _copy_rest(job: Conversion, specs: Iterable[TensorSpec], report: Report) -> None:
     """Copy what is not attention: byte for byte where its dtype and its scale stay."""
-    folded = {name for layer in range(job.layers) for name in job.layout.names(layer, job.plan)}
+    folded = {name for layer in job.plan.folded for name in job.layout.names(layer, job.plan)}
     rest = [s for s in specs if s.name not in folded]
     total, done = sum(s.size for s in rest), 0
     begun = 0.9 if job.plan.settings.calibrate else 0.5

@@ -55,7 +55,8 @@ def verify(job: Conversion, config: dict[str, Any], ids: Tensor | None, device: 
     for layer in range(layers) if ids is not None else sorted({0, layers - 1}):
         report(0.99, f"layer {layer + 1}/{layers}: verifying")
         block = source.block(layer)
-        block.set_attention(design(job.read_written(layer).to(device, torch.float32)))
+        if layer in plan.folded:
+            block.set_attention(design(job.read_written(layer).to(device, torch.float32)))
         after = block(states)
         if not after.isfinite().all():
             kind = UserError if ids is None else ConversionError  # work that took hours is kept

@@ -40,7 +40,7 @@ def write_adapter(folded: Folded, trainee: Trainee, base: str, folder: Path) -> 
     """
     causal: Any = trainee.student.causal
     changes: dict[str, Tensor] = {}
-    for layer in range(folded.plan.spec.layers):
+    for layer in folded.plan.folded:
         changes |= _stored_change(folded, layer, attention_of(causal.base_model.layers[layer]))
     factors = {name: _factors(change) for name, change in changes.items()}
     rank = max(a.shape[0] for a, _ in factors.values())

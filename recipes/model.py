@@ -63,7 +63,7 @@ class Folded:
 
     def rest(self) -> Iterator[tuple[str, str, float]]:
         """What is not attention: its name here, its name in the source's architecture, and the factor on it here."""
-        attention = {name for layer in range(self.plan.spec.layers) for name in self.layout.names(layer, self.plan)}
+        attention = {name for layer in self.plan.folded for name in self.layout.names(layer, self.plan)}
         for name in self.reader.entries:
             if name not in attention:
                 origin, factor = self.layout.origin(name, self.plan)
@@ -87,7 +87,7 @@ def open_folded(folder: Path, source: str | None) -> Folded:
         raise UserError(f"{folder / RECORD} is damaged (target.widths are no pairs): convert again")
     plan = replace(make_plan(config, settings), widths=tuple((rank, rope) for rank, rope in widths))
     folded = Folded(reader, record, config, plan)
-    missing = [n for i in range(plan.spec.layers) for n in folded.layout.names(i, plan) if n not in reader.entries]
+    missing = [n for i in plan.folded for n in folded.layout.names(i, plan) if n not in reader.entries]
     target = json.loads(json.dumps(plan.target()))
     # the note is for people; a later version may word it otherwise, or record more
     same = all(recorded[key] == target.get(key) for key in recorded if key != "note")
@@ -150,7 +150,7 @@ def build(folded: Folded, recipe: Recipe, frozen: torch.dtype | None, meta: bool
         raise UserError("train=full is not possible where layers have experts: use train=attention or train=lora")
     causal: Any = build_on_meta(folded.source_config)
     base = causal.base_model
-    for layer in range(folded.plan.spec.layers):
+    for layer in folded.plan.folded:
         fold_in(base, layer, folded.attention(layer, meta), folded.plan.spec.positions(layer))
     fill_buffers(causal, "cpu")
     if folded.plan.family.experts is not None:
@@ -257,7 +257,7 @@ def write_folded(folded: Folded, causal: nn.Module, changed: Iterable[str], writ
     """
     modules: Any = causal
     learned = set(changed)
-    for layer in range(folded.plan.spec.layers):
+    for layer in folded.plan.folded:
         weights = weights_of(attention_of(modules.base_model.layers[layer]))
         for name, tensor in folded.layout.tensors(weights, layer, folded.plan).items():
             writer.write(name, tensor)

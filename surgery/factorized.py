@@ -47,9 +47,9 @@ def mfa(layer: Layer, width: int, choice: Choice = START["mfa"]) -> LatentWeight
 def mfa_kr(layer: Layer, width: int, choice: Choice = START["mfa-kr"]) -> ReusedKeyWeights:
     """One wide key of `width` numbers, a share `choice.still` of them without rotation, that serves as value too.
 
-    Every head's value is read from the key before its rotation by linear regression, means apart; what that does not say is
-    what the still part is chosen for, together with the keys' position-free rest. The regression is absorbed by the heads'
-    maps, so N begins at zero, and α at one for training to move it.
+    Every head's value is read from the key before its rotation by linear regression, means apart where no sinks are; what that
+    does not say is what the still part is chosen for, together with the keys' position-free rest. The regression is absorbed by
+    the heads' maps, so N begins at zero, and α at one for training to move it.
 
     Raises:
         ValueError: `width` is odd, or above the 2·G·D that hold all keys and all values.
@@ -60,17 +60,18 @@ def mfa_kr(layer: Layer, width: int, choice: Choice = START["mfa-kr"]) -> Reused
         raise ValueError(f"width {width} must be even and between 2 and {2 * widest}")
     turning = min(widest, max(2, width - 2 * round(width * choice.still / 2)))
     still = width - turning
+    apart = weights.sinks is None  # else attention weights do not sum to one
     slots = rotary_slots(layer, turning // 2, choice)
     values, cached = layer.rows[2], from_complex(slots.key)  # (G, D, 2n), (R, 2n)
     down, up_k = cached[:0], values.new_zeros(*values.shape[:2], 0)
     if still:
-        left = values - regression(layer.seen(values, True), layer.seen(cached, True)) @ cached
+        left = values - regression(layer.seen(values, apart), layer.seen(cached, apart)) @ cached
         rank = min(still, weights.k.shape[-1])  # no input has more to hold; zeros behind that
         down, up_k, _ = joint_latent(layer, slots.rest, left, rank, choice)
         down, up_k = F.pad(down, (0, 0, 0, still - rank)), F.pad(up_k, (0, still - rank))
     order = _halves_first(turning, still).to(cached.device)
     key = torch.cat([cached, down])[order]  # (C, 2n)
-    up_v = regression(layer.seen(values, True), layer.seen(key, True))  # (G, D, C)
+    up_v = regression(layer.seen(values, apart), layer.seen(key, apart))  # (G, D, C)
     mean = layer.mean(values - up_v @ key)  # (G, D)
     key = layer.plain(key)
     per = weights.heads // weights.kv_heads
@@ -94,7 +95,7 @@ def mfa_kr(layer: Layer, width: int, choice: Choice = START["mfa-kr"]) -> Reused
         o=weights.o,
         q_bias=bias,
         k_bias=key[:, -1] if key[:, -1].any() else None,
-        o_bias=weights.o_bias_with(mean),
+        o_bias=weights.o_bias_with(mean) if apart else weights.o_bias,
         **weights.softmax,
     )
 

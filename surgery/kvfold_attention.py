@@ -51,9 +51,10 @@ def half_split(rope: Rope, width: int, made: str = "halves") -> Rope:
     a pair side by side; `none`, of which the layer reads nothing.
     """
     if made == "none":
-        return torch.ones_like(rope[0][..., :1]).expand(*rope[0].shape[:-1], width), torch.zeros_like(rope[1][..., :1]).expand(
-            *rope[1].shape[:-1], width
-        )
+        shape = *rope[0].shape[:-1], width
+        return rope[0].new_ones(1).expand(shape), rope[0].new_zeros(1).expand(shape)
+    if made == "halves" and rope[0].shape[-1] >= width:
+        return rope
     halves = [t[..., ::2] if made == "pairs" else t[..., : t.shape[-1] // 2] for t in rope]
     still = width // 2 - halves[0].shape[-1]
     cos, sin = (F.pad(t, (0, max(still, 0)), value=value) for t, value in zip(halves, (1.0, 0.0), strict=True))

@@ -152,7 +152,7 @@ def fold(
 
     Args:
         rank: width `r` of the latent.
-        rope_dim: width `R` of the rotary key, up to the G·D numbers at which it holds all keys.
+        rope_dim: width `R` of the rotary key, up to the G·D numbers at which it holds all keys; 0 where nothing turns.
         choice: see `Choice`; `first` slots of at most D numbers, not centred, are what stock `deepseek_v3` can say.
         position_free: whether heads have a part of the key without rotation; MFA has none.
         turned: how many keys turn whole, a constant and one for each of the latent's first numbers.
@@ -162,8 +162,8 @@ def fold(
     """
     weights = layer.weights
     widest = weights.kv_heads * weights.head_dim
-    if rope_dim % 2 or not 2 <= rope_dim <= widest:
-        raise ValueError(f"rope_dim {rope_dim} must be even and between 2 and {widest}")
+    if rope_dim % 2 or not 0 <= rope_dim <= widest:
+        raise ValueError(f"rope_dim {rope_dim} must be even and between 0 and {widest}")
     if not 1 <= rank <= full_rank(weights.k.shape[-1], weights.kv_heads, weights.head_dim):
         raise ValueError(f"rank {rank} must lie between 1 and the full rank of keys and values")
     if not position_free:

@@ -20,7 +20,8 @@ def rebuilt(layer: Layer, rank: int, choice: Choice = START) -> RebuiltKeyWeight
     """One layer with a latent of `rank` numbers for keys and values together: their leading joint directions.
 
     Keys are weighted by (second moment of their queries, per frequency)^slots, values by `(W_Oᵀ W_O)^values`, and `balance`
-    weighs the keys' energy against the values'. Means are kept apart as biases.
+    weighs the keys' energy against the values'. Means are kept apart as biases, but stay in the latent beside sinks, where
+    attention weights do not sum to one.
 
     Raises:
         ValueError: a `rank` above the full rank of keys and values.
@@ -33,7 +34,8 @@ def rebuilt(layer: Layer, rank: int, choice: Choice = START) -> RebuiltKeyWeight
     energy = layer.query_energy.repeat(1, 2)  # (H, D)
     reading = torch.diag_embed(energy.unflatten(0, (-1, per)).sum(1))  # (G, D, D)
     metric = power_and_inverse(reading, choice.slots / 2)
-    down, up_k, up_v = weighted_latent(layer, k, v, metric, rank, replace(choice, centred=True))
+    apart = weights.sinks is None
+    down, up_k, up_v = weighted_latent(layer, k, v, metric, rank, replace(choice, centred=apart))
     down = layer.plain(down)
     return RebuiltKeyWeights(
         q=weights.q,
@@ -43,7 +45,7 @@ def rebuilt(layer: Layer, rank: int, choice: Choice = START) -> RebuiltKeyWeight
         o=weights.o,
         q_bias=weights.q_bias,
         kv_bias=down[:, -1],
-        k_bias=layer.mean(k),
-        o_bias=weights.o_bias_with(layer.mean(v)),
+        k_bias=layer.mean(k) if apart else None,
+        o_bias=weights.o_bias_with(layer.mean(v)) if apart else weights.o_bias,
         **weights.softmax,
     )

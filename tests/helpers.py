@@ -24,6 +24,8 @@ EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
 PAIRED = ("cohere", "glm", "glm4", "ernie4_5")
 """Families whose RoPE turns neighbouring numbers."""
 OTHERS = ("olmo2", "gemma", "granite", "starcoder2", "seed_oss", "phi3", "stablelm", *PAIRED, "phi", *EXPERTS)
+MIXED = ("gemma2", "gemma3_text", "cohere2", "smollm3", "olmo3", "exaone4", "gpt_oss")
+"""Families whose layers are of several kinds: three layers here, of which the last attends over everything."""
 """Families whose layers are not Llama's beside attention, or little known."""
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -58,6 +60,10 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
         "mixtral": {"num_local_experts": 4, "sliding_window": None},
         "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
         "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        "gemma2": {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0},
+        "gemma3_text": {"query_pre_attn_scalar": 24},
+        "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32, "pad_token_id": 0},
+        "smollm3": {"no_rope_layers": [1, 0, 1], "layer_types": None, "sliding_window": None, "pad_token_id": 0},
         "granite": {
             "attention_multiplier": 0.2,
             "embedding_multiplier": 3.0,
@@ -65,6 +71,8 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
             "logits_scaling": 2.0,
         },
     }
+    mixed = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+    values |= {**mixed, "sliding_window": 12} if family in MIXED else {}
     kind = "llama" if family == "llama3" else family
     return AutoConfig.for_model(kind, **{**values, **own.get(family, {}), **changes})
 

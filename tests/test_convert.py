@@ -24,7 +24,7 @@ from kvfold.evaluation.layers import measure_cache
 from kvfold.surgery.attention import GroupedAttention
 from kvfold.surgery.designs import design
 from kvfold.surgery.kvfold_attention import exchange
-from tests.helpers import OTHERS, save_model, save_tokens
+from tests.helpers import MIXED, OTHERS, save_model, save_tokens
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
@@ -39,6 +39,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((family, {"num_key_value_heads": 4}) for family in OTHERS),
     ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}}),
     ("gpt_neox", {}),
+    *((family, {"num_key_value_heads": 4}) for family in MIXED),
 ]
 GROUPED = [(name, changes) for name, changes in VARIANTS if name == "llama3" or FAMILIES[name].grouped]
 """Those whose class can have fewer key heads."""
@@ -86,7 +87,9 @@ def test_lifted_attention_is_the_transformers_class(family: str, changes: dict[s
         names = known.names(layer, spec)
         attention = GroupedAttention(known.lift({role: reader.tensor(name) for role, name in names.items()}, spec))
         with torch.no_grad():
-            wanted, got = block.attend(hidden), attention(hidden, **block.arguments)[0]
+            wanted = block.attend(hidden)
+            with block.attention(attention):
+                got = block.attend(hidden)
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 

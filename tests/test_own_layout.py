@@ -24,7 +24,7 @@ from kvfold.evaluation.layers import measure_cache
 from kvfold.surgery import latent
 from kvfold.surgery.designs import design
 from kvfold.surgery.kvfold_attention import attention_of, exchange, rotate
-from tests.helpers import FAMILIES, LLAMA3_ROPE, OTHERS, invoke, save_model, save_tokens
+from tests.helpers import FAMILIES, LLAMA3_ROPE, MIXED, OTHERS, invoke, save_model, save_tokens
 from tests.test_convert import IDS, decoded_as_uncached, fold, load, logits
 
 SLIDING = ("mistral", {"sliding_window": 12})
@@ -39,10 +39,11 @@ SOURCES: list[tuple[str, dict[str, Any]]] = [
     ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}}),
     ("gpt_neox", {}),
 ]
-NORMED = ("qwen3", "olmo2", "qwen3_moe")
+NORMED = ("qwen3", "olmo2", "qwen3_moe", "gemma3_text", "olmo3", "exaone4")
 GROUPED_NORMED: list[tuple[str, dict[str, Any]]] = [("qwen3", {"num_key_value_heads": 4})]
-TABLES: list[tuple[str, dict[str, Any]]] = [("cohere", {})]
+TABLES: list[tuple[str, dict[str, Any]]] = [("cohere", {}), ("gemma3_text", {})]
 """Families whose tables of angles are made in another way."""
+KINDS: list[tuple[str, dict[str, Any]]] = [(family, {"num_key_value_heads": 4}) for family in MIXED]
 SMALL: dict[str, dict[str, Any]] = {
     "mla": {"to": "mla", "kv_rank": 20, "rope_dim": 12, "layout": "kvfold"},
     "mla, low-rank queries": {"to": "mla", "kv_rank": 20, "rope_dim": 6, "q_rank": 24},
@@ -73,12 +74,52 @@ def possible(sources: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[
     return [(family, *rest) for family, *rest in pairs if family not in NORMED or rest[-1] != "mla, low-rank queries"]
 
 
-@pytest.mark.parametrize(("family", "changes", "design"), possible(SOURCES), ids=str)
+MIXED_FOLDS = [(*source, design) for source in KINDS for design in ("mla", "mfa-kr")]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "design"), [*possible(SOURCES), *MIXED_FOLDS, *possible(KINDS[:1])[2:4]], ids=str
+)
 def test_full_width_is_the_source(family: str, changes: dict[str, Any], design: str, tmp_path: Path) -> None:
     source = save_model(tmp_path / "source", family, **changes)
     tokens = save_tokens(tmp_path / "t.safetensors", 16, min(40, changes.get("sliding_window") or 40))
     fold(source, tmp_path / "out", **whole(source)[design], calibrate=tokens)
     torch.testing.assert_close(logits(tmp_path / "out"), logits(source), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("design", ["mla", "mla, rebuilt keys", "mfa-kr"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "cohere2"])
+def test_layers_with_a_window_can_be_folded_too(family: str, design: str, tmp_path: Path) -> None:
+    """On text longer than their window, with the RoPE of their kind; decoding drops what they do not see."""
+    source = save_model(tmp_path / "source", family, num_key_value_heads=4)
+    tokens = save_tokens(tmp_path / "t.safetensors", 16, 40)
+    record = fold(source, tmp_path / "out", **whole(source)[design], layers="all", calibrate=tokens)
+    assert len(record["layers"]) == 3 and "folded_layers" not in record["target"]
+    model = load(tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, logits(source), atol=1e-4, rtol=1e-4)
+    cache = decoded_as_uncached(model)
+    assert [layer.keys.shape[2] for layer in cache.layers] == [11, 11, 40]
+
+
+def test_layers_that_stay_keep_their_tensors_and_their_cache(tmp_path: Path) -> None:
+    """Only the last of three is folded, healed with the first window of layers, and counted with the others."""
+    source = save_model(tmp_path / "source", "gemma3_text", num_key_value_heads=4)
+    tokens = save_tokens(tmp_path / "t.safetensors", 16, 40)
+    record = fold(source, tmp_path / "out", **SMALL["mla"], calibrate=tokens, heal_steps=4, heal_batch_tokens=80)
+    before, after = CheckpointReader(source), CheckpointReader(tmp_path / "out")
+    for name in before.entries:
+        if "layers.2.self_attn" not in name:
+            assert torch.equal(after.tensor(name), before.tensor(name)), name
+    assert [layer is None for layer in after.config["folded_layers"]] == [True, True, False]
+    assert record["target"]["folded_layers"] == [2]
+    assert record["layers"][0]["window_error"]["after"] < record["layers"][0]["window_error"]["before"]
+    numbers = (64 + 64 + 20 + 12 + 4) / 3  # of the folded layer a latent, a rotary key and the sizes of four keys
+    assert record["cache_numbers_per_token_per_layer"] == pytest.approx(numbers)
+    model = load(tmp_path / "out")
+    assert measure_cache(model, IDS[:1, :4], 4)[0] == pytest.approx(numbers)
+    model.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(logits(tmp_path / "again"), logits(tmp_path / "out"), atol=0, rtol=0)
 
 
 SLOWED = {**LLAMA3_ROPE, "original_max_position_embeddings": 1024}
@@ -189,7 +230,8 @@ def test_cached_is_uncached_padded_is_unpadded_and_the_cache_is_small(
             rtol=1e-4,
         )
     plan = make_plan(CheckpointReader(source).config, ConvertSettings(**SMALL[design]))
-    assert measure_cache(model, IDS[:1, :10]) == (plan.cache_numbers, plan.cache_numbers * 4 * 2)
+    numbers = plan.cache_numbers
+    assert measure_cache(model, IDS[:1, :4], 4) == pytest.approx((numbers, numbers * 4 * plan.spec.layers))
     assert load(source).num_parameters() - plan.parameters_saved == model.num_parameters()
 
 

@@ -127,19 +127,24 @@ def plain(theta: float) -> Rope:
     return Rope("default", theta, {})
 
 
+def geometry(hidden: int, layers: int, heads: int, kv_heads: int, width: int, *rest: Any) -> AttentionSpec:
+    *biases_and_rope, window, positions, vocabulary, tied, eps = rest
+    kinds = (window,) * layers, (True,) * layers
+    sizes = hidden, layers, heads, kv_heads, width
+    return AttentionSpec(*sizes, *biases_and_rope, *kinds, positions, vocabulary, tied, eps, width)
+
+
 # hidden, layers, heads, key heads, head width, biases on q k v, on o, RoPE, window, positions, vocabulary
 SPECS = [
-    (LLAMA_2_7B, AttentionSpec(4096, 32, 32, 32, 128, False, False, plain(1e4), None, 4096, 32000, False, 1e-5)),
+    (LLAMA_2_7B, geometry(4096, 32, 32, 32, 128, False, False, plain(1e4), None, 4096, 32000, False, 1e-5)),
     (
         LLAMA_31_8B,
-        AttentionSpec(
-            4096, 32, 32, 8, 128, False, False, Rope("llama3", 5e5, LLAMA3_PARAMETERS), None, 131072, 128256, False, 1e-5
-        ),
+        geometry(4096, 32, 32, 8, 128, False, False, Rope("llama3", 5e5, LLAMA3_PARAMETERS), None, 131072, 128256, False, 1e-5),
     ),
-    (TINYLLAMA, AttentionSpec(2048, 22, 32, 4, 64, False, False, plain(1e4), None, 2048, 32000, False, 1e-5)),
-    (SMOLLM, AttentionSpec(576, 30, 9, 3, 64, False, False, plain(1e4), None, 2048, 49152, True, 1e-5)),
-    (MISTRAL, AttentionSpec(4096, 32, 32, 8, 128, False, False, plain(1e4), 4096, 32768, 32000, False, 1e-5)),
-    (QWEN, AttentionSpec(896, 24, 14, 2, 64, True, False, plain(1e6), None, 32768, 151936, True, 1e-6)),
+    (TINYLLAMA, geometry(2048, 22, 32, 4, 64, False, False, plain(1e4), None, 2048, 32000, False, 1e-5)),
+    (SMOLLM, geometry(576, 30, 9, 3, 64, False, False, plain(1e4), None, 2048, 49152, True, 1e-5)),
+    (MISTRAL, geometry(4096, 32, 32, 8, 128, False, False, plain(1e4), 4096, 32768, 32000, False, 1e-5)),
+    (QWEN, geometry(896, 24, 14, 2, 64, True, False, plain(1e6), None, 32768, 151936, True, 1e-6)),
 ]
 NAMES = ["Llama-2-7B", "Llama-3.1-8B", "TinyLlama-1.1B", "SmolLM-135M", "Mistral-7B-v0.1", "Qwen2.5-0.5B"]
 
@@ -147,7 +152,7 @@ NAMES = ["Llama-2-7B", "Llama-3.1-8B", "TinyLlama-1.1B", "SmolLM-135M", "Mistral
 @pytest.mark.parametrize(("config", "spec"), SPECS, ids=NAMES)
 def test_spec_of_published_configs(config: dict[str, Any], spec: AttentionSpec) -> None:
     assert family_of(config).model_type == config["model_type"]
-    assert family_of(config).spec(config) == replace(spec, rotary_dim=spec.head_dim)
+    assert family_of(config).spec(config) == spec
 
 
 @pytest.mark.parametrize(
@@ -173,15 +178,15 @@ def test_cache_and_parameters_of_published_configs(config: dict[str, Any], numbe
     assert parameters - plan.parameters_saved == count_parameters(folded)
 
 
-def test_sliding_windows_limit_what_calibration_may_reach() -> None:
-    assert family_of(MISTRAL).spec(MISTRAL).reach == 4096
+def test_sliding_windows_are_read_layer_by_layer() -> None:
+    assert family_of(MISTRAL).spec(MISTRAL).windows == (4096,) * 32
     later = {**MISTRAL, "sliding_window": None}  # Mistral-7B-v0.2 and later
-    assert family_of(later).spec(later).reach == 32768
+    assert family_of(later).spec(later).windows == (None,) * 32
     without = {k: v for k, v in MISTRAL.items() if k != "sliding_window"}  # 4096 is the default of MistralConfig
     assert family_of(without).spec(without).sliding_window == 4096
-    windowed = {**QWEN, "use_sliding_window": True, "sliding_window": 8192, "max_window_layers": 0}
-    assert family_of(windowed).spec(windowed).reach == 8192
-    assert family_of(QWEN).spec(QWEN).reach == 32768
+    windowed = {**QWEN, "use_sliding_window": True, "sliding_window": 8192, "max_window_layers": 20}
+    assert family_of(windowed).spec(windowed).windows == (None,) * 20 + (8192,) * 4
+    assert family_of(QWEN).spec(QWEN).sliding_window is None
 
 
 @pytest.mark.parametrize(
@@ -273,7 +278,7 @@ def test_the_cache_stops_growing_at_the_sliding_window(tmp_path: Path) -> None:
         assert plan.cache_bytes(context, 2, "bfloat16") == (2**30, 2**29)
     mixed = {**QWEN, "use_sliding_window": True, "sliding_window": 1024, "max_window_layers": 18}
     plan = make_plan(mixed, ConvertSettings(to="mqa"))
-    assert (plan.spec.sliding_window, plan.spec.full_layers) == (1024, 18)
+    assert (plan.spec.sliding_window, plan.spec.full_layers) == (1024, tuple(range(18)))
     assert plan.cache_bytes(4096, 1, "bfloat16")[0] == (18 * 4096 + 6 * 1024) * 256 * 2
     (tmp_path / "config.json").write_text(json.dumps(MISTRAL))
     code, text = invoke("plan", tmp_path, "--to", "mqa")
@@ -701,3 +706,59 @@ def test_padding_for_vllm() -> None:
     assert "--rope-dim 64 or less and --kv-rank 512 or less" in plan.refusals[0]
     plan = make_plan(TINYLLAMA, ConvertSettings(to="mla", kv_rank=256, rope_dim=64))
     assert plan.stored == LatentShape(256, 64, 64, 128)  # heads of 64: values padded, the cache as it is
+
+
+GEMMA_3_1B = {
+    "model_type": "gemma3_text",
+    "architectures": ["Gemma3ForCausalLM"],
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "vocab_size": 262144,
+    "max_position_embeddings": 32768,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "rope_local_base_freq": 10000,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+}
+FULL = (5, 11, 17, 23)
+
+
+def test_of_mixed_layers_those_that_attend_over_everything_are_folded_and_all_are_counted() -> None:
+    """Gemma 3 1B caches 512 numbers a layer; 22 of its 26 layers keep 512 tokens of them at most."""
+    plan = make_plan(GEMMA_3_1B, ConvertSettings(to="mla", kv_budget="50%"))
+    assert (plan.refusals, plan.layout, plan.folded) == ([], "kvfold", FULL)
+    assert plan.spec.rope == plain(1e6)
+    assert plan.layer_numbers(5) == 256 and plan.layer_numbers(4) == 512  # of the half, one number is the size of the key
+    assert plan.cache_numbers == (22 * 512 + 4 * 256) / 26
+    assert plan.cache_bytes(32768, 1, "bfloat16") == ((22 * 512 + 4 * 32768) * 1024, 22 * 512 * 1024 + 4 * 32768 * 512)
+    every = make_plan(GEMMA_3_1B, ConvertSettings(to="mla", kv_budget="50%", layers="all"))
+    assert (every.refusals, every.folded, every.cache_numbers) == ([], tuple(range(26)), 256)
+    assert make_plan(GEMMA_3_1B, ConvertSettings(to="mla", kv_budget="50%", layers="5,10-11")).folded == (5, 10, 11)
+    assert make_plan(MISTRAL, ConvertSettings(to="mfa", width=64)).folded == tuple(range(32))  # all have a window
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "reason"),
+    [
+        (
+            GEMMA_3_1B,
+            {"layers": "4-5"},
+            "layer 4, which looks back over 512 tokens, so that its cache is small already",
+        ),
+        (GEMMA_3_1B, {"layers": "5,26"}, "names layer 26, and there are 0 to 25"),
+        (GEMMA_3_1B, {"layers": "11-5"}, "write the lower number first"),
+        (GEMMA_3_1B, {"layers": "last"}, "--layers last names no layers: write all, full, or numbers like 0-3,7"),
+        (MISTRAL, {"layers": "full"}, "all layers attend over 4096 tokens"),
+        (GEMMA_3_1B, {"to": "mqa", "width": None, "layers": "full"}, "--layers full belongs to --to mla or mfa or mfa-kr"),
+        (GEMMA_3_1B, {"to": "mla", "width": None, "kv_rank": 64, "layout": "deepseek_v3"}, "layers are of several kinds"),
+    ],
+)
+def test_layers_that_cannot_be_folded_are_refused(config: dict[str, Any], settings: dict[str, Any], reason: str) -> None:
+    given = {"to": "mfa", "width": 64, **settings}
+    assert any(reason in refusal for refusal in make_plan(config, ConvertSettings(**given)).refusals)

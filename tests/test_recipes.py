@@ -205,7 +205,7 @@ def test_what_is_refused(fold: Path, tmp_path: Path) -> None:
         "empty.safetensors:calibration": "integer rows",
         "tokens.safetensors:nope": "no tensor 'nope'",
         "foreign.safetensors:calibration": "outside the model's vocabulary of 128",
-        "wide.safetensors:calibration": "the source attends over 128",
+        "wide.safetensors:calibration": "the source knows 128 positions",
         "tokens.safetensors:calibration,": "separated by single commas",
     }.items():
         assert said in refused(fold, out, "window=32", data=data)

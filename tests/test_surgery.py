@@ -372,15 +372,17 @@ def test_the_output_is_refitted_by_least_squares() -> None:
             assert float(after) < 0.1 * float(before)
 
 
-def test_output_divergence_is_the_kl_and_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_output_divergence_is_the_kl_and_its_gradient(cap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvfold.surgery.output.PIECE_BYTES", 4 * 11 * 3)  # pieces of three tokens
     generator = torch.Generator().manual_seed(0)
     hidden, reference = (torch.randn(2, 5, 7, generator=generator) for _ in range(2))
     head = torch.randn(11, 7, generator=generator)
     hidden.requires_grad_()
-    found = output_divergence(hidden, reference, head)
+    found = output_divergence(hidden, reference, head, cap)
     exact = hidden.detach().double().requires_grad_()
-    ours, theirs = ((h @ head.double().T).log_softmax(-1) for h in (exact, reference.double()))
+    logits = [h @ head.double().T for h in (exact, reference.double())]
+    ours, theirs = ((x if cap is None else cap * torch.tanh(x / cap)).log_softmax(-1) for x in logits)
     wanted = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean()
     assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
     (gradient,) = torch.autograd.grad(found, hidden)

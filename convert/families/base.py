@@ -13,7 +13,7 @@ from kvfold.errors import UserError
 from kvfold.surgery.attention import AttentionWeights
 
 ROLES = ("q", "k", "v", "o")
-FUSED = "qkv"
+FUSED, SINKS = "qkv", "sinks"
 
 
 def no_windows(said: dict[str, Any]) -> list[int | None]:
@@ -72,6 +72,7 @@ class AttentionSpec:
             "whole" for all of them together.
         score_scale: what scores are multiplied by, None for one over the root of the head width.
         score_cap: what soft-caps the scores behind that, by `cap · tanh(score / cap)`; None for nothing.
+        sinks: whether each head has a score beside those of its keys, with nothing behind it.
         beside: what layers have beside attention that Llama's have not.
         rotary_dim: numbers of each head, from the first on, that RoPE turns.
         interleaved: the numbers of a pair stand side by side in a head, not half of `rotary_dim` apart.
@@ -96,6 +97,7 @@ class AttentionSpec:
     key_norm: str = ""
     score_scale: float | None = None
     score_cap: float | None = None
+    sinks: bool = False
     beside: str = ""
     interleaved: bool = False
     tables: str = "halves"
@@ -104,6 +106,11 @@ class AttentionSpec:
     def full_layers(self) -> tuple[int, ...]:
         """The layers that attend over everything."""
         return tuple(layer for layer, window in enumerate(self.windows) if window is None)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether layers differ in their windows or in whether RoPE turns them."""
+        return len(set(zip(self.windows, self.turning, strict=True))) > 1
 
     @property
     def sliding_window(self) -> int | None:
@@ -150,7 +157,7 @@ class Family:
     Attributes:
         layer_prefix: what the names of a decoder layer's tensors begin with, `{layer}` standing for the layer's number.
         attention: what a layer calls its attention.
-        modules: role (q, k, v, o, and q_norm and k_norm where there are norms) → module of the attention. Role qkv is one
+        modules: role (q, k, v, o, q_norm and k_norm where there are norms, sinks) → module of the attention. Role qkv is one
             matrix with the rows of q, then those of k, then those of v; `by_head`, with those of each key head together:
             queries that read it, key, value.
         qkv_bias, o_bias: read from a config whether these projections carry a bias.
@@ -233,6 +240,7 @@ class Family:
             key_norm=self.key_norm,
             score_scale=self.score_scale(said),
             score_cap=self.score_cap(said),
+            sinks=SINKS in self.modules,
             beside=self.beside,
             interleaved=self.interleaved,
             tables=self.tables,
@@ -259,7 +267,7 @@ class Family:
     def names(self, layer: int, spec: AttentionSpec) -> dict[str, str]:
         """Role → tensor name in one layer; biases as `q_bias`, … where the source has them, and norms as `q_norm`, `k_norm`."""
         prefix = self.attention_prefix(layer)
-        names = {role: f"{prefix}{module}.weight" for role, module in self.modules.items()}
+        names = {role: f"{prefix}{module}" + ".weight" * (role != SINKS) for role, module in self.modules.items()}
         for role in self.modules.keys() & {*ROLES, FUSED}:
             if spec.o_bias if role == "o" else spec.qkv_bias:
                 names[f"{role}_bias"] = f"{prefix}{self.modules[role]}.bias"
@@ -276,6 +284,10 @@ class Family:
         count = next(number for number in itertools.count() if f"{stem}.{number}.{parts[0]}.weight" not in held)
         return [[f"{stem}.{number}.{part}.weight" for part in parts] for number in range(count)]
 
+    def is_stacked(self, name: str, held: Container[str]) -> bool:
+        """Whether a parameter of the class holds all experts, which lie one by one among the tensors `held`."""
+        return self.experts is not None and name not in held and ".mlp.experts." in name
+
     def called(self, stored: str) -> str:
         """What the class calls a tensor that has another name on the disk."""
         return next((name for name, other in self.renamed.items() if other == stored), stored)
@@ -285,8 +297,8 @@ class Family:
 
         def assembled(name: str) -> torch.Tensor:
             rows = self.stored_as(name, held)
-            if not rows or ".experts." not in rows[0][0]:
-                return read(rows[0][0] if rows else name)
+            if not self.is_stacked(name, held):
+                return read(rows[0][0])
             return torch.stack([torch.cat([read(part) for part in row]) for row in rows])
 
         return assembled
@@ -303,11 +315,12 @@ class Family:
         wanted |= {f"{role}_bias": rows[:1] for role, rows in wanted.items()}
         wanted |= {f"{role}_norm": (spec.head_dim * (n if spec.key_norm == "whole" else 1),) for role, n in heads.items()}
         wanted |= {"o": (spec.hidden_size, spec.heads * spec.head_dim), "o_bias": (spec.hidden_size,)}
+        wanted[SINKS] = (spec.heads,)
         for role, tensor in tensors.items():
             if tuple(tensor.shape) != wanted[role]:
                 raise UserError(f"the {role} tensor has shape {tuple(tensor.shape)}, but config.json means {wanted[role]}")
         each = spec.key_norm == "head"  # then norms have no heads to be split into
-        whole = ("o", "o_bias", *(("q_norm", "k_norm") if each else ()))
+        whole = ("o", "o_bias", SINKS, *(("q_norm", "k_norm") if each else ()))
         split = {role: t if role in whole else t.unflatten(0, (-1, spec.head_dim)) for role, t in tensors.items()}
         for end in {"", "_bias"} & {role.removeprefix(FUSED) for role in split}:
             split |= self._cut(split.pop(FUSED + end), end, spec)

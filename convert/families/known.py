@@ -1,12 +1,19 @@
 """The families that kvfold folds, one by one. What is left out is Llama's: see `Family`."""
 
 from dataclasses import replace
+from typing import Any
 
-from kvfold.convert.families.base import Experts, Family, windows_by_kind, windows_of_all
+from kvfold.convert.families.base import Experts, Family, no_windows, windows_by_kind, windows_of_all
 
 PROJECTIONS = {role: f"{role}_proj" for role in "qkvo"}
 LAYER_NORMS = "its norms are LayerNorms"
 NORMED = {**PROJECTIONS, "q_norm": "q_norm", "k_norm": "k_norm"}
+
+
+def unturned_without_window(said: dict[str, Any]) -> list[bool]:
+    """Where the config has a window, RoPE turns the layers that have it."""
+    return [said["sliding_window"] is None or window is not None for window in windows_by_kind(said)]
+
 
 LLAMA = Family("llama", "LlamaForCausalLM")
 """Llama 1 to 3.x, TinyLlama, SmolLM and SmolLM2, and whatever else calls itself `llama`."""
@@ -133,7 +140,63 @@ GPT_NEOX = Family(
     beside=LAYER_NORMS,
 )
 """Pythia and GPT-NeoX: one matrix with query, key and value of one head after the other, RoPE on a quarter of each."""
+GEMMA2 = Family(
+    "gemma2",
+    "Gemma2ForCausalLM",
+    windows=windows_by_kind,
+    score_scale=lambda said: float(said["query_pre_attn_scalar"]) ** -0.5,
+    score_cap=lambda said: said["attn_logit_softcapping"],
+    beside="its layers have four norms, and its logits are soft-capped",
+)
+"""Gemma 2: every other layer looks back over a window, and scores are soft-capped."""
+GEMMA3 = Family(
+    "gemma3_text",
+    "Gemma3ForCausalLM",
+    modules=NORMED,
+    windows=windows_by_kind,
+    key_norm="head",
+    norm_offset=1.0,
+    score_scale=lambda said: float(said["query_pre_attn_scalar"]) ** -0.5,
+    beside="its layers have four norms, and its embedding has a scale",
+)
+"""Gemma 3: five layers with a window and a RoPE of their own for each that attends over everything; norms add one."""
+COHERE2 = replace(
+    COHERE,
+    model_type="cohere2",
+    architecture="Cohere2ForCausalLM",
+    windows=windows_by_kind,
+    turning=lambda said: [window is not None for window in windows_by_kind(said)],
+    refused={},
+)
+"""Command R7B and Command A: three layers with a window for each that attends over everything, which has no RoPE."""
+SMOLLM3 = Family(
+    "smollm3",
+    "SmolLM3ForCausalLM",
+    windows=lambda said: windows_by_kind(said) if said["use_sliding_window"] else no_windows(said),
+    turning=lambda said: list(map(bool, said["no_rope_layers"])),
+)
+"""SmolLM3: every fourth layer has no RoPE."""
+OLMO3 = replace(OLMO2, model_type="olmo3", architecture="Olmo3ForCausalLM", windows=windows_by_kind)
+"""OLMo 3: OLMo 2 with three layers that look back over a window for each that attends over everything."""
+EXAONE4 = Family(
+    "exaone4",
+    "Exaone4ForCausalLM",
+    modules=NORMED,
+    windows=windows_by_kind,
+    turning=unturned_without_window,
+    key_norm="head",
+    beside=OLMO2.beside,
+)
+"""EXAONE 4: norms as in OLMo 2; where some layers have a window, the others have no RoPE."""
 EXPERTS = "its layers have experts"
+GPT_OSS = Family(
+    "gpt_oss",
+    "GptOssForCausalLM",
+    modules={**PROJECTIONS, "sinks": "sinks"},
+    windows=windows_by_kind,
+    beside=EXPERTS,
+)
+"""gpt-oss: every other layer looks back over 128 tokens, and each head has a sink; experts lie on the disk as in memory."""
 MIXTRAL = Family(
     "mixtral",
     "MixtralForCausalLM",
@@ -168,6 +231,7 @@ QWEN3_MOE = Family(
 KNOWN = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA, GRANITE, PHI3, STARCODER2, SEED_OSS, STABLELM),
     *(COHERE, GLM, GLM4, ERNIE4_5, PHI, GPT_NEOX),
-    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE),
+    *(GEMMA2, GEMMA3, COHERE2, SMOLLM3, OLMO3, EXAONE4),
+    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT_OSS),
 )
 FAMILIES = {family.model_type: family for family in KNOWN}

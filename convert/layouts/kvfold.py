@@ -23,14 +23,14 @@ TRAVELLING = (Path(inspect.getfile(modeling_kvfold)), Path(inspect.getfile(kvfol
 
 
 def config(source: dict[str, Any], plan: ConversionPlan, dtype: torch.dtype | None) -> dict[str, Any]:
-    """The source's config under our model type, with the widths of every layer's design."""
+    """The source's config under our model type, with the widths of every folded layer's design."""
     return {
         **carried(source, dtype),
         "architectures": ["KvfoldForCausalLM"],
         "model_type": "kvfold",
         "source_model_type": plan.family.model_type,
         "auto_map": code(),
-        "folded_layers": [widths(plan, layer) for layer in range(plan.spec.layers)],
+        "folded_layers": [widths(plan, layer) if layer in plan.folded else None for layer in range(plan.spec.layers)],
     }
 
 
@@ -38,7 +38,7 @@ def widths(plan: ConversionPlan, layer: int) -> dict[str, Any]:
     """A layer's design and what it is made with."""
     spec, (rank, rope) = plan.spec, plan.layer_widths(layer)
     shape = {
-        "latent": {"rank": rank, "rope_dim": rope, "nope_dim": plan.stored.nope, "turned": plan.turned_keys(rank)},
+        "latent": {"rank": rank, "rope_dim": rope, "nope_dim": plan.stored.nope, "turned": plan.turned_keys(rank, rope)},
         "reused-key": {"rope_dim": rope},
         "rebuilt-key": {"rank": rank, "kv_heads": spec.kv_heads},
     }[plan.design]
@@ -47,6 +47,7 @@ def widths(plan: ConversionPlan, layer: int) -> dict[str, Any]:
     special = {
         "norm": norm if spec.key_norm else None,
         "cap": spec.score_cap,
+        "sinks": spec.sinks or None,
         "positions": spec.positions(layer) if spec.positions(layer) != "halves" else None,
     }
     return {"design": plan.design, **shape, **shared, **{name: value for name, value in special.items() if value is not None}}

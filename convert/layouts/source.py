@@ -54,8 +54,8 @@ def in_place_of_attention(
     dtype: torch.dtype | None,
     of_layer: Callable[[int, torch.dtype], list[TensorSpec]],
 ) -> list[TensorSpec]:
-    """Every tensor, in the source's order, with those of `of_layer` where a layer's attention begins."""
-    attention = {n: layer for layer in range(plan.spec.layers) for n in plan.family.names(layer, plan.spec).values()}
+    """Every tensor, in the source's order, with those of `of_layer` where a folded layer's attention begins."""
+    attention = {n: layer for layer in plan.folded for n in plan.family.names(layer, plan.spec).values()}
     specs: dict[str, TensorSpec] = {}
     for name, entry in kept(reader, plan).items():
         kind = dtype if dtype and entry.dtype.is_floating_point else entry.dtype
@@ -88,6 +88,7 @@ def tensors(weights: AttentionWeights, layer: int, plan: ConversionPlan) -> dict
             by_role[role] = plan.family.stored_heads(bias, plan.spec) if role in ("q_bias", "k_bias") else bias.flatten()
     if "qkv" in names:
         by_role["qkv"] = torch.cat([by_role.pop(role) for role in "qkv"])
+    by_role |= {} if weights.sinks is None else {"sinks": weights.sinks}
     by_role |= plan.family.stored_norms(weights, plan.spec)
     return {names[role]: tensor for role, tensor in by_role.items()}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from torch import Tensor, frombuffer, uint8
+from torch import Tensor, empty, frombuffer, uint8
 
 from kvfold.convert.output.files import checksum, checksum_of, sync, write_whole
 from kvfold.convert.output.journal import Journal, Unit
@@ -161,6 +161,8 @@ class CheckpointWriter:
     def read(self, name: str) -> Tensor:
         """Read back a tensor that has been written."""
         path, offset, spec = self._place[name]
+        if not spec.size:
+            return empty(spec.shape, dtype=spec.dtype)
         with path.open("rb") as file:
             file.seek(offset)
             return frombuffer(bytearray(file.read(spec.size)), dtype=spec.dtype).view(spec.shape)

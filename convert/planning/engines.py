@@ -95,6 +95,10 @@ def _shared_obstacles(said: dict[str, Any], spec: AttentionSpec, settings: Conve
         f"the MLP's {act} cannot be said in {layout}, which has silu": act != "silu",
         f"its RoPE turns a part of each head only, which {layout} cannot say": spec.rotary_dim < spec.head_dim,
         f"{spec.beside}, which {layout} cannot say": bool(spec.beside),
+        f"its layers are of several kinds, which {layout} cannot say": spec.mixed,
+        f"its heads have sinks, which {layout} cannot say": spec.sinks,
+        f"its scores are soft-capped, which {layout} cannot say": spec.score_cap is not None,
+        f"layers that stay as they are, which {layout} cannot say": settings.layers not in (None, "all", "full"),
         f"the source has MLP biases, which {layout} lacks": bool(said.get("mlp_bias")),
         f"float16 cannot hold the scaled latents of {layout}, --dtype bfloat16 can": dtype in ("float16", "fp16", "half"),
     }

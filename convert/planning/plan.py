@@ -24,6 +24,7 @@ from kvfold.convert.planning.settings import (
 from kvfold.convert.planning.widths import (
     MOST_GROWTH,
     baseline_widths,
+    folded_layers,
     kept_scalars,
     latent_widths,
     rebuilds,
@@ -37,6 +38,7 @@ from kvfold.convert.source.model import build_on_meta
 from kvfold.errors import UserError
 from kvfold.surgery import baselines
 from kvfold.surgery.grouping import METHODS
+from kvfold.surgery.latent import full_rank
 
 NOTHING = LatentShape(0, 0, 0, 0)
 CONTEXTS = (4096, 32768, 131072)
@@ -53,6 +55,7 @@ BELONGS = {
     "q_rank": LATENT_TARGETS,
     "keys": ("mla",),
     "turned_keys": ("mla",),
+    "layers": LATENT_TARGETS,
     "layer_budgets": LATENT_TARGETS,
     "layout": LATENT_TARGETS,
 }
@@ -68,7 +71,8 @@ class ConversionPlan:
         kv_heads: key/value heads of the target (gqa, mqa), else the source's.
         kv_rank, rope_dim: widths of the latent and of the shared key (mla; both the width for mfa, no latent for mfa-kr).
         stored: these and the head widths as the checkpoint stores them, padding included.
-        widths: latent and shared key of every layer where they differ, else empty.
+        folded: the layers that are folded; the others stay as they are.
+        widths: latent and shared key of every folded layer where they differ, else empty.
         widest_rope: how wide a layer's rotary key may become where the calibration text decides it.
         method, grouping: resolved, with the defaults filled in.
         refusals: each a reason with the remedy; a plan that has any cannot be carried out.
@@ -78,6 +82,7 @@ class ConversionPlan:
     spec: AttentionSpec
     settings: ConvertSettings
     layout: str
+    folded: tuple[int, ...]
     kv_heads: int
     method: str
     grouping: str
@@ -115,9 +120,9 @@ class ConversionPlan:
             return min(self.spec.hidden_size, self.spec.heads * self.rope_dim)
         return self.settings.q_rank
 
-    def turned_keys(self, rank: int) -> int:
-        """Keys that turn whole with a latent of `rank` numbers."""
-        if (self.design, self.settings.to, self.layout, self.method) != ("latent", "mla", "kvfold", "kvfold"):
+    def turned_keys(self, rank: int, rope: int) -> int:
+        """Keys that turn whole with a latent of `rank` numbers and a shared key of `rope`, none of which there is without RoPE."""
+        if not rope or (self.design, self.settings.to, self.layout, self.method) != ("latent", "mla", "kvfold", "kvfold"):
             return 0
         return min(TURNED if self.settings.turned_keys is None else self.settings.turned_keys, rank)
 
@@ -129,19 +134,30 @@ class ConversionPlan:
         return self.settings.layer_budgets == "measured" or (shared and self.method == "kvfold")
 
     def layer_widths(self, layer: int) -> tuple[int, int]:
-        """Latent and shared key of a layer."""
-        return self.widths[layer] if self.widths else (self.kv_rank, self.rope_dim)
+        """Latent and shared key of a folded layer. MLA without RoPE has all in the latent."""
+        rank, rope = self.widths[self.folded.index(layer)] if self.widths else (self.kv_rank, self.rope_dim)
+        if self.design == "latent" and self.settings.to == "mla" and not self.spec.turning[layer]:
+            return min(rank + rope, full_rank(self.spec.hidden_size, self.spec.kv_heads, self.spec.head_dim)), 0
+        return rank, rope
+
+    def layer_numbers(self, layer: int) -> int:
+        """Cached numbers per token of one layer of the target."""
+        if layer not in self.folded:
+            return self.spec.cache_numbers
+        if self.design == "grouped":
+            return 2 * self.kv_heads * self.spec.head_dim
+        widths = self.layer_widths(layer) if self.layout == "kvfold" else (self.stored.rank, self.stored.rope)
+        return sum(widths) + kept_scalars(self.spec, self.settings)
 
     @property
     def cache_numbers(self) -> float:
-        """Cached numbers per token per layer of the target, in the mean of the layers."""
-        if self.design == "grouped":
-            return 2 * self.kv_heads * self.spec.head_dim
-        return self.width_numbers + kept_scalars(self.spec, self.settings)
+        """Cached numbers per token per layer of the target, in the mean of all layers."""
+        total = sum(map(self.layer_numbers, range(self.spec.layers)))
+        return total / self.spec.layers if total % self.spec.layers else total // self.spec.layers
 
     @property
     def width_numbers(self) -> float:
-        """Latent and shared key together, in the mean of the layers: what is cached without the sizes of normed keys."""
+        """Latent and shared key together, in the mean of the folded layers: without the sizes of normed keys."""
         if self.widths:
             return sum(map(sum, self.widths)) / len(self.widths)
         return self.stored.rank + self.stored.rope
@@ -154,9 +170,9 @@ class ConversionPlan:
     def cache_bytes(self, tokens: int, batch: int, dtype: str) -> tuple[int, int]:
         """Bytes of the whole cache, source and target. A layer with a sliding window keeps no more tokens than that."""
         spec = self.spec
-        kept = sum(min(tokens, window or tokens) for window in spec.windows)
-        scale = kept * batch * DTYPE_BYTES[dtype]
-        return self.spec.cache_numbers * scale, round(self.cache_numbers * scale)
+        kept = [batch * DTYPE_BYTES[dtype] * min(tokens, window or tokens) for window in spec.windows]
+        target = sum(size * self.layer_numbers(layer) for layer, size in enumerate(kept))
+        return spec.cache_numbers * sum(kept), target
 
     @property
     def parameters_saved_at_least(self) -> int:
@@ -177,16 +193,16 @@ class ConversionPlan:
             most = max(self._latent_parameters(mean - rope, rope) for _, rope in tried if rope < mean)
         else:
             return self.parameters_saved
-        return math.floor(self.spec.layers * (_grouped_parameters(self.spec, self.spec.kv_heads) - most))
+        return math.floor(len(self.folded) * (_grouped_parameters(self.spec, self.spec.kv_heads) - most))
 
     @property
     def parameters_saved(self) -> int:
         """Fewer parameters in all layers; less than none where latents are expanded again."""
         spec = self.spec
-        whole = spec.layers * _grouped_parameters(spec, spec.kv_heads)
+        whole = len(self.folded) * _grouped_parameters(spec, spec.kv_heads)
         if self.design == "grouped":
             return whole - spec.layers * _grouped_parameters(spec, self.kv_heads)
-        folded = sum(self._latent_parameters(*self.layer_widths(layer)) for layer in range(spec.layers))
+        folded = sum(self._latent_parameters(*self.layer_widths(layer)) for layer in self.folded)
         head = spec.vocab_size * spec.hidden_size if self.layout != "kvfold" and spec.tied else 0
         return whole - folded - head  # engines want the output embedding written out
 
@@ -212,7 +228,7 @@ class ConversionPlan:
         total += (self.settings.q_rank or 0) * spec.hidden_size
         total += (rank + rope) * (spec.hidden_size + 1) + spec.hidden_size * (spec.heads * spec.head_dim + 1)
         if self.design == "latent":
-            return total + spec.heads * ((shape.nope + spec.head_dim) * rank + self.turned_keys(rank) * shape.nope)
+            return total + spec.heads * ((shape.nope + spec.head_dim) * rank + self.turned_keys(rank, rope) * shape.nope)
         if self.design == "reused-key":
             return total + rope * rope + rope + spec.heads * spec.head_dim * rope
         return total + spec.kv_heads * spec.head_dim * (2 * rank + 1)
@@ -234,6 +250,8 @@ class ConversionPlan:
             geometry |= {"stored": asdict(self.stored), "note": self.note}
             if self.widths:
                 geometry["widths"] = self.widths
+        if len(self.folded) < self.spec.layers:
+            geometry["folded_layers"] = list(self.folded)
         own = {"method": self.method, "layout": self.layout, "architecture": self.architecture}
         return {"to": self.settings.to, **geometry, **own}
 
@@ -290,14 +308,10 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
     latent = settings.to in LATENT_TARGETS
     layout, kv_heads, rank, rope_dim, most = "source", spec.kv_heads, 0, 0, 0
     stored, note = NOTHING, ""
-    if latent and 0 < len(spec.full_layers) < spec.layers:
-        refusals.append(
-            f"{len(spec.full_layers)} of {spec.layers} layers attend over all tokens and the others over {spec.sliding_window}, "
-            f"which no layout of {settings.to} says: use --to gqa"
-        )
+    folded = folded_layers(spec, settings, refusals)
     if latent:
         layout, note = _layout(said, spec, settings, refusals)
-        most = widest_rope(spec, settings, layout, parameters)
+        most = widest_rope(spec, settings, layout, parameters, len(folded))
         rank, rope_dim = latent_widths(spec, settings, layout, most, refusals)
         if layout == "step3_text":
             obstacles = step3_text_obstacles(said, spec, settings, rope_dim)
@@ -318,11 +332,11 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
                 f"--pad-for {settings.pad_for} is not possible: {note}; give --rope-dim 64 or less and --kv-rank 512 or less"
             )
         refuse_query_rank(spec, settings, stored, refusals)
-        behind = "norms" if spec.key_norm else "a soft cap" if spec.score_cap else ""
+        behind = "norm" if spec.key_norm else "soft cap" if spec.score_cap else "sink" if spec.sinks else ""
         if behind and settings.method in baselines.METHODS and spec.qkv_bias:
-            refusals.append(
-                f"--method {settings.method} drops key biases, which {behind} behind them does not allow: leave it out"
-            )
+            refusals.append(f"--method {settings.method} moves biases, which the {behind} behind them forbids: leave it out")
+        if settings.method in baselines.METHODS and not all(spec.turning[layer] for layer in folded):
+            refusals.append(f"--method {settings.method} expects RoPE in every layer, and here some have none: leave it out")
         default, methods = "kvfold", ["kvfold", *(baselines.METHODS if settings.to == "mla" else ())]
     else:
         kv_heads = target_heads(spec, settings, refusals)
@@ -349,7 +363,7 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
         except UserError as error:
             refusals.append(str(error))
     plan = ConversionPlan(
-        family, spec, settings, layout, kv_heads, method, grouping, rank, rope_dim, stored, (), most, note, refusals
+        family, spec, settings, layout, folded, kv_heads, method, grouping, rank, rope_dim, stored, (), most, note, refusals
     )
     if plan.measures_widths:
         plan = replace(plan, note=f"{note}; widths are measured on the calibration text")

@@ -38,13 +38,18 @@ class ConvertSettings(BaseModel):
     width: int | None = setting(None, TARGET, "Width of the one key, and of the one value of mfa (mfa, mfa-kr).")
     q_rank: int | None = setting(None, TARGET, "Rank of the queries (mla, mfa, mfa-kr). Default: full.", ge=1)
     kv_budget: Annotated[str | None, BeforeValidator(lambda v: str(v) if isinstance(v, float) else v)] = setting(
-        None, TARGET, "Share of the source's cache to keep, 25% or 0.25, in place of the target's widths."
+        None, TARGET, "Share of the folded layers' cache to keep, 25% or 0.25, in place of the target's widths."
     )
     keys: Literal["absorbed", "rebuilt"] = setting(
         "absorbed", TARGET, "rebuilt is mla without rotary key, milder, but decoding rebuilds all keys at every step."
     )
     turned_keys: int | None = setting(
         None, TARGET, "Keys that turn whole beside the shared rotary one (mla, own layout). Default: 3; 0 decodes faster.", ge=0
+    )
+    layers: Annotated[str | None, BeforeValidator(lambda v: str(v) if isinstance(v, int) else v)] = setting(
+        None,
+        TARGET,
+        "Layers to fold: all, full (attending over everything), or numbers, 0-3,7. Default: full where some are.",
     )
     layer_budgets: Literal["uniform", "measured"] = setting(
         "uniform", TARGET, "measured keeps the same total, and gives more where a layer needs it (mla, mfa, mfa-kr)."

@@ -1,6 +1,7 @@
 """The target's widths from what the user asked for: flags or a KV budget, with a refusal and the nearest choice that works."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -28,11 +29,39 @@ def source_parameters(config: dict[str, Any], said: dict[str, Any], spec: Attent
     return spec.vocab_size * hidden * (1 if spec.tied else 2) + spec.layers * (attention + mlp + 2 * hidden) + hidden
 
 
-def widest_rope(spec: AttentionSpec, settings: ConvertSettings, layout: str, parameters: Callable[[], int]) -> int:
+def folded_layers(spec: AttentionSpec, settings: ConvertSettings, refusals: list[str]) -> tuple[int, ...]:
+    """The layers that are folded: where windowed ones and others mix, those that attend over everything."""
+    every, full, asked = tuple(range(spec.layers)), spec.full_layers, settings.layers
+    if settings.to in ("gqa", "mqa") or asked == "all" or (asked is None and not full):
+        return every
+    if asked in (None, "full"):
+        if not full:
+            refusals.append(f"--layers full: all layers attend over {spec.sliding_window} tokens: leave it out")
+        return full or every
+    numbers: set[int] = set()
+    for part in str(asked).split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,4})\s*(?:-\s*([0-9]{1,4})\s*)?", part)
+        if match is None:
+            refusals.append(f"--layers {asked!s:.60} names no layers: write all, full, or numbers like 0-3,7")
+            return every
+        numbers |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+    if missing := numbers - set(every):
+        refusals.append(f"--layers {asked:.60} names layer {min(missing)}, and there are 0 to {spec.layers - 1}")
+    elif not numbers:
+        refusals.append(f"--layers {asked:.60} names no layers: write the lower number first")
+    elif full and (windowed := numbers - set(full)):
+        refusals.append(
+            f"--layers {asked:.60} names layer {min(windowed)}, which looks back over {spec.windows[min(windowed)]} tokens, "
+            f"so that its cache is small already: choose among {', '.join(map(str, full))}, or give --layers all"
+        )
+    return tuple(sorted(numbers & set(every))) or every
+
+
+def widest_rope(spec: AttentionSpec, settings: ConvertSettings, layout: str, parameters: Callable[[], int], folded: int) -> int:
     """The widest rotary key that the calibration text may choose for MLA in our own layout. Every query head has as many more
     columns, and the model grows by `MOST_GROWTH` at most, or as much as with one head's width. Elsewhere the width of all keys.
 
-    `parameters` counts those of the source, which can take a while.
+    `parameters` counts those of the source, which can take a while; `folded` layers share the growth.
     """
     width, full = spec.head_dim, spec.kv_heads * spec.head_dim
     if settings.to != "mla" or layout != "kvfold" or settings.method not in (None, "kvfold"):
@@ -47,7 +76,7 @@ def widest_rope(spec: AttentionSpec, settings: ConvertSettings, layout: str, par
     hidden, heads = spec.hidden_size, spec.heads * width
     still = heads * (read + hidden) + (settings.q_rank or 0) * hidden + numbers * (hidden + 1 + 2 * heads) + hidden
     whole = 2 * heads * hidden + 2 * full * hidden
-    spare = MOST_GROWTH * parameters() / spec.layers + whole - still
+    spare = MOST_GROWTH * parameters() / folded + whole - still
     return full if gained <= 0 else min(full, max(width, int(spare / gained) // 2 * 2))
 
 

@@ -68,11 +68,12 @@ def refuse_strange(config: "PreTrainedConfig") -> None:
     """Raise UserError for what a known family's config can say and its folded attention cannot."""
     said: dict[str, Any] = config.to_dict()
     rope = said.get("rope_parameters") or {}
+    kinds = {kind: value for kind, value in rope.items() if isinstance(value, dict)}
     found = {
         "its attention is not causal (is_causal is false), an embedding model's": said.get("is_causal") is False
         or bool(said.get("use_bidirectional_attention")),
         "its layers have different geometry (per_layer_config)": bool(getattr(config, "is_heterogeneous", False)),
-        "its kinds of layers differ in their RoPE": any(isinstance(value, dict) for value in rope.values()),
+        "its kinds of layers differ in their RoPE": bool(kinds) and "full_attention" not in kinds,
         "queries and keys go through norms of each head's own (qk_layernorm)": bool(said.get("qk_layernorm")),
         "it attends in chunks (attention_chunk_size)": said.get("attention_chunk_size") is not None,
         "it names other weight files (transformers_weights)": said.get("transformers_weights") is not None,
@@ -80,11 +81,12 @@ def refuse_strange(config: "PreTrainedConfig") -> None:
     reasons = [reason for reason, there in found.items() if there]
     if reasons:
         raise UserError(f"config.json describes a model that kvfold does not fold: {'; '.join(reasons)}")
-    _check_rope(config, rope)
+    for layer_type, parameters in kinds.items() or [(None, rope)]:
+        _check_rope(config, parameters, {} if layer_type is None else {"layer_type": layer_type})
 
 
-def _check_rope(config: "PreTrainedConfig", rope: dict[str, Any]) -> None:
-    """Raise UserError when transformers has no such RoPE, or its frequencies are no numbers."""
+def _check_rope(config: "PreTrainedConfig", rope: dict[str, Any], layers: dict[str, str]) -> None:
+    """Raise UserError when transformers has no such RoPE, or its frequencies are no numbers; `layers` names a kind of layer."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     kind, theta = rope.get("rope_type", "default"), rope.get("rope_theta")
@@ -94,7 +96,7 @@ def _check_rope(config: "PreTrainedConfig", rope: dict[str, Any]) -> None:
         known = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
         raise UserError(f"config.json: rope type {kind!r:.40} is none that transformers knows ({known}): check that file")
     try:
-        frequencies = ROPE_INIT_FUNCTIONS[kind](config, device="cpu")[0] if kind != "default" else None
+        frequencies = ROPE_INIT_FUNCTIONS[kind](config, device="cpu", **layers)[0] if kind != "default" else None
         sound = frequencies is None or bool(frequencies.isfinite().all())
     except Exception as error:  # arithmetic with whatever stands there
         raise UserError(f"config.json: rope_parameters do not fit type {kind} ({_line(error)}): check that file") from None

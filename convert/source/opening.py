@@ -47,7 +47,7 @@ def refuse_mismatch(reader: CheckpointReader, model: "PreTrainedModel", family: 
     wanted = set(dict(model.named_parameters(remove_duplicate=False)))
     for name, parameter in model.named_parameters():
         rows, each = [[name]] if family is None else family.stored_as(name, reader.entries), tuple(parameter.shape)
-        if not rows or ".experts." in rows[0][0]:
+        if family is not None and family.is_stacked(name, reader.entries):
             if len(rows) != each[0]:
                 raise UserError(f"{reader.folder} holds {len(rows)} experts of {name}, and config.json means {each[0]}")
             each = (each[1] // len(rows[0]), *each[2:])

@@ -168,6 +168,8 @@ def print_plan(record: dict[str, Any]) -> None:
     if source["sliding_window"]:
         layers = source["layers"] - source["full_layers"]
         lines.append(("sliding window", f"{source['sliding_window']:,} tokens", f"{layers} of {source['layers']} layers"))
+    if (folded := target.get("folded_layers")) is not None:
+        lines.append(("folded layers", f"{source['layers']} layers", f"{len(folded)}: {', '.join(map(str, folded))}"))
     lines.append(("KV budget", "100%", f"{record['kv_budget']:.1%}"))
     for name, before, after in lines:
         out.add_row(name, str(before), str(after))
