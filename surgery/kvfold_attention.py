@@ -48,14 +48,15 @@ def half_split(rope: Rope, width: int, made: str = "halves") -> Rope:
     """A model's tables as those of `width` numbers, half-split: what does not turn stands last in each half.
 
     `made` says how the model has them: `halves`, those of the first numbers of a head (..., r); `pairs`, the same with both of
-    a pair side by side; `none`, of which the layer reads nothing.
+    a pair side by side; `once`, one for both of a pair (..., r/2); `none`, of which the layer reads nothing.
     """
     if made == "none":
         shape = *rope[0].shape[:-1], width
         return rope[0].new_ones(1).expand(shape), rope[0].new_zeros(1).expand(shape)
     if made == "halves" and rope[0].shape[-1] >= width:
         return rope
-    halves = [t[..., ::2] if made == "pairs" else t[..., : t.shape[-1] // 2] for t in rope]
+    part = {"pairs": slice(0, None, 2), "once": slice(None), "halves": slice(rope[0].shape[-1] // 2)}[made]
+    halves = [t[..., part] for t in rope]
     still = width // 2 - halves[0].shape[-1]
     cos, sin = (F.pad(t, (0, max(still, 0)), value=value) for t, value in zip(halves, (1.0, 0.0), strict=True))
     return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)

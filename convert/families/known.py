@@ -194,6 +194,7 @@ GPT_OSS = Family(
     "GptOssForCausalLM",
     modules={**PROJECTIONS, "sinks": "sinks"},
     windows=windows_by_kind,
+    tables="once",
     beside=EXPERTS,
 )
 """gpt-oss: every other layer looks back over 128 tokens, and each head has a sink; experts lie on the disk as in memory."""

@@ -121,7 +121,7 @@ class ConversionPlan:
         return self.settings.q_rank
 
     def turned_keys(self, rank: int, rope: int) -> int:
-        """Keys that turn whole with a latent of `rank` numbers and a shared key of `rope`, none of which there is without RoPE."""
+        """Keys that turn whole with a latent of `rank` numbers and a shared key of `rope`: none where RoPE turns none."""
         if not rope or (self.design, self.settings.to, self.layout, self.method) != ("latent", "mla", "kvfold", "kvfold"):
             return 0
         return min(TURNED if self.settings.turned_keys is None else self.settings.turned_keys, rank)
