@@ -123,9 +123,9 @@ def _seconds(job: Conversion, source: SourceModel, output: Output, first: OpenLa
     """What healing will take, from a pass of one layer and of the output over a piece of the tokens."""
     settings, tokens = job.plan.settings, original.data.shape[1]
     hidden = original.data[: max(1, min(PIECE, settings.heal_batch_tokens) // tokens)].to(source.device)
-    norm, *table = output
+    norm, head, cap = output
     seconds = job.layers * training_seconds(first, hidden, autocast_of(settings))
-    seconds += seconds_of(lambda: output_divergence(norm(hidden).requires_grad_(), norm(hidden), *table), source.device)
+    seconds += seconds_of(lambda: output_divergence(norm(hidden).requires_grad_(), norm(hidden), head, cap), source.device)
     return settings.heal_steps * max(1, settings.heal_batch_tokens // hidden[..., 0].numel()) * seconds
 
 
@@ -160,7 +160,7 @@ def _heal(
     generator = torch.Generator().manual_seed(settings.seed)
     autocast = autocast_of(settings)
     begin = source.beginning()
-    norm, *table = output
+    norm, head, cap = output
     blocks, designs = [item.block for item in layers], designs_of(layers)
 
     def batch(pick: Tensor | slice) -> tuple[Tensor, Tensor]:
@@ -173,7 +173,7 @@ def _heal(
                 yield batch(pick)
 
     def loss(hidden: Tensor, target: Tensor) -> Tensor:
-        return output_divergence(norm(hidden), norm(target), *table)
+        return output_divergence(norm(hidden), norm(target), head, cap)
 
     @torch.no_grad()
     def measure() -> float:

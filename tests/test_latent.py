@@ -219,7 +219,7 @@ def test_latent_attention_gives_its_weights_back() -> None:
         (0, 4, "rank 0 must lie between 1 and the full rank"),
         (FULL + 1, 4, "full rank"),
         (8, 3, "rope_dim 3 must be even"),
-        (8, KV_HEADS * WIDTH + 2, f"between 2 and {KV_HEADS * WIDTH}"),
+        (8, KV_HEADS * WIDTH + 2, f"between 0 and {KV_HEADS * WIDTH}"),
     ],
 )
 def test_what_cannot_be_is_refused(rank: int, rope_dim: int, words: str) -> None:
