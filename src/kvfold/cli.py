@@ -84,6 +84,8 @@ def convert(
             f"{done.record['kv_budget']:.1%} of the source's cache, in {done.record['seconds']:.0f} s"
         )
         console.print_left(done.left)
+        for note in done.notes:
+            print(visible(note))
 
 
 @app.command(epilog="Example: kvfold evaluate llama-mla --on Salesforce/wikitext:wikitext-2-raw-v1:test")

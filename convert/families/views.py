@@ -1,0 +1,157 @@
+"""A config.json and its tensors read as those of a known family: translated from another name, or taken out of a larger model.
+
+`translations.py` and `wrappers.py` say what is what, as data.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvfold.convert.families.known import FAMILIES
+from kvfold.convert.families.translations import DEFAULTS, SHARED, TRANSLATIONS, Cut, Cuts, Translation
+from kvfold.convert.families.wrappers import LANGUAGE, PARTS, TEXT_TYPES, WRAPPERS, Wrapper
+from kvfold.errors import UserError
+
+TRANSLATED, PART_OF, WHOLE = "translated_from", "part_of", "whole_can_stay"
+"""Keys of a config that was read so: the `model_type` that it had, that of what it is a part of, and whether that can be
+written whole."""
+
+
+@dataclass(frozen=True)
+class View:
+    """How a checkpoint is read.
+
+    Attributes:
+        config: config.json as that of the family.
+        raw: config.json as it is.
+        names, cuts: see `Translation`.
+        prefixes: what the names of a part's tensors begin with → what they begin with by themselves; the others lie beside.
+    """
+
+    config: dict[str, Any]
+    raw: dict[str, Any]
+    names: Mapping[str, str] = field(default_factory=dict)
+    cuts: Cuts = field(default_factory=dict)
+    prefixes: Mapping[str, str] = field(default_factory=dict)
+
+    def made_of(self, name: str) -> dict[str, Cut | None] | None:
+        """The family's tensors that are made of a stored one, and how (None: as it is); None when it lies beside."""
+        if self.prefixes:
+            begins = next((before for before in self.prefixes if name.startswith(before)), None)
+            if begins is None:
+                return None
+            name = self.prefixes[begins] + name.removeprefix(begins)
+        for theirs, ours in self.names.items():
+            name = _between_dots(theirs).sub(ours, name)
+        for part, made in self.cuts.items():
+            if match := _between_dots(part).search(name):
+                return {name[: match.start()] + ours + name[match.end() :]: cut for ours, cut in made.items()}
+        return {name: None}
+
+    def whole(self, folded: dict[str, Any]) -> dict[str, Any]:
+        """config.json of the whole model with its language model folded, which by itself has the config `folded`."""
+        wrapper = WRAPPERS[self.raw["model_type"]]
+        changed = {key: value for key, value in folded.items() if self.config.get(key) != value and key in _WRITTEN}
+        if "dtype" in changed:
+            changed |= {"torch_dtype": changed["dtype"]} if "torch_dtype" in self.raw else {}
+        nested = {**self.raw[wrapper.text], **changed} if wrapper.text in self.raw else {}
+        outer = {key: value for key, value in changed.items() if not nested or key in self.raw}
+        return {**self.raw, **outer, **({wrapper.text: nested} if nested else {})}
+
+
+_LANGUAGE_HEADS = ("ForConditionalGeneration", "ForCausalLM", "ChatModel", "MultiModalityCausalLM")
+"""What the classes of models that write text end with."""
+_WRITTEN = ("num_key_value_heads", "dtype", "tie_word_embeddings")
+
+
+def _between_dots(part: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<![^.]){re.escape(part)}(?![^.])")
+
+
+def view_of(config: dict[str, Any]) -> View | None:
+    """How the checkpoint of a config.json is read, None as it is.
+
+    Raises UserError when the family that it is cannot say what it says.
+    """
+    kind = config.get("model_type")
+    for each in (*TRANSLATIONS, *PARTS):
+        if each.model_type == kind and each.when(config):
+            return _translated(config, each)
+    wrapper = WRAPPERS.get(kind) if isinstance(kind, str) else None
+    return None if wrapper is None else _taken_out(config, wrapper)
+
+
+def read_as(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json as that of the family that it is or has in it. Raises UserError as `view_of`."""
+    view = view_of(config)
+    return config if view is None else view.config
+
+
+def _translated(config: dict[str, Any], translation: Translation) -> View:
+    named = config.get("architectures")
+    ours = FAMILIES[translation.into].architecture
+    try:
+        shared = {key: config[key] for key in SHARED if config.get(key) is not None}
+        usual = {key: value for key, value in DEFAULTS.items() if key != "rope_theta" or "rope_parameters" not in shared}
+        keys = {**usual, **shared, **translation.keys(config)}
+        keys = {"num_key_value_heads": keys["num_attention_heads"], **keys}
+        cuts = translation.cuts(config)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+        raise UserError(
+            f"config.json is no complete {translation.model_type} config ({type(error).__name__}: {error}): check that file"
+        ) from None
+    read = {
+        **keys,
+        "model_type": translation.into,
+        # another head on the same layers is refused by its name, as everywhere
+        "architectures": [ours] if named in (None, [], [translation.architecture]) else named,
+        TRANSLATED: translation.model_type,
+    }
+    if translation.part_of:
+        read |= {PART_OF: translation.model_type, WHOLE: False}
+    return View(read, config, translation.names, cuts)
+
+
+def _taken_out(config: dict[str, Any], wrapper: Wrapper) -> View | None:
+    nested = config.get(wrapper.text)
+    left = ("architectures", "auto_map", "vision_config", "audio_config")
+    inner = {k: v for k, v in (nested if isinstance(nested, dict) else config).items() if k not in left}
+    kind = str(inner.get("model_type") or wrapper.inner)
+    inner["model_type"] = kind = wrapper.renamed.get(kind) or TEXT_TYPES.get(kind, kind)
+    for key in ("tie_word_embeddings", "quantization_config", "compression_config"):
+        if config.get(key) is not None:
+            inner[key] = config[key]
+    for key in ("rope_scaling", "rope_parameters"):
+        if isinstance(inner.get(key), dict):
+            inner[key] = _in_one_direction(inner[key])
+    view = view_of(inner)
+    if view is None and kind not in FAMILIES:
+        return None
+    if view is None:
+        view = View({**_sizes(kind, inner), **inner, "architectures": [FAMILIES[kind].architecture]}, config)
+    named = config.get("architectures")
+    if isinstance(named, list) and named and not str(named[0]).endswith(_LANGUAGE_HEADS):
+        view.config["architectures"] = named  # refused by its name, as everywhere
+    stays = wrapper.stays and not view.names and not view.cuts
+    return View({**view.config, PART_OF: config["model_type"], WHOLE: stays}, config, view.names, view.cuts, LANGUAGE)
+
+
+def _sizes(kind: str, inner: dict[str, Any]) -> dict[str, Any]:
+    """What a language model's config leaves to the defaults of its class, of what kvfold reads before it asks that class."""
+    wanted = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+    if all(key in inner for key in wanted):
+        return {}
+    from transformers import CONFIG_MAPPING
+
+    default = CONFIG_MAPPING[kind]()
+    return {key: getattr(default, key) for key in wanted}
+
+
+def _in_one_direction(rope: dict[str, Any]) -> dict[str, Any]:
+    """RoPE on text of one that has three directions."""
+    left = {key: value for key, value in rope.items() if key not in ("mrope_section", "mrope_interleaved")}
+    for key in ("type", "rope_type"):
+        if left.get(key) == "mrope":
+            left[key] = "default"
+    return left
