@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
+from kvfold.convert.families import FAMILIES
 from kvfold.convert.families.views import PART_OF, read_as
 from kvfold.convert.planning.plan import count_parameters, make_plan
 from kvfold.convert.planning.settings import ConvertSettings
 from kvfold.errors import UserError
+from tests.helpers import invoke
 
 FOLDED = """
 allam-7b-instruct baichuan2-7b codefuse-devops-7b-chat deepseek-moe-16b dictalm2.0-instruct exaone-3.0-7.8b gemma-2b
@@ -146,3 +148,24 @@ def test_wrapped_language_models_have_their_own_geometry(configs: dict[str, dict
         spec = make_plan(configs[name], ConvertSettings(to="mqa")).spec
         assert (spec.layers, spec.kv_heads, spec.head_dim) == wanted
         assert PART_OF in read_as(configs[name])
+
+
+def test_families_lists_what_is_known() -> None:
+    code, said = invoke("families", "--json", "-")
+    assert code == 0, said
+    found = json.loads(said)
+    families = {each["model_type"]: each for each in found["families"]}
+    assert families.keys() == FAMILIES.keys()
+    assert families["llama"]["targets"] == {
+        **dict.fromkeys(("gqa", "mqa", "source"), "source"),
+        **{"mla": "deepseek_v3", "mfa": "kvfold", "mfa-kr": "kvfold"},
+    }
+    assert families["qwen3"]["targets"]["mla"] == "kvfold"
+    assert all({"gqa", "mqa", "mla"} <= each["targets"].keys() for each in families.values())
+    assert {"model_type": "internlm2", "architecture": "InternLM2ForCausalLM", "read_as": "llama"} in found["translations"]
+    assert {"model_type": "llava", "whole": ["gqa", "mqa", "source"]} in found["parts"]
+    assert {"model_type": "molmo", "whole": []} in found["parts"]
+    code, said = invoke("families")
+    assert code == 0, said
+    assert "Qwen3MoeForCausalLM" in said
+    assert "internlm2 as llama" in said

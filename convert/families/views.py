@@ -51,18 +51,21 @@ class View:
 
     def whole(self, folded: dict[str, Any]) -> dict[str, Any]:
         """config.json of the whole model with its language model folded, which by itself has the config `folded`."""
-        wrapper = WRAPPERS[self.raw["model_type"]]
-        changed = {key: value for key, value in folded.items() if self.config.get(key) != value and key in _WRITTEN}
-        if "dtype" in changed:
-            changed |= {"torch_dtype": changed["dtype"]} if "torch_dtype" in self.raw else {}
-        nested = {**self.raw[wrapper.text], **changed} if wrapper.text in self.raw else {}
-        outer = {key: value for key, value in changed.items() if not nested or key in self.raw}
-        return {**self.raw, **outer, **({wrapper.text: nested} if nested else {})}
+        text = WRAPPERS[self.raw["model_type"]].text
+        if text not in self.raw:
+            return _changed(self.raw, folded, ("num_key_value_heads", "dtype", "tie_word_embeddings"))
+        nested = _changed(self.raw[text], folded, ("num_key_value_heads", "dtype"))
+        return {**_changed(self.raw, folded, ("dtype", "tie_word_embeddings")), text: nested}
+
+
+def _changed(config: dict[str, Any], folded: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """A config with some keys as in another one, and no dtype under its old name."""
+    old = ("torch_dtype",) if "dtype" in folded else ()
+    return {**{k: v for k, v in config.items() if k not in old}, **{k: folded[k] for k in keys if k in folded}}
 
 
 _LANGUAGE_HEADS = ("ForConditionalGeneration", "ForCausalLM", "ChatModel", "MultiModalityCausalLM")
 """What the classes of models that write text end with."""
-_WRITTEN = ("num_key_value_heads", "dtype", "tie_word_embeddings")
 
 
 def _between_dots(part: str) -> re.Pattern[str]:

@@ -153,10 +153,10 @@ class CheckpointReader:
             return {name: headers[shard][name] for name, shard in weight_map.items()}
         refuse_adapter(folder)
         if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-            raise UserError(
-                f"{folder} holds pickled .bin weights only, which kvfold does not open; convert them once with "
-                "`AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(DIR)` and fold DIR"
-            )
+            remedy = "convert them once with `AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(DIR)` and fold DIR"
+            if self.view is not None:  # that would want the code of whoever wrote them
+                remedy = "the Space safetensors/convert on the Hub makes safetensors of them: fold its revision"
+            raise UserError(f"{folder} holds pickled .bin weights only, which kvfold does not open; {remedy}")
         raise UserError(f"{folder} holds no {SINGLE} and no {INDEX}: give a folder with safetensors weights")
 
     @property
@@ -177,10 +177,10 @@ class CheckpointReader:
         entry = self.entry(name)
         if meta:
             return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
-        tensor = _read(entry.part or entry)
+        tensor = _read(entry) if entry.part is None or entry.cut is None else entry.cut(_read(entry.part)).contiguous()
         if check_finite:
             _refuse_nonfinite(tensor, name, entry.file)
-        return tensor if entry.cut is None else entry.cut(tensor).contiguous()
+        return tensor
 
     def entry(self, name: str) -> TensorEntry:
         entry = self.entries.get(name) or self.beside.get(name)

@@ -56,7 +56,8 @@ def load_causal(folder: Path, **how: Any) -> tuple["PreTrainedModel", list[str]]
             )
         else:  # transformers has no class for what lies there, or one of more than the language model
             config = config_of(reader.config)
-            loaded = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            loaded = model_class.from_pretrained(
                 None,
                 config=config,
                 state_dict={name: reader.tensor(name) for name in reader.entries},

@@ -53,6 +53,17 @@ def plan(
     made.refuse()
 
 
+@app.command(epilog="Example: kvfold families --json -")
+def families(json_path: Json = None) -> None:
+    """What is known, and what each family can be folded into."""
+    from kvfold.convert.planning.listing import known
+
+    found = known()
+    console.write_json(json_path, found)
+    if json_path != STDOUT:
+        console.print_families(found)
+
+
 @app.command(epilog="Example: kvfold convert meta-llama/Llama-2-7b-hf llama-mla --to mla --kv-budget 25% --calibrate text.txt")
 @takes(ConvertSettings)
 def convert(
