@@ -9,10 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvfold.convert.families.known import FAMILIES
-from kvfold.convert.families.translations import DEFAULTS, SHARED, TRANSLATIONS, Cut, Cuts, Translation
+from kvfold.convert.families.translated_experts import EXPERTS
+from kvfold.convert.families.translation import DEFAULTS, SHARED, Cut, Cuts, Translation
+from kvfold.convert.families.translations import TRANSLATIONS
 from kvfold.convert.families.wrappers import LANGUAGE, PARTS, TEXT_TYPES, WRAPPERS, Wrapper
 from kvfold.errors import UserError
 
+RENAMED = (*TRANSLATIONS, *EXPERTS)
+"""Families under other names."""
 TRANSLATED, PART_OF, WHOLE = "translated_from", "part_of", "whole_can_stay"
 """Keys of a config that was read so: the `model_type` that it had, that of what it is a part of, and whether that can be
 written whole."""
@@ -78,8 +82,8 @@ def view_of(config: dict[str, Any]) -> View | None:
     Raises UserError when the family that it is cannot say what it says.
     """
     kind = config.get("model_type")
-    for each in (*TRANSLATIONS, *PARTS):
-        if each.model_type == kind and each.when(config):
+    for each in (*RENAMED, *PARTS):
+        if each.model_type == kind and each.into in FAMILIES and each.when(config):
             return _translated(config, each)
     wrapper = WRAPPERS.get(kind) if isinstance(kind, str) else None
     return None if wrapper is None else _taken_out(config, wrapper)
@@ -93,12 +97,13 @@ def read_as(config: dict[str, Any]) -> dict[str, Any]:
 
 def _translated(config: dict[str, Any], translation: Translation) -> View:
     named = config.get("architectures")
-    ours = FAMILIES[translation.into].architecture
+    ours, theirs = FAMILIES[translation.into].architecture, (translation.architecture, *translation.also)
     try:
         shared = {key: config[key] for key in SHARED if config.get(key) is not None}
-        usual = {key: value for key, value in DEFAULTS.items() if key != "rope_theta" or "rope_parameters" not in shared}
-        keys = {**usual, **shared, **translation.keys(config)}
+        keys = {**DEFAULTS, **shared, **translation.keys(config)}
         keys = {"num_key_value_heads": keys["num_attention_heads"], **keys}
+        if "rope_parameters" in keys:  # they say all
+            keys = {key: value for key, value in keys.items() if key not in ("rope_theta", "rope_scaling")}
         cuts = translation.cuts(config)
     except (KeyError, TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
         raise UserError(
@@ -108,7 +113,7 @@ def _translated(config: dict[str, Any], translation: Translation) -> View:
         **keys,
         "model_type": translation.into,
         # another head on the same layers is refused by its name, as everywhere
-        "architectures": [ours] if named in (None, [], [translation.architecture]) else named,
+        "architectures": [ours] if not named or (isinstance(named, list) and named[0] in theirs) else named,
         TRANSLATED: translation.model_type,
     }
     if translation.part_of:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvfold.convert.families.translations import Translation, rows
+from kvfold.convert.families.translation import Cuts, Translation, fused, rows
 
 LANGUAGE = {
     "language_model.": "",
@@ -81,13 +81,13 @@ def _molmo(said: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _fused(said: dict[str, Any]) -> dict[str, Any]:
-    width = said["hidden_size"] // said["num_attention_heads"]
-    query, key = said["hidden_size"], width * (said.get("num_key_value_heads") or said["num_attention_heads"])
+def _molmo_cuts(said: dict[str, Any]) -> Cuts:
+    width, inner = said["hidden_size"] // said["num_attention_heads"], said["intermediate_size"] // 2
     return {
-        "self_attn.q_proj": rows(0, query),
-        "self_attn.k_proj": rows(query, query + key),
-        "self_attn.v_proj": rows(query + key, query + 2 * key),
+        "self_attn.qkv": fused(said["hidden_size"], width * (said.get("num_key_value_heads") or said["num_attention_heads"])),
+        "mlp.up_gate": {"mlp.up_proj": rows(0, inner), "mlp.gate_proj": rows(inner, 2 * inner)},
+        "model.transformer.wte.new_embedding": {},
+        "model.vision_backbone": {},
     }
 
 
@@ -108,15 +108,7 @@ MOLMO = Translation(
         "ff_out": "mlp.down_proj",
         "ff_proj": "mlp.up_gate",
     },
-    cuts=lambda said: {
-        "self_attn.qkv": _fused(said),
-        "mlp.up_gate": {
-            "mlp.up_proj": rows(0, said["intermediate_size"] // 2),
-            "mlp.gate_proj": rows(said["intermediate_size"] // 2, said["intermediate_size"]),
-        },
-        "model.transformer.wte.new_embedding": {},
-        "model.vision_backbone": {},
-    },
+    cuts=_molmo_cuts,
     when=lambda said: bool(said.get("qkv_bias")) and not said.get("norm_after") and said.get("layer_norm_type") == "rms",
     part_of=True,
 )

@@ -3,7 +3,7 @@
 from typing import Any
 
 from kvfold.convert.families import FAMILIES, Family
-from kvfold.convert.families.translations import TRANSLATIONS
+from kvfold.convert.families.views import RENAMED
 from kvfold.convert.families.wrappers import PARTS, WRAPPERS
 from kvfold.convert.planning.parts import STAYING
 from kvfold.convert.planning.plan import make_plan
@@ -18,7 +18,7 @@ def known() -> dict[str, list[dict[str, Any]]]:
         "families": [
             {"model_type": f.model_type, "architecture": f.architecture, "targets": _targets(f)} for f in FAMILIES.values()
         ],
-        "translations": [{"model_type": t.model_type, "architecture": t.architecture, "read_as": t.into} for t in TRANSLATIONS],
+        "translations": [{"model_type": t.model_type, "architecture": t.architecture, "read_as": t.into} for t in RENAMED],
         "parts": [
             *({"model_type": w.model_type, "whole": list(STAYING) if w.stays else []} for w in WRAPPERS.values()),
             *({"model_type": t.model_type, "whole": []} for t in PARTS),

@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kvfold.convert.families.translations import Cut
+from kvfold.convert.families.translation import Cut
 from kvfold.convert.families.views import View, read_as, view_of
 from kvfold.convert.output.files import CHUNK
 from kvfold.convert.source.jsonfile import checked, read_json
