@@ -8,7 +8,7 @@ import json
 import resource
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,16 @@ from kvfold.convert.budgets import measured_widths
 from kvfold.convert.conversion import Conversion, Report
 from kvfold.convert.heal_windows import fold_on_stream
 from kvfold.convert.layouts import layout_of
+from kvfold.convert.layouts.source import within
 from kvfold.convert.methods import alone
 from kvfold.convert.output.files import checksum_of_rows
 from kvfold.convert.output.partial import JOURNAL, Partial, refuse_existing, resumable
 from kvfold.convert.output.record import RECORD
 from kvfold.convert.output.writer import CheckpointWriter
-from kvfold.convert.planning.plan import make_plan
+from kvfold.convert.planning.plan import COPY, make_plan
 from kvfold.convert.planning.settings import ConvertSettings, normal_dtype, parse_size
 from kvfold.convert.publishing.escape import visible
-from kvfold.convert.source.checkpoint import TensorSpec, read_json
+from kvfold.convert.source.checkpoint import CheckpointReader, TensorSpec, read_json
 from kvfold.convert.source.data import calibration_windows
 from kvfold.convert.source.fetch import fetch_checkpoint, fetch_config
 from kvfold.convert.source.opening import identity, open_source
@@ -40,11 +41,13 @@ POOLING = ("mean", "first", "random")
 
 @dataclass(frozen=True)
 class Converted:
-    """What `convert` did: where the checkpoint lies, what kvfold.json says of it, and which of the source's files stayed."""
+    """What `convert` did: where the checkpoint lies, what kvfold.json says of it, which of the source's files stayed, and what
+    else there is to say."""
 
     out: Path
     record: dict[str, Any]
     left: list[str]
+    notes: list[str] = field(default_factory=list)
 
 
 def convert(
@@ -84,6 +87,8 @@ def convert(
         dtype = getattr(torch, name) if (name := normal_dtype(settings.dtype)) else None
         layout = layout_of(plan)
         specs = layout.tensor_specs(reader, plan, dtype)
+        if plan.within:
+            specs = within(specs, reader, dtype)
         wanted = {"source": str(source), **settings.model_dump(), "widths": plan.widths}
         asked = {
             "version": kvfold.__version__,
@@ -102,10 +107,12 @@ def convert(
             config = layout.config(reader.config, plan, dtype)
             if check:
                 verify(job, config, None if windows is None else windows.ids, device, report)
+            if plan.within and reader.view is not None:
+                config = reader.view.whole(config)
             files = {"config.json": json.dumps(config, indent=2) + "\n", RECORD: json.dumps(record, indent=2) + "\n"}
             writer.commit({**side.texts, **layout.files(), **files}, side.copies)
     report(1.0, "done")
-    return Converted(out, record, side.left)
+    return Converted(out, record, side.left, _notes(reader, source))
 
 
 def _record(source: str, job: Conversion, tokens: int, seconds: float, device: torch.device) -> dict[str, Any]:
@@ -130,6 +137,12 @@ def _record(source: str, job: Conversion, tokens: int, seconds: float, device: t
     return record
 
 
+def _notes(reader: CheckpointReader, source: str) -> list[str]:
+    if reader.view is None or (reader.folder / "tokenizer.json").exists():
+        return []
+    return [f"there is no tokenizer.json: its tokenizer may need the code of {source}"]
+
+
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one. Raises UserError for a device that is not there."""
     if name == "auto":
@@ -148,6 +161,8 @@ def fold_alone(job: Conversion, device: torch.device, report: Report) -> None:
     """Fold every layer from its own tensors."""
     # Pooling neighbours leaves queries and output as they are and stays in the checkpoint's dtype; all else gets float64.
     pooling = job.plan.method in POOLING and job.plan.grouping == "neighbours"
+    if job.plan.method == COPY:
+        return copy_attention(job)
     for layer in range(job.layers):
         report(0.5 * layer / job.layers, f"layer {layer + 1}/{job.layers}: {job.plan.method}")
         if job.finished(layer):
@@ -156,6 +171,15 @@ def fold_alone(job: Conversion, device: torch.device, report: Report) -> None:
         label, folded = alone(job.plan, weights, layer)
         job.write(folded, layer)
         job.writer.finish(job.unit(layer), {"choice": label})
+
+
+def copy_attention(job: Conversion) -> None:
+    """Copy every layer's attention as it is read."""
+    for layer in range(job.layers):
+        if not job.finished(layer):
+            for name in job.layout.names(layer, job.plan):
+                job.writer.copy(name, job.reader)
+            job.writer.finish(job.unit(layer), {"choice": COPY})
 
 
 def _copy_rest(job: Conversion, specs: Iterable[TensorSpec], report: Report) -> None:

@@ -17,6 +17,7 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
 from kvfold.convert.layouts import Layout, layout_of
+from kvfold.convert.layouts.source import within
 from kvfold.convert.output.record import RECORD, read_record
 from kvfold.convert.output.writer import CheckpointWriter
 from kvfold.convert.planning.plan import ConversionPlan, make_plan
@@ -53,7 +54,8 @@ class Folded:
 
     def specs(self) -> list[TensorSpec]:
         """Every tensor, in the checkpoint's order."""
-        return [TensorSpec(name, entry.dtype, entry.shape) for name, entry in self.reader.entries.items()]
+        specs = [TensorSpec(name, entry.dtype, entry.shape) for name, entry in self.reader.entries.items()]
+        return within(specs, self.reader, None) if self.plan.within else specs
 
     def attention(self, layer: int, meta: bool) -> nn.Module:
         """The design of a layer in float32."""
@@ -267,3 +269,5 @@ def write_folded(folded: Folded, causal: nn.Module, changed: Iterable[str], writ
             writer.write(name, tensor if factor == 1.0 else tensor.float() * factor)
         else:
             writer.copy(name, folded.reader)
+    for name in folded.reader.beside:
+        writer.copy(name, folded.reader)

@@ -14,7 +14,6 @@ from kvfold.convert.output.partial import JOURNAL, Partial
 from kvfold.convert.output.record import RECORD
 from kvfold.convert.output.writer import CheckpointWriter
 from kvfold.convert.planning.settings import parse_size
-from kvfold.convert.source.checkpoint import read_config
 from kvfold.convert.source.sidefiles import side_files
 from kvfold.recipes.adapter import write_adapter
 from kvfold.recipes.model import Folded, build, write_folded
@@ -86,7 +85,8 @@ def write_result(folded: Folded, entry: dict[str, Any], recipe: Recipe, partial:
         shard = parse_size(folded.plan.settings.max_shard_size)
         with Partial(target, JOURNAL, overwrite=True) as inner, CheckpointWriter(inner, folded.specs(), shard, {}) as writer:
             write_folded(folded, causal, changed, writer)
-            config = {**read_config(folder), "auto_map": folded.layout.code()}
+            reader = folded.reader
+            config = {**(reader.config if reader.view is None else reader.view.raw), "auto_map": folded.layout.code()}
             if not config["auto_map"]:
                 del config["auto_map"]
             texts["config.json"] = json.dumps(config, indent=2) + "\n"

@@ -182,6 +182,8 @@ def refuse(job: Job, processes: PartialState, keep_adapter: bool) -> None:
         refuse_other_vocabulary(job.folded.reader.folder, job.teacher)
         teacher = sum(entry.size for entry in CheckpointReader(job.teacher).entries.values())
     trainee = build(job.folded, recipe, job.frozen, meta=True)
+    if keep_adapter and plan.within:
+        raise UserError(f"--keep-adapter is not possible within {plan.within}: leave it out, or convert with --part language")
     if keep_adapter:
         refuse_unadaptable(trainee)
     cpu = processes.device.type == "cpu"

@@ -238,7 +238,7 @@ CONFIGS: dict[str, tuple[Callable[[Path], Any], str]] = {
         with_config(model_type="lama"),
         "a family kvfold knows. transformers has no class of that name. The nearest is llama.",
     ),
-    "mamba": (with_config(model_type="mamba"), "Known: llama, mistral, qwen2"),
+    "mamba": (with_config(model_type="mamba"), "model_type 'mamba' is not a family kvfold knows"),
     "quantised": (with_config(quantization_config={"bits": 4}), "fold the unquantised checkpoint"),
     "unknown rope": (with_config(rope_parameters={"rope_type": "wavy", "rope_theta": 1e4}), "wavy"),
 }

@@ -491,11 +491,15 @@ def test_settings_name_every_mistake() -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model_type": "exaone4"}, "What stands in the way: queries and keys go through norms before they meet. Known: llama"),
+        (
+            {"model_type": "gpt2"},
+            "What stands in the way: its positions are learned ones, not a RoPE's. Instead: keep it as it is",
+        ),
         ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, "its attention is MLA already"),
         ({"model_type": "gemma2", "attn_logit_softcapping": 50.0}, "its attention scores are soft-capped"),
-        ({"model_type": "llava", "text_config": {"model_type": "llama"}}, "one part of several (text_config)"),
-        ({"model_type": "olmo3", "layer_types": ["full_attention", "sliding_attention"]}, "its layers are of several kinds"),
+        ({"model_type": "mllama", "text_config": {"cross_attention_layers": [3]}}, "some of its layers attend to an image"),
+        ({"model_type": "zamba2", "mamba_num_heads": 4}, "some of its layers are state-space ones and keep no keys"),
+        ({"model_type": "x", "kv_lora_rank": 8, "quantization_config": {"quant_method": "fp8"}}, "quantised too (fp8)"),
         ({"model_type": "lama"}, "transformers has no class of that name. The nearest is llama."),
         ({"model_type": ["llama"]}, "is not a family kvfold knows"),
     ],

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kvfold.convert.families.unknown import quantisation, unquantised
 from kvfold.convert.source.config import resolve
 from kvfold.errors import UserError
 from kvfold.surgery.attention import AttentionWeights
@@ -248,9 +249,9 @@ class Family:
 
     def _refuse_other(self, config: dict[str, Any]) -> None:
         """Raise UserError for quantised weights, and for another head than a language model's on the same layers."""
-        for key in ("quantization_config", "compression_config"):
-            if config.get(key) is not None:
-                raise UserError(f"the source is quantised (config.json has {key}): fold the unquantised checkpoint")
+        if kind := quantisation(config):
+            name = unquantised(config)
+            raise UserError(f"the source is quantised ({kind}): fold the unquantised checkpoint{f', {name}' if name else ''}")
         named = config.get("architectures") or [self.architecture]
         if not isinstance(named, list) or self.architecture.lower() not in [str(name).lower() for name in named]:
             raise UserError(

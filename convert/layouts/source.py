@@ -1,14 +1,16 @@
 """GQA and MQA stay in the source's own architecture, with fewer key/value heads. Every engine runs them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvfold.convert.families.views import PART_OF, TRANSLATED, WHOLE
 from kvfold.convert.planning.plan import ConversionPlan
 from kvfold.convert.source.checkpoint import CheckpointReader, TensorSpec
+from kvfold.convert.source.config import KERNELS
 from kvfold.convert.source.opening import UNREAD
 from kvfold.surgery.attention import AttentionWeights
 
@@ -20,7 +22,8 @@ def config(source: dict[str, Any], plan: ConversionPlan, dtype: torch.dtype | No
 
 def carried(source: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
     """The source's config.json with its dtype written out and without code that it names."""
-    left = ("auto_map", "torch_dtype", "quantization_config", "compression_config")  # the last two are null
+    # the quantisations are null, and three say how the source was read
+    left = ("auto_map", "torch_dtype", "quantization_config", "compression_config", TRANSLATED, PART_OF, WHOLE, *KERNELS)
     return {**{key: value for key, value in source.items() if key not in left}, "dtype": written_dtype(source, dtype)}
 
 
@@ -40,6 +43,16 @@ def tensor_specs(reader: CheckpointReader, plan: ConversionPlan, dtype: torch.dt
         shape = (heads * spec.head_dim, *entry.shape[1:]) if name in narrowed | fused else entry.shape
         specs.append(TensorSpec(name, dtype if dtype and entry.dtype.is_floating_point else entry.dtype, shape))
     return specs
+
+
+def within(specs: Iterable[TensorSpec], reader: CheckpointReader, dtype: torch.dtype | None) -> list[TensorSpec]:
+    """A language model's tensors under their names in the model that it is a part of, and that model's other tensors."""
+    inside = [replace(spec, stored=reader.entry(spec.name).name) for spec in specs]
+    cast = {True: dtype, False: None}
+    return inside + [
+        TensorSpec(name, cast[entry.dtype.is_floating_point] or entry.dtype, entry.shape)
+        for name, entry in reader.beside.items()
+    ]
 
 
 def written_dtype(source: dict[str, Any], dtype: torch.dtype | None) -> str:

@@ -17,7 +17,7 @@ class _Kept(BaseModel):
 
 
 class Target(_Kept):
-    to: Literal["gqa", "mqa", "mla", "mfa", "mfa-kr"]
+    to: Literal["gqa", "mqa", "mla", "mfa", "mfa-kr", "source"]
     method: str
     layout: str = "source"
     widths: list[list[int]] | None = None

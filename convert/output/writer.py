@@ -82,7 +82,7 @@ class CheckpointWriter:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for spec in shard:
-            header[spec.name] = {
+            header[spec.stored or spec.name] = {
                 "dtype": DTYPE_NAMES[spec.dtype],
                 "shape": list(spec.shape),
                 "data_offsets": [offset, offset + spec.size],
@@ -92,8 +92,9 @@ class CheckpointWriter:
         text += b" " * (-len(text) % 8)  # the format aligns data to 8 bytes
         start = 8 + len(text)
         for spec in shard:
-            self._place[spec.name] = (self.folder / name, start + header[spec.name]["data_offsets"][0], spec)
-            self._index[spec.name] = name
+            stored = spec.stored or spec.name
+            self._place[spec.name] = (self.folder / name, start + header[stored]["data_offsets"][0], spec)
+            self._index[stored] = name
         return struct.pack("<Q", len(text)) + text, start + offset
 
     def _refuse_full_disk(self) -> None:
@@ -156,7 +157,7 @@ class CheckpointWriter:
     @property
     def names(self) -> Container[str]:
         """Of all tensors that the checkpoint will have."""
-        return self._index
+        return self._place
 
     def read(self, name: str) -> Tensor:
         """Read back a tensor that has been written."""

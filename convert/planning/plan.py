@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 from kvfold.convert.families import AttentionSpec, Family, family_of
+from kvfold.convert.families.views import PART_OF, TRANSLATED, read_as
 from kvfold.convert.planning.engines import (
     LatentShape,
     deepseek_v3_obstacles,
@@ -13,6 +14,7 @@ from kvfold.convert.planning.engines import (
     padded_shape,
     step3_text_obstacles,
 )
+from kvfold.convert.planning.parts import refuse_folding, refuse_part, stays_within
 from kvfold.convert.planning.settings import (
     DTYPE_BYTES,
     TARGETS,
@@ -45,6 +47,8 @@ CONTEXTS = (4096, 32768, 131072)
 LATENT_TARGETS = ("mla", "mfa", "mfa-kr")
 TURNED = 3
 """Keys that turn whole where nobody asked for a number: a constant, and those of two numbers of the latent."""
+COPY = "copy"
+"""The method of --to source."""
 BELONGS = {
     "kv_heads": ("gqa", "mqa"),
     "grouping": ("gqa", "mqa"),
@@ -76,6 +80,7 @@ class ConversionPlan:
         widest_rope: how wide a layer's rotary key may become where the calibration text decides it.
         method, grouping: resolved, with the defaults filled in.
         refusals: each a reason with the remedy; a plan that has any cannot be carried out.
+        within: `model_type` of the larger model that is written with the folded one in it, empty where it is written alone.
     """
 
     family: Family
@@ -93,6 +98,7 @@ class ConversionPlan:
     widest_rope: int = 0
     note: str = ""
     refusals: list[str] = field(default_factory=list)
+    within: str = ""
 
     @property
     def design(self) -> str:
@@ -244,7 +250,7 @@ class ConversionPlan:
     def target(self) -> dict[str, Any]:
         """What the target is, as JSON data."""
         if self.design == "grouped":
-            geometry: dict[str, Any] = {"kv_heads": self.kv_heads, "grouping": self.grouping}
+            geometry: dict[str, Any] = {"kv_heads": self.kv_heads, "grouping": self.grouping, "note": self.note}
         else:
             geometry = {"design": self.design, "kv_rank": self.kv_rank, "rope_dim": self.rope_dim}
             geometry |= {"stored": asdict(self.stored), "note": self.note}
@@ -293,6 +299,7 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
     Raises:
         UserError: the family is unknown or the config incomplete. What else stands in the way is collected in `refusals`.
     """
+    config = read_as(config)
     family = family_of(config)
     spec, said = family.spec(config), resolve(config)
     refusals: list[str] = []
@@ -304,6 +311,8 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
             if value != ConvertSettings.model_fields[name].default and settings.to not in targets:
                 flag = f"--{name.replace('_', '-')}" + (f" {value}" if isinstance(value, str) else "")
                 refusals.append(f"{flag} belongs to --to {' or '.join(targets)}, not {settings.to}: leave it out")
+    refuse_part(config, settings, refusals)
+    refuse_folding(settings, refusals)
     parameters = cache(lambda: source_parameters(config, said, spec))
     latent = settings.to in LATENT_TARGETS
     layout, kv_heads, rank, rope_dim, most = "source", spec.kv_heads, 0, 0, 0
@@ -340,12 +349,14 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
         default, methods = "kvfold", ["kvfold", *(baselines.METHODS if settings.to == "mla" else ())]
     else:
         kv_heads = target_heads(spec, settings, refusals)
-        if not family.grouped:
+        if not family.grouped and settings.to != "source":
             refusals.append(
                 f"{family.architecture} has as many key heads as query heads, so --to {settings.to} is not possible: "
                 f"use --to {', '.join(LATENT_TARGETS[:-1])} or {LATENT_TARGETS[-1]}"
             )
         default, methods = ("pca" if settings.calibrate else "align"), list(METHODS)
+    if settings.to == "source":
+        default, methods = COPY, [COPY]
     method = settings.method or default
     if method not in methods:
         refusals.append(unknown("method", method, methods))
@@ -362,8 +373,12 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
             check(value)
         except UserError as error:
             refusals.append(str(error))
+    within = config[PART_OF] if stays_within(config, settings) else ""
+    if config.get(TRANSLATED):
+        note = f"{config[TRANSLATED]} is read as {family.model_type}" + f"; {note}" * bool(note)
     plan = ConversionPlan(
-        family, spec, settings, layout, folded, kv_heads, method, grouping, rank, rope_dim, stored, (), most, note, refusals
+        *(family, spec, settings, layout, folded, kv_heads, method, grouping, rank, rope_dim, stored, (), most, note, refusals),
+        within=within,
     )
     if plan.measures_widths:
         plan = replace(plan, note=f"{note}; widths are measured on the calibration text")

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from kvfold.errors import UserError
 
-TARGETS = ("gqa", "mqa", "mla", "mfa", "mfa-kr")
+TARGETS = ("gqa", "mqa", "mla", "mfa", "mfa-kr", "source")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "f32": "float32", "half": "float16"}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -31,7 +31,12 @@ class ConvertSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    to: str = setting(..., TARGET, "Target attention: gqa, mqa, mla, mfa or mfa-kr.")
+    to: str = setting(
+        ..., TARGET, "Target attention: gqa, mqa, mla, mfa or mfa-kr; source folds nothing and translates what needs it."
+    )
+    part: Literal["all", "language"] = setting(
+        "all", TARGET, "language takes the language model out of a model of several parts, and writes it alone."
+    )
     kv_heads: int | None = setting(None, TARGET, "Key/value heads to keep (gqa).")
     kv_rank: int | None = setting(None, TARGET, "Width of the latent (mla).")
     rope_dim: int | None = setting(None, TARGET, "Width of the shared rotary key (mla). Default: the head width, at most 64.")

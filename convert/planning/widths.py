@@ -191,7 +191,7 @@ def refuse_query_rank(spec: AttentionSpec, settings: ConvertSettings, stored: La
 
 def target_heads(spec: AttentionSpec, settings: ConvertSettings, refusals: list[str]) -> int:
     source = spec.kv_heads
-    if settings.to not in TARGETS:
+    if settings.to not in TARGETS or settings.to == "source":
         return source
     divisors = [g for g in range(1, source + 1) if source % g == 0]
     ways = f"its {source} key heads divide into {', '.join(map(str, divisors))}"

@@ -12,10 +12,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from kvfold.convert.families.views import PART_OF, read_as
 from kvfold.convert.output import record
 from kvfold.convert.publishing.escape import all_markdown, markdown
-from kvfold.convert.source.checkpoint import read_config
 from kvfold.convert.source.data import TEXT_SUFFIXES
+from kvfold.convert.source.jsonfile import read_json
 from kvfold.errors import UserError
 
 CARD = "README.md"
@@ -86,7 +87,8 @@ def make_card(facts: Facts, existing: str | None) -> str:
     Raises:
         UserError: kvfold.json or the existing card's metadata cannot be read.
     """
-    record, config = read_record(facts.out), read_config(facts.out)
+    record, config = read_record(facts.out), read_json(facts.out / "config.json")
+    within = PART_OF in read_as(config)
     remote = "auto_map" in config
     template = files("kvfold.convert.publishing").joinpath("card.md.jinja").read_text(encoding="utf-8")
     named = config.get("architectures")
@@ -106,9 +108,10 @@ def make_card(facts: Facts, existing: str | None) -> str:
         remote=remote,
         extra=", trust_remote_code=True" if remote else "",
         architecture=architecture if architecture.isidentifier() else "transformers",
+        loader=architecture if within and architecture.isidentifier() else "AutoModelForCausalLM",
         version=markdown(record["version"]),
         making=_making(record, facts.base_model),
-        limits=_limits(facts),
+        limits=_limits(facts, within),
     )
     return str(made) if existing is None else _updated(made, existing)
 
@@ -272,13 +275,18 @@ def _uptraining(run: dict[str, Any]) -> str:
     return f"Uptraining: {', '.join(facts)}."
 
 
-def _limits(facts: Facts) -> list[str]:
+def _limits(facts: Facts, within: bool) -> list[str]:
     text, context = markdown(text_name(facts.report["settings"]["on"])), facts.report["position_edges"][-1]
     lines = [
         f"The damage is known on {text} and up to {context:,} tokens of context. Other text, other languages "
         "and longer contexts may suffer more: measure on your own with `kvfold evaluate`.",
         "What the source cannot do, and what it should not be used for, holds here too.",
     ]
+    if within:
+        lines.append(
+            "Its language model was folded, and calibrated and measured on text alone: what becomes of images, video or sound "
+            "is not known."
+        )
     if facts.model["damage_nats"] > 0.1:
         lines.append("At this damage uptraining is advisable before use.")
     return lines

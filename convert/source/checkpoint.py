@@ -19,6 +19,8 @@ from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kvfold.convert.families.translation import Cut
+from kvfold.convert.families.views import View, read_as, view_of
 from kvfold.convert.output.files import CHUNK
 from kvfold.convert.source.jsonfile import checked, read_json
 from kvfold.errors import UserError
@@ -43,13 +45,19 @@ _SHARD = re.compile(r"[^/\\\x00]{1,240}\.safetensors")
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies: its file, dtype, shape and byte range in the file."""
+    """Where a tensor lies: its file, its name there, dtype, shape and byte range in the file.
+
+    One that is made of another, which it is a `part` of by a function `cut`, has the shape and the bytes that come of it.
+    """
 
     file: Path
+    name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
     size: int
+    part: "TensorEntry | None" = None
+    cut: Cut | None = None
 
 
 class _Tensor(BaseModel):
@@ -96,17 +104,22 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
                 "start from the unquantised checkpoint"
             )
         begin, end = tensor.data_offsets
-        entries[name] = TensorEntry(path, DTYPES[tensor.dtype], tuple(tensor.shape), 8 + length + begin, end - begin)
+        start, size = 8 + length + begin, end - begin
+        entries[name] = TensorEntry(path, name, DTYPES[tensor.dtype], tuple(tensor.shape), start, size)
     return entries
 
 
 class CheckpointReader:
     """A local checkpoint folder: config and index first, tensors when asked for.
 
+    A family under another name, or a language model inside of another one, is read as the family that it is.
+
     Attributes:
         folder: the checkpoint's folder.
         config: config.json as a dict.
+        view: how it is read where its names are not those of a family.
         entries: every tensor's place, in the checkpoint's order.
+        beside: those of a model of several parts that are not the language model's.
 
     Raises:
         UserError: no config, no safetensors weights, an index naming a tensor or shard that is not there.
@@ -114,8 +127,13 @@ class CheckpointReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = read_config(folder)
+        raw = _raw_config(folder)
+        self.view = view_of(raw)
+        self.config = raw if self.view is None else self.view.config
         self.entries = self._read_entries()
+        self.beside: dict[str, TensorEntry] = {}
+        if self.view is not None:
+            self.entries, self.beside = _seen(self.view, self.entries)
 
     def _read_entries(self) -> dict[str, TensorEntry]:
         """As transformers chooses: one file before an index, and safetensors alone."""
@@ -135,10 +153,10 @@ class CheckpointReader:
             return {name: headers[shard][name] for name, shard in weight_map.items()}
         refuse_adapter(folder)
         if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-            raise UserError(
-                f"{folder} holds pickled .bin weights only, which kvfold does not open; convert them once with "
-                "`AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(DIR)` and fold DIR"
-            )
+            remedy = "convert them once with `AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(DIR)` and fold DIR"
+            if self.view is not None:  # that would want the code of whoever wrote them
+                remedy = "the Space safetensors/convert on the Hub makes safetensors of them: fold its revision"
+            raise UserError(f"{folder} holds pickled .bin weights only, which kvfold does not open; {remedy}")
         raise UserError(f"{folder} holds no {SINGLE} and no {INDEX}: give a folder with safetensors weights")
 
     @property
@@ -159,22 +177,23 @@ class CheckpointReader:
         entry = self.entry(name)
         if meta:
             return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
-        tensor = torch.empty(entry.size // entry.dtype.itemsize, dtype=entry.dtype)
-        with entry.file.open("rb", buffering=0) as file:
-            file.seek(entry.start)
-            _read_into(file, tensor.view(torch.uint8).numpy().data)
+        tensor = _read(entry) if entry.part is None or entry.cut is None else entry.cut(_read(entry.part)).contiguous()
         if check_finite:
             _refuse_nonfinite(tensor, name, entry.file)
-        return tensor.view(entry.shape)
+        return tensor
 
     def entry(self, name: str) -> TensorEntry:
-        if name not in self.entries:
+        entry = self.entries.get(name) or self.beside.get(name)
+        if entry is None:
             raise UserError(f"{self.folder} has no tensor {name}: the checkpoint is incomplete or of another architecture")
-        return self.entries[name]
+        return entry
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """The raw bytes of a tensor in pieces, checked for NaN and infinity on the way."""
         entry = self.entry(name)
+        if entry.cut is not None:
+            yield self.tensor(name).flatten().view(torch.uint8).numpy().data
+            return
         buffer = torch.empty(min(CHUNK, entry.size) // entry.dtype.itemsize, dtype=entry.dtype)
         raw = buffer.view(torch.uint8).numpy().data
         with entry.file.open("rb", buffering=0) as file:
@@ -188,11 +207,47 @@ class CheckpointReader:
                 left -= len(piece)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a local checkpoint, with what other files say of a quantisation.
+def _read(entry: TensorEntry) -> Tensor:
+    tensor = torch.empty(entry.size // entry.dtype.itemsize, dtype=entry.dtype)
+    with entry.file.open("rb", buffering=0) as file:
+        file.seek(entry.start)
+        _read_into(file, tensor.view(torch.uint8).numpy().data)
+    return tensor.view(entry.shape)
 
-    Raises UserError when there is none, it is not JSON, or the folder is an adapter's.
+
+def _seen(view: View, stored: dict[str, TensorEntry]) -> tuple[dict[str, TensorEntry], dict[str, TensorEntry]]:
+    """A language model's tensors under the names of its family, and the others as they are."""
+    found: dict[str, TensorEntry] = {}
+    beside: dict[str, TensorEntry] = {}
+    for name, entry in stored.items():
+        made = view.made_of(name)
+        if made is None:
+            beside[name] = entry
+        for new, cut in (made or {}).items():
+            if new in found:
+                raise UserError(f"{entry.file} holds {name}, which is {found[new].name} once more: download it again")
+            if cut is None:
+                found[new] = entry
+                continue
+            try:
+                shape = tuple(cut(torch.empty(entry.shape, device="meta")).shape)
+            except RuntimeError:
+                raise UserError(f"{name} in {entry.file} has shape {entry.shape}, which config.json does not mean") from None
+            size = entry.dtype.itemsize * torch.Size(shape).numel()
+            found[new] = TensorEntry(entry.file, name, entry.dtype, shape, entry.start, size, entry, cut)
+    return found, beside
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a local checkpoint, as that of the family that it is or has in it.
+
+    Raises UserError when there is none, it is not JSON, the folder is an adapter's, or no family can say what it says.
     """
+    return read_as(_raw_config(folder))
+
+
+def _raw_config(folder: Path) -> dict[str, Any]:
+    """config.json as it is, with what other files say of a quantisation."""
     if not (folder / "config.json").exists():
         refuse_adapter(folder)
         raise UserError(f"{folder} has no config.json: give the folder of a Hugging Face checkpoint or a Hub id")
@@ -236,11 +291,12 @@ def _read_into(file: IO[bytes], buffer: memoryview) -> None:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor that a checkpoint will hold."""
+    """A tensor that a checkpoint will hold, under another name than `name` where that is `stored`."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    stored: str = ""
 
     @property
     def size(self) -> int:

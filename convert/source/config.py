@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+KERNELS = ("_attn_implementation", "attn_implementation", "_attn_implementation_autoset")
+"""What some configs say of whoever saved them: which kernels their machine had."""
+
+
 class ConfigFile(BaseModel):
     """Sizes that decide how much is allocated, far above those of any model, and numbers that would spoil every other."""
 
@@ -43,7 +47,7 @@ def config_of(config: dict[str, Any]) -> "PreTrainedConfig":
     from transformers.utils import logging
 
     _check_sizes(config)
-    told = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+    told = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map", *KERNELS)}
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # what is wrong with it is told once, here
     try:
@@ -70,7 +74,10 @@ def refuse_strange(config: "PreTrainedConfig") -> None:
     rope = said.get("rope_parameters") or {}
     kinds = {kind: value for kind, value in rope.items() if isinstance(value, dict)}
     found = {
-        "its attention is not causal (is_causal is false), an embedding model's": said.get("is_causal") is False
+        "its attention is not causal (is_causal is false), an embedding model's: fold the one that it was made from": said.get(
+            "is_causal"
+        )
+        is False
         or bool(said.get("use_bidirectional_attention")),
         "its layers have different geometry (per_layer_config)": bool(getattr(config, "is_heterogeneous", False)),
         "its kinds of layers differ in their RoPE": bool(kinds) and "full_attention" not in kinds,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kvfold.convert.source.checkpoint import read_config
 from kvfold.convert.source.jsonfile import read_json
 from kvfold.convert.source.model import load_causal, refuse_code
 from kvfold.errors import UserError
@@ -143,9 +144,10 @@ def sample_from_source(
 
 def _first_token(folder: Path) -> int:
     """The id that text begins with: bos, or else eos. Raises UserError when the checkpoint names neither in its vocabulary."""
-    vocab = read_json(folder / "config.json").get("vocab_size")
+    config = read_config(folder)
+    vocab = config.get("vocab_size")
     for file in ("generation_config.json", "config.json"):
-        named = read_json(folder / file) if (folder / file).exists() else {}
+        named = config if file == "config.json" else read_json(folder / file) if (folder / file).exists() else {}
         for key in ("bos_token_id", "eos_token_id"):
             token = named.get(key)
             token = token[0] if isinstance(token, list) and token else token

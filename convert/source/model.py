@@ -45,14 +45,25 @@ def load_causal(folder: Path, **how: Any) -> tuple["PreTrainedModel", list[str]]
         UserError: it does not load, its weights are no safetensors, or an adapter beside them would be loaded in their place.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     refuse_adapter(folder)
-    CheckpointReader(folder)
+    reader = CheckpointReader(folder)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **how
-        )
+        if reader.view is None:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **how
+            )
+        else:  # transformers has no class for what lies there, or one of more than the language model
+            config = config_of(reader.config)
+            model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            loaded = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict={name: reader.tensor(name) for name in reader.entries},
+                output_loading_info=True,
+                **how,
+            )
     except (UserError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # of many kinds, by what stands in the folder

@@ -54,7 +54,7 @@ def refuse_mismatch(reader: CheckpointReader, model: "PreTrainedModel", family: 
         for stored in (part for row in rows for part in row):
             wanted.add(stored)
             _refuse_entry(stored, reader.entry(stored), each)
-    modules = (model.base_model_prefix + ".", "lm_head.")
+    modules = (model.base_model_prefix + ".", "lm_head.") if reader.view is None else ("",)
     strange = [n for n in reader.entries if n.startswith(modules) and n not in wanted and not n.endswith(UNREAD)]
     if strange:
         raise UserError(
@@ -92,8 +92,8 @@ def identity(reader: CheckpointReader) -> dict[str, str]:
     config.json by its content, and every weight file by its size, its time and the content of its header.
     """
     found = {"config.json": checksum(reader.folder / "config.json")}
-    for path in sorted({entry.file for entry in reader.entries.values()}):
-        first = min(entry.start for entry in reader.entries.values() if entry.file == path)
+    for path in sorted({entry.file for entry in (*reader.entries.values(), *reader.beside.values())}):
         with path.open("rb") as file:
-            found[path.name] = f"{stamp(path)} {checksum_of(file, 0, first)}"
+            header = 8 + int.from_bytes(file.read(8), "little")
+            found[path.name] = f"{stamp(path)} {checksum_of(file, 0, header)}"
     return found

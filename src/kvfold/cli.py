@@ -53,6 +53,17 @@ def plan(
     made.refuse()
 
 
+@app.command(epilog="Example: kvfold families --json -")
+def families(json_path: Json = None) -> None:
+    """What is known, and what each family can be folded into."""
+    from kvfold.convert.planning.listing import known
+
+    found = known()
+    console.write_json(json_path, found)
+    if json_path != STDOUT:
+        console.print_families(found)
+
+
 @app.command(epilog="Example: kvfold convert meta-llama/Llama-2-7b-hf llama-mla --to mla --kv-budget 25% --calibrate text.txt")
 @takes(ConvertSettings)
 def convert(
@@ -84,6 +95,8 @@ def convert(
             f"{done.record['kv_budget']:.1%} of the source's cache, in {done.record['seconds']:.0f} s"
         )
         console.print_left(done.left)
+        for note in done.notes:
+            print(visible(note))
 
 
 @app.command(epilog="Example: kvfold evaluate llama-mla --on Salesforce/wikitext:wikitext-2-raw-v1:test")

@@ -141,6 +141,28 @@ def print_report(result: dict[str, Any]) -> None:
     Console(width=None if sys.stdout.isatty() else 110).print(reports.table(result))
 
 
+def print_families(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    targets = list(dict.fromkeys(target for family in found["families"] for target in family["targets"]))
+    out = Table(title="families, and the layout of each target")
+    for name in ("model_type", "class", *targets):
+        out.add_column(name)
+    for family in found["families"]:
+        row = (family["targets"].get(target, "–") for target in targets)
+        out.add_row(family["model_type"], family["architecture"], *row)
+    console = Console(width=None if sys.stdout.isatty() else 130)
+    console.print(out)
+    read = ", ".join(f"{each['model_type']} as {each['read_as']}" for each in found["translations"])
+    print(f"read as another: {read}")
+    whole, alone = (
+        [each["model_type"] for each in found["parts"] if bool(each["whole"]) is is_whole] for is_whole in (True, False)
+    )
+    print(f"models of several parts, left whole by gqa and mqa: {', '.join(whole)}")
+    print(f"and of which the language model alone is written (--part language): {', '.join(alone)}")
+
+
 def print_plan(record: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table

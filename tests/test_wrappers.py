@@ -1,0 +1,142 @@
+"""Models of several parts: the language model is folded where it is, or taken out; the rest is not touched."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from tests.helpers import invoke, save_tokens
+
+IDS = torch.randint(100, (2, 24), generator=torch.Generator().manual_seed(1))
+TEXT = {
+    **{"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8},
+    **{"num_key_value_heads": 4, "vocab_size": 128, "max_position_embeddings": 128, "head_dim": 8},
+}
+CLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+QWEN = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
+IDS_OF_IMAGES = {"image_token_id": 120, "video_token_id": 121, "vision_start_token_id": 122, "vision_end_token_id": 123}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+WRAPPERS: dict[str, dict[str, Any]] = {
+    "llava": {
+        "text_config": {**TEXT, "model_type": "llama"},
+        "vision_config": {**CLIP, "model_type": "clip_vision_model"},
+        "image_token_index": 120,
+    },
+    "mistral3": {
+        "text_config": {**TEXT, "model_type": "mistral", "sliding_window": None},
+        "vision_config": {**CLIP, "head_dim": 16, "model_type": "pixtral"},
+        "image_token_index": 120,
+    },
+    "qwen2_5_vl": {"text_config": {**TEXT, **MROPE}, "vision_config": {**QWEN, "fullatt_block_indexes": [0]}, **IDS_OF_IMAGES},
+    "qwen3_vl": {
+        "text_config": {**TEXT, **MROPE},
+        "vision_config": {**QWEN, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+        **IDS_OF_IMAGES,
+    },
+}
+
+
+def save_wrapper(folder: Path, kind: str, **changes: Any) -> Path:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**WRAPPERS[kind], "tie_word_embeddings": False, **changes})
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "language_model" in name and "self_attn" in name:
+                parameter.uniform_(0.3, 3.0) if "_norm" in name else parameter.normal_(std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def logits(folder: Path, whole: bool) -> Tensor:
+    kind: Any = AutoModelForImageTextToText if whole else AutoModelForCausalLM
+    with torch.no_grad():
+        return kind.from_pretrained(folder, dtype=torch.float32)(input_ids=IDS).logits
+
+
+def run(*args: Any) -> None:
+    code, said = invoke(*args)
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_the_language_model_is_folded_where_it_is(tmp_path: Path, kind: str) -> None:
+    source = save_wrapper(tmp_path / "source", kind)
+    run("convert", source, tmp_path / "alone", "--to", "source", "--part", "language")
+    assert json.loads((tmp_path / "alone/config.json").read_text())["model_type"] in ("llama", "mistral", "qwen2", "qwen3")
+    torch.testing.assert_close(logits(tmp_path / "alone", whole=False), logits(source, whole=True))
+    for out, part in (("whole", ()), ("part", ("--part", "language"))):
+        run("convert", source, tmp_path / out, "--to", "gqa", "--kv-heads", "2", *part)
+    folded = logits(tmp_path / "whole", whole=True)
+    torch.testing.assert_close(folded, logits(tmp_path / "part", whole=False))
+    assert not torch.allclose(folded, logits(source, whole=True), atol=1e-3)
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "whole/model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if before[name].shape != after[name].shape or not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("self_attn" in name and "visi" not in name for name in changed)
+    assert json.loads((tmp_path / "whole/config.json").read_text())["text_config"]["num_key_value_heads"] == 2
+
+
+def test_what_is_folded_where_it_is_can_be_healed_measured_and_trained_on(tmp_path: Path) -> None:
+    """On its text; the whole model comes out of it each time."""
+    source = save_wrapper(tmp_path / "source", "qwen2_5_vl")
+    text = save_tokens(tmp_path / "text.safetensors", 8, 32, vocab=100)
+    how = ("--calibrate", text, "--heal-steps", "2", "--heal-batch-tokens", "64")
+    run("convert", source, tmp_path / "out", "--to", "gqa", "--kv-heads", "2", *how)
+    run("evaluate", tmp_path / "out", "--on", text, "--damage-only")
+    measured = json.loads((tmp_path / "out/report.json").read_text())
+    assert measured["models"][0]["cache_numbers_per_token_per_layer"] == 32
+    run("push", tmp_path / "out", "user/x", "--dry-run", "--base-model", "user/y", "--license", "mit")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "model = Qwen2_5_VLForConditionalGeneration.from_pretrained" in card
+    assert "what becomes of images, video or sound is not known" in card
+    recipe = ("tokens=256", "window=16", "batch=2", "eval_tokens=64", "learning_rate=0.01", "ce_weight=0", "kl_weight=1")
+    run("uptrain", tmp_path / "out", tmp_path / "healed", "--recipe", "distill-attention", "--data", text, *recipe)
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "healed/model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before if "visual" in name)
+    healed, folded = (logits(tmp_path / name, whole=True) for name in ("healed", "out"))
+    wanted = logits(source, whole=True)
+    assert (healed - wanted).square().mean() < (folded - wanted).square().mean()
+
+
+def test_other_targets_want_the_language_model_alone(tmp_path: Path) -> None:
+    source = save_wrapper(tmp_path / "source", "llava")
+    code, said = invoke("plan", source, "--to", "mla", "--kv-budget", "50%")
+    assert code == 2
+    assert "use --to gqa, or --part language writes its language model alone" in said
+    text = save_tokens(tmp_path / "text.safetensors", 4, 32, vocab=100)
+    how = ("--to", "mla", "--kv-budget", "50%", "--calibrate", text, "--heal-steps", "0", "--part", "language")
+    run("convert", source, tmp_path / "out", *how)
+    assert logits(tmp_path / "out", whole=False).isfinite().all()
+    code, said = invoke("plan", tmp_path / "out", "--to", "mqa", "--part", "language")
+    assert code == 2
+
+
+def test_older_names_and_flat_configs_are_read_alike(tmp_path: Path) -> None:
+    """Qwen2.5-VL was published with a flat config and its layers under `model.layers`."""
+    source = save_wrapper(tmp_path / "source", "qwen2_5_vl")
+    whole = logits(source, whole=True)
+    config = json.loads((source / "config.json").read_text())
+    inner = config.pop("text_config")
+    flat = {**inner, **config, "model_type": "qwen2_5_vl", "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}}
+    flat["rope_theta"] = flat.pop("rope_parameters")["rope_theta"]
+    (source / "config.json").write_text(json.dumps(flat))
+    run("convert", source, tmp_path / "alone", "--to", "source", "--part", "language")
+    torch.testing.assert_close(logits(tmp_path / "alone", whole=False), whole)
+    run("convert", source, tmp_path / "out", "--to", "gqa", "--kv-heads", "4")
+    assert json.loads((tmp_path / "out/config.json").read_text())["num_key_value_heads"] == 4
+    torch.testing.assert_close(logits(tmp_path / "out", whole=True), whole, atol=1e-4, rtol=1e-4)
