@@ -20,13 +20,13 @@ from kvfold.cli import main
 
 FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen3")
 """`llama3` is llama with the RoPE scaling of Llama 3.1."""
-EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "phimoe")
 PAIRED = ("cohere", "glm", "glm4", "ernie4_5")
 """Families whose RoPE turns neighbouring numbers."""
 OTHERS = ("olmo2", "gemma", "granite", "starcoder2", "seed_oss", "phi3", "stablelm", *PAIRED, "phi", *EXPERTS)
+"""Families whose layers are not Llama's beside attention, or little known."""
 MIXED = ("gemma2", "gemma3_text", "cohere2", "smollm3", "olmo3", "exaone4", "gpt_oss")
 """Families whose layers are of several kinds: three layers here, of which the last attends over everything."""
-"""Families whose layers are not Llama's beside attention, or little known."""
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -59,6 +59,7 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
         "gpt_neox": {"num_key_value_heads": 8},
         "mixtral": {"num_local_experts": 4, "sliding_window": None},
         "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
+        "phimoe": {"num_local_experts": 4, "attention_bias": True, "lm_head_bias": True},
         "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
         "gemma2": {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0},
         "gemma3_text": {"query_pre_attn_scalar": 24},

@@ -20,17 +20,18 @@ llama-3.1-8b llama-3.2-1b llama-3.2-3b mimo-7b-base minicpm-moe-8x2b minicpm4-8b
 nous-hermes-2-solar-10.7b olmo-2-32b orion-14b phi-3-mini-128k phi-3.5-mini phi-4 phi-4-mini-instruct qwen-7b-chat
 qwen1.5-0.5b-chat qwen1.5-4b-chat qwen1.5-7b-chat qwen1.5-moe-a2.7b qwen2-1.5b-instruct qwen2-72b-instruct qwen2.5-0.5b
 qwen2.5-1.5b qwen2.5-14b qwen2.5-32b qwen2.5-3b qwen2.5-72b qwen2.5-7b-instruct qwen3-0.6b qwen3-1.7b qwen3-30b-a3b qwen3-32b
-qwen3-8b smollm-1.7b smollm-360m smollm2-1.7b-instruct smollm2-135m smollm2-360m stablelm-3b-4e1t starcoder2-7b vicuna-13b-v0
+qwen3-8b aya-23-8b ernie-4.5-0.3b exaone-4.0-32b gemma-2-2b gemma-2-9b gemma-3-1b-it gemma-3-1b-ome olmo-3.1-32b-instruct
+phi-1 phi-3.5-moe
+smollm-1.7b smollm-360m smollm2-1.7b-instruct smollm2-135m smollm2-360m stablelm-3b-4e1t starcoder2-7b vicuna-13b-v0
 xverse-7b yi-34b yi-6b-chat
 """
-WHOLE = "llava-1.5-7b-hf qwen2-audio-7b qwen2.5-vl-7b qwen3-vl-8b"
+WHOLE = "gemma-3-27b-it llava-1.5-7b-hf qwen2-audio-7b qwen2.5-vl-7b qwen3-vl-8b"
 """Models of several parts that GQA leaves whole."""
 PART = "deepseek-vl2-tiny internvl2-2b janus-1.3b llava-v1.5-7b molmo-7b-d phi-3-vision"
 """Those of which the language model alone can be folded."""
 REFUSED = dict(
     line.split(": ", 1)
     for line in """
-aya-23-8b: 'cohere' is not a family
 bloom-3b: ALiBi's
 chatglm2-6b: transformers has no class of that name
 chatglm3-6b-32k: transformers has no class of that name
@@ -38,25 +39,18 @@ deepseek-v2-lite: MLA already
 deepseek-v3: MLA already
 deepseek-v4-flash: one key for many tokens already
 devstral-small-2-24b-fp8: queries are scaled by their position
-ernie-4.5-0.3b: 'ernie4_5' is not a family
-exaone-4.0-32b: 'exaone4' is not a family
 falcon-40b: 'falcon' is not a family
-gemma-2-2b: soft-capped
-gemma-2-9b: soft-capped
-gemma-3-1b-it: 'gemma3_text' is not a family
-gemma-3-1b-ome: 'gemma3_text' is not a family
-gemma-3-27b-it: language model is of model_type 'gemma3_text'
 gemma-4-26b-a4b: different geometry
 gemma-4-e2b: share their keys and values
 glm-4-9b-chat: transformers has no class of that name
 glm-5.2-fp8: MLA already
 gpt-bigcode-santacoder-1.1b: learned ones
 gpt-j-6b: 'gptj' is not a family
-gpt-oss-20b: quantised too (mxfp4)
+gpt-oss-20b: quantised (mxfp4)
 gpt2: learned ones
 gpt2-medium: learned ones
 gte-qwen2-7b: not causal
-hunyuan-mt-7b: 'hunyuan_v1_dense' is not a family
+hunyuan-mt-7b: norms stand behind the RoPE
 kimi-k2: MLA already
 llama-3.1-405b-fbgemm-fp8: quantised (fbgemm_fp8): fold the unquantised checkpoint, meta-llama/Meta-Llama-3.1-405B-Instruct
 llama-3.2-11b-vision: attend to an image
@@ -68,20 +62,17 @@ minimax-m2.5: quantised too (fp8)
 mpt-7b: ALiBi's
 nemotron-h-56b: state-space ones
 nemotron-super-49b: different geometry
-olmo-3.1-32b-instruct: 'olmo3' is not a family
 opt-125m: learned ones
-phi-1: 'phi' is not a family
 phi-1.5: transformers has no class of that name
 phi-2: transformers has no class of that name
 phi-3-small: leaves out most keys
-phi-3.5-moe: 'phimoe' is not a family
 qwen2-vl-2b: quantised (awq)
 qwen3-32b-fp8: quantised (fp8)
 qwen3-8b-fp8: quantised (fp8)
 qwen3-next-80b-a3b: linear attention
 qwen3.5-27b: linear attention
 qwen3.5-35b-a3b: linear attention
-redpajama-3b-v1: 'gpt_neox' is not a family
+redpajama-3b-v1: as many key heads as query heads
 skywork-reward-llama-8b: fold the language model that it was made from
 step-3.7-flash: 'step3p7' is not a family
 vila1.5-3b: a folder of its own
@@ -161,7 +152,9 @@ def test_families_lists_what_is_known() -> None:
         **{"mla": "deepseek_v3", "mfa": "kvfold", "mfa-kr": "kvfold"},
     }
     assert families["qwen3"]["targets"]["mla"] == "kvfold"
-    assert all({"gqa", "mqa", "mla"} <= each["targets"].keys() for each in families.values())
+    for name, each in families.items():
+        assert {"mla", "mfa", "mfa-kr", "source"} <= each["targets"].keys()
+        assert ("mqa" in each["targets"]) == FAMILIES[name].grouped
     assert {"model_type": "internlm2", "architecture": "InternLM2ForCausalLM", "read_as": "llama"} in found["translations"]
     assert {"model_type": "llava", "whole": ["gqa", "mqa", "source"]} in found["parts"]
     assert {"model_type": "molmo", "whole": []} in found["parts"]

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from kvfold.convert.families.base import AttentionSpec, Family, Rope
+from kvfold.convert.families.base import Family
 from kvfold.convert.families.known import FAMILIES
+from kvfold.convert.families.spec import AttentionSpec, Rope
 from kvfold.convert.families.unknown import describe
 from kvfold.errors import UserError
 

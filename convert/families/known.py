@@ -198,16 +198,27 @@ GPT_OSS = Family(
     beside=EXPERTS,
 )
 """gpt-oss: every other layer looks back over 128 tokens, and each head has a sink; experts lie on the disk as in memory."""
+W123 = Experts("block_sparse_moe", "w1", "w3", "w2")
 MIXTRAL = Family(
     "mixtral",
     "MixtralForCausalLM",
     qkv_bias=lambda said: False,
     o_bias=lambda said: False,
     windows=windows_of_all,
-    experts=Experts("block_sparse_moe", "w1", "w3", "w2"),
+    experts=W123,
     beside=EXPERTS,
 )
 """Mixtral: Mistral's attention, and experts."""
+PHIMOE = replace(
+    MIXTRAL,
+    model_type="phimoe",
+    architecture="PhimoeForCausalLM",
+    qkv_bias=LLAMA.qkv_bias,
+    o_bias=LLAMA.o_bias,
+    experts=replace(W123, router="router"),
+    beside=f"{EXPERTS}, and {LAYER_NORMS}",
+)
+"""Phi-3.5-MoE: Mixtral between LayerNorms, with biases."""
 QWEN2_MOE = Family(
     "qwen2_moe",
     "Qwen2MoeForCausalLM",
@@ -233,6 +244,6 @@ KNOWN = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA, GRANITE, PHI3, STARCODER2, SEED_OSS, STABLELM),
     *(COHERE, GLM, GLM4, ERNIE4_5, PHI, GPT_NEOX),
     *(GEMMA2, GEMMA3, COHERE2, SMOLLM3, OLMO3, EXAONE4),
-    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT_OSS),
+    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, PHIMOE, GPT_OSS),
 )
 FAMILIES = {family.model_type: family for family in KNOWN}
