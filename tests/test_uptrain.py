@@ -122,6 +122,46 @@ def test_layers_with_experts_are_trained_around_them(tmp_path: Path) -> None:
     assert not any("experts" in name for name in changed)
 
 
+OTHER_KINDS: list[tuple[str, dict[str, Any]]] = [
+    ("gemma2", {"to": "gqa", "kv_heads": 2}),
+    ("gemma3_text", {"to": "mla", "kv_rank": 20, "rope_dim": 12}),
+    ("cohere2", {"to": "mfa-kr", "width": 20}),
+    ("gpt_oss", {"to": "mla", "kv_rank": 20, "keys": "rebuilt", "layers": "all"}),
+    ("gpt_neox", {"to": "mla", "kv_rank": 20, "rope_dim": 12}),
+    ("phi", {"to": "mfa", "width": 10}),
+]
+"""Families with layers of several kinds, soft caps, sinks, other tables of RoPE, names of their own, biases of the output."""
+
+
+@pytest.mark.parametrize(("family", "settings"), OTHER_KINDS)
+def test_students_of_other_kinds_predict_what_the_checkpoint_predicts(
+    family: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    source = save_model(tmp_path / "source", family, initializer_range=0.2)
+    tokens = save_tokens(tmp_path / "t.safetensors", 32, 32)
+    convert(str(source), tmp_path / "fold", ConvertSettings(**settings, calibrate=tokens, heal_steps=0))
+    student = build(open_folded(tmp_path / "fold", None), load_recipe("distill-attention", []), None).student
+    ids = torch.randint(128, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "fold")(ids, labels=ids)
+        torch.testing.assert_close(student.causal(ids).logits, wanted.logits, atol=2e-4, rtol=1e-4)
+        assert float(student(ids)["ce"]) == pytest.approx(float(wanted.loss), rel=1e-4)
+
+
+def test_layers_that_stay_are_trained_around(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", "gemma3_text", initializer_range=0.2)
+    tokens = save_tokens(tmp_path / "t.safetensors", 32, 32)
+    convert(str(source), tmp_path / "fold", ConvertSettings(to="mla", kv_rank=20, rope_dim=12, calibrate=tokens, heal_steps=0))
+    settings = load_recipe("distill-attention", [*SHORT, "ce_weight=0"])
+    entry = uptrain(str(tmp_path / "fold"), tmp_path / "out", str(source), settings, tokens)
+    assert entry["held_out_loss"]["after"] < entry["held_out_loss"]["before"]
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("fold", "out"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "model.layers.2.self_attn.kv_a_proj.weight" in changed
+    assert not any(f"layers.{layer}.self_attn.{role}_proj" in name for name in changed for layer in (0, 1) for role in "qkvo")
+
+
 def test_an_adapter_as_large_as_its_matrix_is_not_made(folds: Path) -> None:
     trainee = build(open_folded(folds / "mla", None), load_recipe("distill-lora", ["lora_rank=16"]), None)
     full = [n for n in trainee.trained() if DESIGN in n and "lora" not in n]

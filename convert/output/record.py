@@ -21,6 +21,7 @@ class Target(_Kept):
     method: str
     layout: str = "source"
     widths: list[list[int]] | None = None
+    folded_layers: list[int] | None = None
 
 
 class Settings(_Kept):

@@ -235,8 +235,10 @@ def _summary(facts: Facts, record: dict[str, Any]) -> str:
     source = facts.report["source"]
     kept = facts.model["cache_bytes_per_token"] / source["cache_bytes_per_token"]
     base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else "A language model"
+    some = record["target"].get("folded_layers")
+    where = f" in layers {', '.join(map(str, some))}" if some else ""
     return (
-        f"{base} with its attention folded into {record['target']['to'].upper()}: the KV cache takes "
+        f"{base} with its attention folded into {record['target']['to'].upper()}{where}: the KV cache takes "
         f"{facts.model['cache_bytes_per_token']:,.0f} bytes per token in {facts.report['settings']['dtype']}, {kept:.1%} of "
         f"the source's {source['cache_bytes_per_token']:,.0f}, at {facts.model['damage_nats']:+.4f} nats per token."
     )
