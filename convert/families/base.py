@@ -253,7 +253,8 @@ class Family:
             name = unquantised(config)
             raise UserError(f"the source is quantised ({kind}): fold the unquantised checkpoint{f', {name}' if name else ''}")
         named = config.get("architectures") or [self.architecture]
-        if not isinstance(named, list) or self.architecture.lower() not in [str(name).lower() for name in named]:
+        plain = [str(name).lower().replace("_", "") for name in named] if isinstance(named, list) else []
+        if self.architecture.lower().replace("_", "") not in plain:
             raise UserError(
                 f"config.json names {', '.join(map(str, named)) if isinstance(named, list) else named} (architectures), and "
                 f"kvfold folds {self.architecture}: reward, classification and embedding models have another head or none; "

@@ -32,7 +32,7 @@ def source_parameters(config: dict[str, Any], said: dict[str, Any], spec: Attent
 def folded_layers(spec: AttentionSpec, settings: ConvertSettings, refusals: list[str]) -> tuple[int, ...]:
     """The layers that are folded: where windowed ones and others mix, those that attend over everything."""
     every, full, asked = tuple(range(spec.layers)), spec.full_layers, settings.layers
-    if settings.to in ("gqa", "mqa") or asked == "all" or (asked is None and not full):
+    if settings.to in ("gqa", "mqa", "source") or asked == "all" or (asked is None and not full):
         return every
     if asked in (None, "full"):
         if not full:
