@@ -83,6 +83,11 @@ def internlm(state: State) -> tuple[Config, State]:
     return {**PLAIN, "model_type": "internlm", "architectures": ["InternLMForCausalLM"]}, {**state, **buffers}
 
 
+def yi(state: State) -> tuple[Config, State]:
+    config = {**PLAIN, "model_type": "Yi", "num_key_value_heads": 4}
+    return config, foreign(state, ("input_layernorm", "ln1"), ("post_attention_layernorm", "ln2"))
+
+
 def baichuan(state: State) -> tuple[Config, State]:
     config = {**PLAIN, "model_type": "baichuan", "vocab_size": 64000, "auto_map": {"AutoConfig": "code.BaichuanConfig"}}
     return config, fuse(state, "self_attn.W_pack", QKV)
@@ -188,6 +193,8 @@ RENAMED: dict[str, tuple[Callable[[State], tuple[Config, State]], str, Config]] 
     "internlm": (internlm, "llama", {"attention_bias": True}),
     "internlm3": (lambda state: ({**PLAIN, "model_type": "internlm3", "head_dim": 8}, state), "llama", {}),
     "xverse": (lambda state: ({**PLAIN, "model_type": "xverse"}, state), "llama", {}),
+    "aquila": (lambda state: ({**PLAIN, "model_type": "aquila"}, state), "llama", {}),
+    "Yi": (yi, "llama", {"num_key_value_heads": 4}),
     "baichuan": (baichuan, "llama", {"vocab_size": 64000}),
     "qwen": (qwen, "qwen2", {}),
     "exaone": (exaone, "llama", {"num_key_value_heads": 4}),

@@ -34,6 +34,11 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "vision_config": {**CLIP, "model_type": "clip_vision_model"},
         "image_token_index": 120,
     },
+    "smolvlm": {
+        "text_config": {**TEXT, "model_type": "llama", "pad_token_id": 0},
+        "vision_config": {**CLIP, "model_type": "smolvlm_vision"},
+        **{"image_token_id": 120, "pad_token_id": 0, "scale_factor": 1},
+    },
     "mistral3": {
         "text_config": {**TEXT, "model_type": "mistral", "sliding_window": None},
         "vision_config": {**CLIP, "head_dim": 16, "model_type": "pixtral"},
