@@ -14,17 +14,18 @@ from kvfold.errors import UserError
 from tests.helpers import invoke
 
 FOLDED = """
-allam-7b-instruct baichuan2-7b codefuse-devops-7b-chat deepseek-moe-16b dictalm2.0-instruct exaone-3.0-7.8b gemma-2b
-granite-3.3-8b internlm-7b internlm2.5-7b internlm3-8b-instruct llama-2-13b-chat llama-2-7b llama-3.1-405b llama-3.1-70b
-llama-3.1-8b llama-3.2-1b llama-3.2-3b mimo-7b-base minicpm-moe-8x2b minicpm4-8b mistral-7b-v0.1 mixtral-8x22b mixtral-8x7b
-nous-hermes-2-solar-10.7b olmo-2-32b orion-14b phi-3-mini-128k phi-3.5-mini phi-4 phi-4-mini-instruct qwen-7b-chat
-qwen1.5-0.5b-chat qwen1.5-4b-chat qwen1.5-7b-chat qwen1.5-moe-a2.7b qwen2-1.5b-instruct qwen2-72b-instruct qwen2.5-0.5b
-qwen2.5-1.5b qwen2.5-14b qwen2.5-32b qwen2.5-3b qwen2.5-72b qwen2.5-7b-instruct qwen3-0.6b qwen3-1.7b qwen3-30b-a3b qwen3-32b
-qwen3-8b aya-23-8b ernie-4.5-0.3b exaone-4.0-32b gemma-2-2b gemma-2-9b gemma-3-1b-it gemma-3-1b-ome olmo-3.1-32b-instruct
-phi-1 phi-3.5-moe
-smollm-1.7b smollm-360m smollm2-1.7b-instruct smollm2-135m smollm2-360m stablelm-3b-4e1t starcoder2-7b vicuna-13b-v0
-xverse-7b yi-34b yi-6b-chat
+allam-7b-instruct aya-23-8b baichuan2-7b chatglm2-6b chatglm3-6b-32k codefuse-devops-7b-chat deepseek-moe-16b
+dictalm2.0-instruct ernie-4.5-0.3b exaone-3.0-7.8b exaone-4.0-32b gemma-2-2b gemma-2-9b gemma-2b gemma-3-1b-it gemma-3-1b-ome
+glm-4-9b-chat gpt-j-6b granite-3.3-8b internlm-7b internlm2.5-7b internlm3-8b-instruct llama-2-13b-chat llama-2-7b
+llama-3.1-405b llama-3.1-70b llama-3.1-8b llama-3.2-1b llama-3.2-3b mimo-7b-base minicpm-moe-8x2b minicpm4-8b mistral-7b-v0.1
+mixtral-8x22b mixtral-8x7b nous-hermes-2-solar-10.7b olmo-2-32b olmo-3.1-32b-instruct orion-14b phi-1 phi-1.5 phi-2
+phi-3-mini-128k phi-3.5-mini phi-3.5-moe phi-4 phi-4-mini-instruct qwen-7b-chat qwen1.5-0.5b-chat qwen1.5-4b-chat qwen1.5-7b-chat
+qwen1.5-moe-a2.7b qwen2-1.5b-instruct qwen2-72b-instruct qwen2.5-0.5b qwen2.5-1.5b qwen2.5-14b qwen2.5-32b qwen2.5-3b
+qwen2.5-72b qwen2.5-7b-instruct qwen3-0.6b qwen3-1.7b qwen3-30b-a3b qwen3-32b qwen3-8b smollm-1.7b smollm-360m
+smollm2-1.7b-instruct smollm2-135m smollm2-360m stablelm-3b-4e1t starcoder2-7b vicuna-13b-v0 xverse-7b yi-34b yi-6b-chat
 """
+LATENT = "redpajama-3b-v1"
+"""Those whose class has no fewer key heads than query heads."""
 WHOLE = "gemma-3-27b-it llava-1.5-7b-hf qwen2-audio-7b qwen2.5-vl-7b qwen3-vl-8b"
 """Models of several parts that GQA leaves whole."""
 PART = "deepseek-vl2-tiny internvl2-2b janus-1.3b llava-v1.5-7b molmo-7b-d phi-3-vision"
@@ -33,8 +34,6 @@ REFUSED = dict(
     line.split(": ", 1)
     for line in """
 bloom-3b: ALiBi's
-chatglm2-6b: transformers has no class of that name
-chatglm3-6b-32k: transformers has no class of that name
 deepseek-v2-lite: MLA already
 deepseek-v3: MLA already
 deepseek-v4-flash: one key for many tokens already
@@ -42,10 +41,8 @@ devstral-small-2-24b-fp8: queries are scaled by their position
 falcon-40b: 'falcon' is not a family
 gemma-4-26b-a4b: different geometry
 gemma-4-e2b: share their keys and values
-glm-4-9b-chat: transformers has no class of that name
 glm-5.2-fp8: MLA already
 gpt-bigcode-santacoder-1.1b: learned ones
-gpt-j-6b: 'gptj' is not a family
 gpt-oss-20b: quantised (mxfp4)
 gpt2: learned ones
 gpt2-medium: learned ones
@@ -63,8 +60,6 @@ mpt-7b: ALiBi's
 nemotron-h-56b: state-space ones
 nemotron-super-49b: different geometry
 opt-125m: learned ones
-phi-1.5: transformers has no class of that name
-phi-2: transformers has no class of that name
 phi-3-small: leaves out most keys
 qwen2-vl-2b: quantised (awq)
 qwen3-32b-fp8: quantised (fp8)
@@ -72,7 +67,6 @@ qwen3-8b-fp8: quantised (fp8)
 qwen3-next-80b-a3b: linear attention
 qwen3.5-27b: linear attention
 qwen3.5-35b-a3b: linear attention
-redpajama-3b-v1: as many key heads as query heads
 skywork-reward-llama-8b: fold the language model that it was made from
 step-3.7-flash: 'step3p7' is not a family
 vila1.5-3b: a folder of its own
@@ -90,6 +84,10 @@ PUBLISHED = {
     "llava-1.5-7b-hf": 6_738_415_616 + 2 * 64 * 4096,  # Vicuna with 64 more tokens
     "qwen2.5-vl-7b": 7_615_616_512,  # Qwen2.5-7B
     "qwen3-vl-8b": 8_190_735_360,  # Qwen3-8B
+    "glm-4-9b-chat": 9_399_951_360,
+    "chatglm2-6b": 6_243_584_000,
+    "phi-2": 2_779_683_840,
+    "gpt-j-6b": 6_050_882_784 + 28 * 4 * 4096,  # with the biases of zero that Phi has on attention
     "janus-1.3b": 1_652_656_128,
     "phi-3-vision": 3_821_079_552,  # Phi-3-mini
 }
@@ -104,24 +102,28 @@ def configs(shared: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def refusal(config: dict[str, Any], **settings: str) -> str:
-    """What `plan --to mqa` refuses with, empty where it does not."""
+def refusal(config: dict[str, Any], to: str = "mqa", **settings: Any) -> str:
+    """What `plan` refuses with, empty where it does not."""
     try:
-        make_plan(config, ConvertSettings(to="mqa", **settings)).refuse()
+        make_plan(config, ConvertSettings(to=to, **settings)).refuse()
     except UserError as error:
         return str(error)
     return ""
 
 
 def test_every_config_is_folded_or_refused_with_its_reason(configs: dict[str, dict[str, Any]]) -> None:
-    folded, parts = [*FOLDED.split(), *WHOLE.split()], PART.split()
-    assert sorted([*folded, *parts, *REFUSED]) == sorted(configs)
+    folded, parts, latent = [*FOLDED.split(), *WHOLE.split()], PART.split(), LATENT.split()
+    assert sorted([*folded, *parts, *latent, *REFUSED]) == sorted(configs)
+    assert len(folded) + len(parts) + len(latent) == 88
     said = {name: refusal(config) for name, config in configs.items()}
     assert sorted(name for name, text in said.items() if not text) == sorted(folded)
     assert {name: said[name] for name, words in REFUSED.items() if words not in said[name]} == {}
     for name in parts:
         assert "--part language writes its language model alone" in said[name]
         assert refusal(configs[name], part="language") == ""
+    for name in latent:
+        assert "as many key heads as query heads" in said[name]
+        assert refusal(configs[name], "mla", kv_budget="50%") == ""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -152,9 +154,9 @@ def test_families_lists_what_is_known() -> None:
         **{"mla": "deepseek_v3", "mfa": "kvfold", "mfa-kr": "kvfold"},
     }
     assert families["qwen3"]["targets"]["mla"] == "kvfold"
-    for name, each in families.items():
-        assert {"mla", "mfa", "mfa-kr", "source"} <= each["targets"].keys()
-        assert ("mqa" in each["targets"]) == FAMILIES[name].grouped
+    assert "mla" in families["gpt_neox"]["targets"]
+    assert "mqa" not in families["gpt_neox"]["targets"]
+    assert all("mla" in each["targets"] for each in families.values())
     assert {"model_type": "internlm2", "architecture": "InternLM2ForCausalLM", "read_as": "llama"} in found["translations"]
     assert {"model_type": "llava", "whole": ["gqa", "mqa", "source"]} in found["parts"]
     assert {"model_type": "molmo", "whole": []} in found["parts"]

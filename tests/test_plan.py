@@ -497,6 +497,7 @@ def test_settings_name_every_mistake() -> None:
         ),
         ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, "its attention is MLA already"),
         ({"model_type": "gemma3n_text", "attn_logit_softcapping": 50.0}, "its attention scores are soft-capped"),
+        ({"model_type": "x", "blocksparse_block_size": 64}, "its attention leaves out most keys"),
         ({"model_type": "mllama", "text_config": {"cross_attention_layers": [3]}}, "some of its layers attend to an image"),
         ({"model_type": "zamba2", "mamba_num_heads": 4}, "some of its layers are state-space ones and keep no keys"),
         ({"model_type": "x", "kv_lora_rank": 8, "quantization_config": {"quant_method": "fp8"}}, "quantised too (fp8)"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.helpers import invoke, save_model, save_tokens, tiny_config
 
@@ -83,6 +83,11 @@ def internlm(state: State) -> tuple[Config, State]:
     return {**PLAIN, "model_type": "internlm", "architectures": ["InternLMForCausalLM"]}, {**state, **buffers}
 
 
+def yi(state: State) -> tuple[Config, State]:
+    config = {**PLAIN, "model_type": "Yi", "num_key_value_heads": 4}
+    return config, foreign(state, ("input_layernorm", "ln1"), ("post_attention_layernorm", "ln2"))
+
+
 def baichuan(state: State) -> tuple[Config, State]:
     config = {**PLAIN, "model_type": "baichuan", "vocab_size": 64000, "auto_map": {"AutoConfig": "code.BaichuanConfig"}}
     return config, fuse(state, "self_attn.W_pack", QKV)
@@ -149,15 +154,53 @@ def janus(state: State) -> tuple[Config, State]:
     return config, {**{f"language_model.{name}": t for name, t in state.items()}, "aligner.x": torch.ones(2)}
 
 
+def chatglm(state: State) -> tuple[Config, State]:
+    names = (
+        *(("model.layers", "transformer.encoder.layers"), ("model.norm", "transformer.encoder.final_layernorm")),
+        *(("model.embed_tokens", "transformer.embedding.word_embeddings"), ("lm_head", "transformer.output_layer")),
+        *(("self_attn.query_key_value", "self_attention.query_key_value"), ("self_attn.o_proj", "self_attention.dense")),
+        *(("mlp.gate_up_proj", "mlp.dense_h_to_4h"), ("mlp.down_proj", "mlp.dense_4h_to_h")),
+    )
+    config = {
+        **{"model_type": "chatglm", "architectures": ["ChatGLMModel"], "hidden_size": 64, "num_attention_heads": 8},
+        **{"num_layers": 2, "padded_vocab_size": 128, "ffn_hidden_size": 96, "kv_channels": 8, "seq_length": 128},
+        **{"multi_query_attention": True, "multi_query_group_num": 2, "layernorm_epsilon": 1e-6, "add_qkv_bias": True},
+        **{"rope_ratio": 50, "pad_token_id": 0, "rmsnorm": True},
+    }
+    buffer = {"transformer.rotary_pos_emb.inv_freq": torch.ones(2)}
+    return config, {**foreign(fuse(state, "self_attn.query_key_value", QKV), *names), **buffer}
+
+
+GPT = {"n_embd": 64, "n_head": 8, "n_layer": 2, "n_inner": 96, "n_positions": 128, "rotary_dim": 4, "vocab_size": 128}
+
+
+def phi_msft(state: State) -> tuple[Config, State]:
+    names = (
+        *(("model.layers", "transformer.h"), ("model.embed_tokens", "transformer.embd.wte"), ("lm_head", "lm_head.linear")),
+        *(("model.final_layernorm", "lm_head.ln"), ("input_layernorm", "ln"), ("self_attn.dense", "mixer.out_proj")),
+        ("self_attn.Wqkv", "mixer.Wqkv"),
+    )
+    config = {**GPT, "model_type": "phi-msft", "architectures": ["PhiForCausalLM"], "layer_norm_epsilon": 1e-5}
+    return {**config, "activation_function": "gelu_new"}, foreign(fuse(state, "self_attn.Wqkv", QKV), *names)
+
+
+def part_turning(theta: float) -> Config:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": 0.5}}
+
+
 RENAMED: dict[str, tuple[Callable[[State], tuple[Config, State]], str, Config]] = {
     "internlm2": (internlm2, "llama", {"num_key_value_heads": 4, "attention_bias": True}),
     "internlm": (internlm, "llama", {"attention_bias": True}),
     "internlm3": (lambda state: ({**PLAIN, "model_type": "internlm3", "head_dim": 8}, state), "llama", {}),
     "xverse": (lambda state: ({**PLAIN, "model_type": "xverse"}, state), "llama", {}),
+    "aquila": (lambda state: ({**PLAIN, "model_type": "aquila"}, state), "llama", {}),
+    "Yi": (yi, "llama", {"num_key_value_heads": 4}),
     "baichuan": (baichuan, "llama", {"vocab_size": 64000}),
     "qwen": (qwen, "qwen2", {}),
     "exaone": (exaone, "llama", {"num_key_value_heads": 4}),
     "mimo": (mimo, "qwen2", {}),
+    "chatglm": (chatglm, "glm", {"num_key_value_heads": 2, "rms_norm_eps": 1e-6, **part_turning(500000.0)}),
+    "phi-msft": (phi_msft, "phi", part_turning(10000.0)),
     "molmo": (molmo, "qwen2", {"num_key_value_heads": 4}),
     "llava": (llava, "llama", {}),
     "phi3_v": (phi3_v, "phi3", {}),
@@ -292,6 +335,21 @@ def test_orions_layernorms(tmp_path: Path) -> None:
         torch.testing.assert_close(logits(tmp_path / "out"), model(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
+def test_gptjs_pairs_are_put_in_phis_order(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gptj", **GPT, bos_token_id=1, eos_token_id=2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "attn" in name or "bias" in name:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(tmp_path / "theirs")
+    wanted = logits(tmp_path / "theirs")
+    code, said = invoke("convert", tmp_path / "theirs", tmp_path / "out", "--to", "source")
+    assert code == 0, said
+    assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "phi"
+    torch.testing.assert_close(logits(tmp_path / "out"), wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_a_translated_source_is_folded_healed_and_measured_like_any_other(tmp_path: Path) -> None:
     ours, theirs = make(tmp_path, "internlm2")
     text = save_tokens(tmp_path / "text.safetensors", 8, 32)
@@ -314,6 +372,7 @@ def test_a_translated_source_is_folded_healed_and_measured_like_any_other(tmp_pa
     [
         ({"model_type": "baichuan", "hidden_size": 5120}, "ALiBi"),
         ({"model_type": "baichuan", "vocab_size": 70000}, "neither Baichuan 1 .64000. nor 2"),
+        ({"model_type": "chatglm", "position_encoding_2d": True}, "as in the first ChatGLM"),
         ({"model_type": "qwen", "visual": {"layers": 48}}, "Qwen-VL"),
         ({"model_type": "minicpm", "sparse_config": {"dense_len": 8192}}, "sparse_config"),
         ({"model_type": "deepseek", "scoring_func": "sigmoid", "n_shared_experts": 2}, "scoring_func"),

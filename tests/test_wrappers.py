@@ -34,6 +34,11 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "vision_config": {**CLIP, "model_type": "clip_vision_model"},
         "image_token_index": 120,
     },
+    "smolvlm": {
+        "text_config": {**TEXT, "model_type": "llama", "pad_token_id": 0},
+        "vision_config": {**CLIP, "model_type": "smolvlm_vision"},
+        **{"image_token_id": 120, "pad_token_id": 0, "scale_factor": 1},
+    },
     "mistral3": {
         "text_config": {**TEXT, "model_type": "mistral", "sliding_window": None},
         "vision_config": {**CLIP, "head_dim": 16, "model_type": "pixtral"},
@@ -103,7 +108,16 @@ def test_what_is_folded_where_it_is_can_be_healed_measured_and_trained_on(tmp_pa
     card = (tmp_path / "out/README.md").read_text()
     assert "model = Qwen2_5_VLForConditionalGeneration.from_pretrained" in card
     assert "what becomes of images, video or sound is not known" in card
-    recipe = ("tokens=256", "window=16", "batch=2", "eval_tokens=64", "learning_rate=0.01", "ce_weight=0", "kl_weight=1")
+    recipe = (
+        "tokens=256",
+        "window=16",
+        "batch=2",
+        "micro_batch=2",
+        "eval_tokens=64",
+        "learning_rate=0.01",
+        "ce_weight=0",
+        "kl_weight=1",
+    )
     run("uptrain", tmp_path / "out", tmp_path / "healed", "--recipe", "distill-attention", "--data", text, *recipe)
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "healed/model.safetensors")
     assert before.keys() == after.keys()

@@ -77,6 +77,10 @@ INTERNLM3 = Translation("internlm3", "InternLM3ForCausalLM", "llama", keys=_inte
 """InternLM3: Llama."""
 XVERSE = Translation("xverse", "XverseForCausalLM", "llama")
 """XVERSE: Llama."""
+AQUILA = Translation("aquila", "AquilaForCausalLM", "llama")
+"""Aquila: Llama."""
+YI = Translation("Yi", "YiForCausalLM", "llama", names={"ln1": "input_layernorm", "ln2": "post_attention_layernorm"})
+"""Yi as it was first published: Llama with two norms under other names."""
 
 BAICHUAN1_VOCABULARY, BAICHUAN2_VOCABULARY = 64000, 125696
 
@@ -203,4 +207,4 @@ ORION = Translation(
 )
 """Orion: StableLM whose RoPE turns whole heads."""
 
-TRANSLATIONS = (INTERNLM, INTERNLM2, INTERNLM3, XVERSE, BAICHUAN, QWEN, EXAONE, MINICPM, MIMO, ORION)
+TRANSLATIONS = (INTERNLM, INTERNLM2, INTERNLM3, XVERSE, AQUILA, YI, BAICHUAN, QWEN, EXAONE, MINICPM, MIMO, ORION)

@@ -44,13 +44,11 @@ _OBSTACLES: tuple[tuple[Callable[[Config], bool], str, str], ...] = (
     (_has("mamba_num_heads", "ssm_state_size"), "some of its layers are state-space ones and keep no keys", "small"),
     (_has("linear_num_key_heads", "linear_attn_config"), "some of its layers are linear attention and keep no keys", "small"),
     (_has("attention_chunk_size"), "some of its layers attend in chunks", "8 bits"),
-    (_has("no_rope_layers"), "some of its layers have no RoPE", "8 bits"),
     (_has("cross_attention_layers"), "some of its layers attend to an image", "8 bits"),
     (_has("blocksparse_block_size", "sparse_config", "index_topk"), "its attention leaves out most keys", "8 bits"),
     (_is("hunyuan_v1_dense", "hunyuan_v1_moe"), "norms stand behind the RoPE of its queries and keys", "8 bits"),
     (_varies, "its layers have different geometry", "8 bits"),
     (_has("llm_cfg"), "its language model lies in a folder of its own, llm, as a checkpoint of a known family", "folder"),
-    (_has("attn_logit_softcapping"), "its attention scores are soft-capped", ""),
     (_scales_by_position, "its queries are scaled by their position", "8 bits"),
     (_has("num_kv_shared_layers"), "some of its layers share their keys and values", "8 bits"),
 )

@@ -10,12 +10,13 @@ from typing import Any
 
 from kvfold.convert.families.known import FAMILIES
 from kvfold.convert.families.translated_experts import EXPERTS
+from kvfold.convert.families.translated_gpt import GPT
 from kvfold.convert.families.translation import DEFAULTS, SHARED, Cut, Cuts, Translation
 from kvfold.convert.families.translations import TRANSLATIONS
 from kvfold.convert.families.wrappers import LANGUAGE, PARTS, TEXT_TYPES, WRAPPERS, Wrapper
 from kvfold.errors import UserError
 
-RENAMED = (*TRANSLATIONS, *EXPERTS)
+RENAMED = (*TRANSLATIONS, *GPT, *EXPERTS)
 """Families under other names."""
 TRANSLATED, PART_OF, WHOLE = "translated_from", "part_of", "whole_can_stay"
 """Keys of a config that was read so: the `model_type` that it had, that of what it is a part of, and whether that can be
@@ -83,7 +84,7 @@ def view_of(config: dict[str, Any]) -> View | None:
     """
     kind = config.get("model_type")
     for each in (*RENAMED, *PARTS):
-        if each.model_type == kind and each.into in FAMILIES and each.when(config):
+        if each.model_type == kind and each.when(config):
             return _translated(config, each)
     wrapper = WRAPPERS.get(kind) if isinstance(kind, str) else None
     return None if wrapper is None else _taken_out(config, wrapper)

@@ -14,6 +14,7 @@ LANGUAGE = {
     "language_model.": "",
     "language.": "",
     "model.language_model.": "model.",
+    "model.text_model.": "model.",
     "model.layers.": "model.layers.",
     "model.embed_tokens.": "model.embed_tokens.",
     "model.norm.": "model.norm.",
@@ -26,7 +27,6 @@ TEXT_TYPES = {
     "qwen2_5_vl": "qwen2",
     "qwen2_5_vl_text": "qwen2",
     "qwen3_vl_text": "qwen3",
-    "qwen3_vl_moe_text": "qwen3_moe",
 }
 """What a language model is called inside of another one → by itself: on text, RoPE in three directions is RoPE."""
 
@@ -57,6 +57,8 @@ WRAPPERS = {
         Wrapper("llava_next"),
         Wrapper("llava_next_video"),
         Wrapper("llava_onevision", inner="qwen2"),
+        Wrapper("idefics3"),
+        Wrapper("smolvlm"),
         Wrapper("mistral3", inner="mistral"),
         Wrapper("internvl", inner="qwen2"),
         Wrapper("gemma3", inner="gemma3_text"),

@@ -374,8 +374,9 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
         except UserError as error:
             refusals.append(str(error))
     within = config[PART_OF] if stays_within(config, settings) else ""
-    if config.get(TRANSLATED):
-        note = f"{config[TRANSLATED]} is read as {family.model_type}" + f"; {note}" * bool(note)
+    how = [f"{config[TRANSLATED]} is read as {family.model_type}"] if config.get(TRANSLATED) else []
+    how += [f"the language model of a {within}, whose other parts stay as they are"] if within else []
+    note = "; ".join([*how, note] if note else how)
     plan = ConversionPlan(
         *(family, spec, settings, layout, folded, kv_heads, method, grouping, rank, rope_dim, stored, (), most, note, refusals),
         within=within,
