@@ -23,7 +23,7 @@ from kvfold.surgery.latent import full_rank
 
 SHARES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 3.0)
 """Multiples of the mean width that are measured where budgets differ."""
-SPLITS = (0.125, 0.25, 0.375, 0.5, 0.625)
+SPLITS = (0.02, 0.0625, 0.125, 0.25, 0.375, 0.5)
 """Shares of MLA's cache that its rotary key may take."""
 WIDTH_TOKENS = 16384
 """Calibration tokens on which widths are measured."""

@@ -72,8 +72,8 @@ STOCK: Tries = {
     "values": (1.0,),
 }
 """What `search` tries, one after the other, where the rotary key must be the first frequencies and nothing has a bias."""
-FREE_START = Choice(slots=0.0, values=0.0, balance=0.3, picked="turning", centred=True)
-FREE: Tries = {"picked": ("first", "energy"), "centred": (False,), **STOCK}
+FREE_START = Choice(slots=0.0, values=0.0, balance=3.0, picked="turning", centred=True)
+FREE: Tries = {"picked": ("first", "energy"), "centred": (False,), **STOCK, "balance": (0.0, 0.3, 1.0, 10.0, 30.0)}
 """The same where it may be any."""
 
 
