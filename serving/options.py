@@ -16,7 +16,7 @@ class Checked(VerifyAndUpdateConfig):
         refused = {
             "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
             "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
-            "--quantization": vllm_config.quant_config is not None,
+            "--quantization": vllm_config.model_config.quantization is not None,
             "--kv-cache-dtype": cache.cache_dtype != "auto",
             "--enable-lora": vllm_config.lora_config is not None,
             "--speculative-config": vllm_config.speculative_config is not None,
