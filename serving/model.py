@@ -41,7 +41,7 @@ class Builder(AttentionMetadataBuilder):
             starts, lengths = common.query_start_loc_cpu.tolist(), common.seq_lens.tolist()
             slots = common.slot_mapping[: common.num_actual_tokens].long()
             made = paged.Step(starts, lengths[: len(starts) - 1], common.block_table_tensor, slots)
-            common.kvfold_step = made  # type: ignore[attr-defined]
+            common.kvfold_step = made
         return made
 
 
@@ -65,6 +65,8 @@ class Backend(AttentionBackend):
 
 class Tables(nn.Module):
     """The angles that vLLM computed for the source, as transformers' rotary modules give them."""
+
+    angles: Tensor
 
     def __init__(self, rotary: Any) -> None:
         super().__init__()

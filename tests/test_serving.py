@@ -1,5 +1,6 @@
 """Serving without vLLM: latents in pages give what the same designs give on whole sequences, and what is refused."""
 
+import pickle
 import subprocess
 import sys
 from typing import Any
@@ -137,7 +138,10 @@ def test_a_served_config_names_the_class_of_its_family(monkeypatch: pytest.Monke
         "folded_layers": [None, None],
     }
     monkeypatch.setattr("kvfold.serving.checks.installed", lambda: "0.32.0")
-    assert ServedConfig.from_dict(said).architectures == ["KvfoldQwen3ForCausalLM"]
+    config = ServedConfig.from_dict(said)
+    assert config.architectures == ["KvfoldQwen3ForCausalLM"]
+    sent = pickle.loads(pickle.dumps(config))  # to vLLM's other processes
+    assert type(sent) is type(config) and sent.to_dict() == config.to_dict()
     monkeypatch.setattr("kvfold.serving.checks.installed", lambda: "0.40.0")
     with pytest.raises(ValueError, match="this is 0.40.0"):
         ServedConfig.from_dict(said)
