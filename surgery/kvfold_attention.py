@@ -214,6 +214,17 @@ class FoldedAttention(Attention):
             self.q_b_proj = nn.Linear(q_rank, heads * query_width, bias=query_bias)
         self.o_proj = nn.Linear(heads * value_dim, hidden, bias=output_bias)
 
+    def heads(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
+        return self.read(x, self.states(x, rope), rope, mask, cache)
+
+    def states(self, x: Tensor, rope: Rope) -> Tensor:
+        """What is cached of new tokens: (B, T, d) → (B, 1, T, W)."""
+        raise NotImplementedError
+
+    def read(self, x: Tensor, states: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
+        """Cache the states of new tokens (B, T, d), and let these attend → (B, H, T, D)."""
+        raise NotImplementedError
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gains: Tensor | None = None) -> Tensor:
         """`attend` with what the scores of this layer go through."""
         return attend(q, k, v, mask, self.scale, gains, self.cap, self.sinks)
@@ -314,16 +325,19 @@ class LatentAttention(FoldedAttention):
             self.turns_when_read = True
             self.turned_keys = nn.Parameter(torch.zeros(turned, heads, nope_dim))
 
-    def heads(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
-        tables = pick(rope, self.rope_pairs)
-        q_nope, q_rope = self.queries(x).split([self.nope, self.rope_dim], dim=-1)  # (B, H, T, N), (B, H, T, R)
+    def states(self, x: Tensor, rope: Rope) -> Tensor:
         latent, key = self.kv_a_proj(x)[:, None].split([self.rank, self.rope_dim], dim=-1)
-        q_rope, key = (rotate(part, tables).to(latent) for part in (q_rope, key))
-        keys, new, every = self.with_gains(x, torch.cat([latent, key], -1)), rope, rope
+        key = rotate(key, pick(rope, self.rope_pairs)).to(latent)
+        return self.with_gains(x, torch.cat([latent, key], -1))
+
+    def read(self, x: Tensor, states: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
+        q_nope, q_rope = self.queries(x).split([self.nope, self.rope_dim], dim=-1)  # (B, H, T, N), (B, H, T, R)
+        q_rope = rotate(q_rope, pick(rope, self.rope_pairs)).to(states)
+        new, every = rope, rope
         if self.turned:
-            keys, new, every = self.extended(keys, rope, cache)
+            keys, new, every = self.extended(states, rope, cache)
         else:
-            keys = self.cached(keys, cache)
+            keys = self.cached(states, cache)
         keys, gains = self.without_gains(keys)  # (B, 1, S, r + R)
         # Products per key and head: in the latent T·(2r + R), expanded T·(N + R + D) and once r·(N + D).
         tokens, expanded = x.shape[1], self.nope + self.value_dim
@@ -331,11 +345,11 @@ class LatentAttention(FoldedAttention):
             up = matrix(self.kv_b_proj, self.rank, keys).unflatten(0, (-1, expanded))
             up_k, up_v = up.split([self.nope, self.value_dim], 1)
             q = torch.cat([q_nope @ up_k, q_rope], -1) if self.nope else q_rope  # (B, H, T, r + R), or R
-            read = keys if self.nope else keys[..., self.rank :]
+            shared = keys if self.nope else keys[..., self.rank :]
             if self.turned:
                 q = torch.cat([q, self._turned_queries(q_nope, new)], -1)
-                read = torch.cat([read, self._shared_turned(keys, every)], -1)
-            return self.attend(q, read, keys[..., : self.rank], mask, gains) @ up_v.mT  # (B, H, T, r) → (B, H, T, D)
+                shared = torch.cat([shared, self._shared_turned(keys, every)], -1)
+            return self.attend(q, shared, keys[..., : self.rank], mask, gains) @ up_v.mT  # (B, H, T, r) → (B, H, T, D)
         latent, key = keys.split([self.rank, self.rope_dim], dim=-1)
         # Through the modules, not their matrices: adapters and sharding wrap them.
         k, v = per_head(self.kv_b_proj(latent[:, 0]), expanded).split([self.nope, self.value_dim], dim=-1)
@@ -386,8 +400,11 @@ class ReusedKeyAttention(FoldedAttention):
         self.v_b_proj = nn.Linear(rope_dim, heads * value_dim, bias=False)
         self.register_buffer("rope_pairs", torch.arange(rope_dim // 2))
 
-    def heads(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
-        key, new, every = self.extended(self.with_gains(x, self.k_proj(x)[:, None]), rope, cache)
+    def states(self, x: Tensor, rope: Rope) -> Tensor:
+        return self.with_gains(x, self.k_proj(x)[:, None])
+
+    def read(self, x: Tensor, states: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
+        key, new, every = self.extended(states, rope, cache)
         key, gains = self.without_gains(key)
         q, k = (rotate(part, pick(at, self.rope_pairs)).to(key) for part, at in ((self.queries(x), new), (key, every)))
         if cache is None:
@@ -423,8 +440,11 @@ class RebuiltKeyAttention(FoldedAttention):
         self.k_b_proj = nn.Linear(rank, kv_heads * value_dim, bias=key_bias)
         self.v_b_proj = nn.Linear(rank, kv_heads * value_dim, bias=False)
 
-    def heads(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
-        latent, new, every = self.extended(self.kv_a_proj(x)[:, None], rope, cache)
+    def states(self, x: Tensor, rope: Rope) -> Tensor:
+        return self.kv_a_proj(x)[:, None]
+
+    def read(self, x: Tensor, states: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
+        latent, new, every = self.extended(states, rope, cache)
         k, v = (per_head(proj(latent[:, 0]), self.value_dim) for proj in (self.k_b_proj, self.v_b_proj))
         if self.norm is not None:
             k = self.sized(k) * self.k_norm[:, None].to(k)

@@ -16,7 +16,7 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("convert", "surgery", "evaluation", "recipes")
+PARTS = ("convert", "surgery", "evaluation", "recipes", "serving")
 
 
 def test_the_package_is_found_without_being_installed() -> None:
@@ -46,6 +46,7 @@ def imports(path: Path) -> set[str]:
         ("surgery", {"surgery"}),
         ("convert", {"convert", "surgery", "errors"}),
         ("evaluation", {"evaluation", "convert", "surgery", "errors"}),
+        ("serving", {"serving", "convert", "surgery"}),
         ("recipes", {"recipes", "evaluation", "convert", "surgery", "errors"}),
     ],
 )

@@ -1,13 +1,16 @@
 """How a design is written into a checkpoint: config, tensor names and shapes."""
 
-from typing import Any, Protocol
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from kvfold.convert.layouts import deepseek_v3, kvfold, source, step3_text
-from kvfold.convert.planning.plan import ConversionPlan
-from kvfold.convert.source.checkpoint import CheckpointReader, TensorSpec
+if TYPE_CHECKING:  # `modeling_kvfold` is imported wherever transformers is, and needs none of these
+    import torch
+    from torch import Tensor
+
+    from kvfold.convert.planning.plan import ConversionPlan
+    from kvfold.convert.source.checkpoint import CheckpointReader, TensorSpec
 
 
 class Layout(Protocol):
@@ -38,9 +41,6 @@ class Layout(Protocol):
         """`auto_map` of the target's config.json, empty where transformers has its classes."""
 
 
-LAYOUTS: dict[str, Layout] = {"source": source, "deepseek_v3": deepseek_v3, "step3_text": step3_text, "kvfold": kvfold}
-
-
 def layout_of(plan: ConversionPlan) -> Layout:
     """The module of this folder that the plan names."""
-    return LAYOUTS[plan.layout]
+    return cast(Layout, import_module(f"{__name__}.{plan.layout}"))

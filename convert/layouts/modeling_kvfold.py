@@ -41,6 +41,9 @@ class FoldedConfig:
 
     base_model_tp_plan: dict[str, str] = {}  # noqa: RUF012
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return blank, (self.source_model_type,), self.__dict__  # type: ignore[attr-defined]
+
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "auto_map": dict(CODE)}  # type: ignore[misc]
 
@@ -85,6 +88,12 @@ def classes(source: str) -> tuple[Any, Any]:
     model = type(name, (KvfoldForCausalLM, theirs), {"config_class": config, "__module__": __name__})
     AutoModelForCausalLM.register(config, model, exist_ok=True)
     return config, model
+
+
+def blank(source: str) -> Any:
+    """A config without values, which pickle fills: its class is made at run time and has no name to be found by."""
+    config = classes(source)[0]
+    return config.__new__(config)
 
 
 AutoConfig.register("kvfold", KvfoldConfig, exist_ok=True)

@@ -1,0 +1,127 @@
+"""Latents in pages: the designs of kvfold_attention.py over the cache of an engine that batches continuously. Torch alone.
+
+Shapes: n new tokens of all requests; B requests that attend at once, with t new tokens and S tokens to read each; N tokens in a
+page, W numbers cached per token; H heads of width D, d the hidden size.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfold.surgery.kvfold_attention import FoldedAttention, Rope
+
+AT_ONCE = 65536
+"""Tokens, padding included, that requests which attend at once read at most, unless a single one reads more."""
+
+
+@dataclass(frozen=True)
+class Together:
+    """Requests of the same number of new tokens, which attend at once. What they read stands on the right, the newest last.
+
+    Attributes:
+        new: (B, t) which tokens of the step are theirs.
+        pages, places: (B, S) where each token that they read lies.
+        mask: (B, 1, t, S) what each new token may see, None where that is all before it.
+    """
+
+    new: Tensor
+    pages: Tensor
+    places: Tensor
+    mask: Tensor | None
+
+
+class Step:
+    """What the engine computes at once: the new tokens of some requests, one behind the other.
+
+    Args:
+        starts: where each request's new tokens begin, and where the last one's end.
+        lengths: tokens of each request, the new ones included.
+        table: (requests, pages) the pages of each request in the order of its tokens.
+        slots: (n,) page · N + place where each new token is cached.
+    """
+
+    def __init__(self, starts: list[int], lengths: list[int], table: Tensor, slots: Tensor) -> None:
+        self.starts, self.lengths, self.table, self.slots = starts, lengths, table, slots
+        self.groups: dict[tuple[int, int | None], list[Together]] = {}
+
+    def together(self, page: int, window: int | None) -> list[Together]:
+        """All requests, as they attend at once: those with one new token in some groups, every other by itself."""
+        if (page, window) not in self.groups:
+            self.groups[page, window] = [self._group(requests, page, window) for requests in self._requests(window)]
+        return self.groups[page, window]
+
+    def _requests(self, window: int | None) -> list[list[int]]:
+        several = [[r] for r in range(len(self.lengths)) if self._count(r) > 1]
+        found: list[list[int]] = [[]]
+        single = [r for r in range(len(self.lengths)) if self._count(r) == 1]
+        for request in sorted(single, key=lambda r: self._read(r, window)):
+            if (len(found[-1]) + 1) * self._read(request, window) > AT_ONCE and found[-1]:
+                found.append([])
+            found[-1].append(request)
+        return several + found if single else several
+
+    def _count(self, request: int) -> int:
+        return self.starts[request + 1] - self.starts[request]
+
+    def _read(self, request: int, window: int | None) -> int:
+        seen = self.lengths[request]
+        return seen if window is None else min(seen, window + self._count(request) - 1)
+
+    def _group(self, requests: list[int], page: int, window: int | None) -> Together:
+        device, new = self.table.device, self._count(requests[0])
+        read = max(self._read(r, window) for r in requests)
+        starts, lengths, rows = (
+            torch.tensor(numbers, device=device)[:, None]
+            for numbers in ([self.starts[r] for r in requests], [self.lengths[r] for r in requests], requests)
+        )
+        columns = torch.arange(read, device=device)
+        positions = lengths - read + columns  # (B, S)
+        distance = columns[read - new :, None] - columns  # (t, S)
+        seen = (distance >= 0) & (distance < (window or read))
+        mask = seen & (positions >= 0)[:, None, None]
+        positions = positions.clamp(min=0)
+        causal = new == read <= (window or read)
+        return Together(
+            starts + torch.arange(new, device=device),
+            self.table[rows, positions // page].long(),
+            positions % page,
+            None if (causal and len(requests) == 1) or bool(mask.all()) else mask,
+        )
+
+
+class Reading:
+    """What a design takes for a transformers cache: it gives what a group reads, which has been written before."""
+
+    def __init__(self, pages: Tensor, group: Together) -> None:
+        self.pages, self.group = pages, group
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """(B, 1, t, W), new ones that lie in the pages already → (B, 1, S, W), and no values."""
+        states = self.pages[self.group.pages, self.group.places][:, None]
+        return states, states[..., :0]
+
+    def get_seq_length(self, layer: int) -> int:
+        """Tokens before the new ones, counted from the oldest that is read: RoPE knows distances only."""
+        return self.group.places.shape[1] - self.group.new.shape[1]
+
+
+def attend(attention: FoldedAttention, x: Tensor, rope: Rope, pages: Tensor, step: Step, window: int | None = None) -> Tensor:
+    """Cache the new tokens of a step and let them attend: (n, d) → (n, H·D), before the output projection.
+
+    All are cached before any attends, as a request may begin with a page that another one fills in the same step.
+
+    Args:
+        rope: tables (n, D) of the new tokens.
+        pages: (pages, N, W) the layer's cache, which is written.
+        window: how many tokens a token sees, itself included; None for all.
+    """
+    states, size = attention.states(x[None], (rope[0][None], rope[1][None]))[0, 0], pages.shape[1]
+    pages[step.slots // size, step.slots % size] = states.to(pages.dtype)
+    out = x.new_zeros(len(x), attention.o_proj.in_features)
+    for group in step.together(size, window):
+        tables: Any = tuple(table[group.new] for table in rope)
+        mixed = attention.read(x[group.new], states[group.new][:, None], tables, group.mask, Reading(pages, group))
+        out[group.new] = mixed.transpose(1, 2).flatten(2).to(out)
+    return out
