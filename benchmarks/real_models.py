@@ -37,7 +37,7 @@ from kvfold.evaluation.parallel import own_device
 from kvfold.evaluation.settings import EvaluateSettings
 from kvfold.recipes.recipe import load_recipe
 from kvfold.recipes.uptrain import uptrain
-from kvfold.surgery.baselines import METHODS, REBUILT, rotary_width
+from kvfold.surgery.names import PUBLISHED, REBUILT, rotary_width
 
 STAGES = ("closed", "healed", "uptrained")
 SHARES = "50%,25%,12.5%"
@@ -51,7 +51,7 @@ OURS: dict[str, dict[str, Any]] = {
     "mfa": {"to": "mfa"},
     "mfa-kr": {"to": "mfa-kr"},
 }
-ROWS = (*METHODS, "gqa", *OURS)
+ROWS = (*PUBLISHED, "gqa", *OURS)
 
 
 @dataclass(frozen=True)

@@ -41,12 +41,15 @@ def plan(
 ) -> None:
     """What would change: geometry, cache, parameters, refusals. Reads config.json only."""
     settings = parse_settings(ConvertSettings, flags)
-    from kvfold.convert.planning.plan import cache_dtype, count_parameters, make_plan
+    from kvfold.convert.planning.plan import cache_dtype, make_plan
+    from kvfold.convert.planning.quick import hide_torch
+    from kvfold.convert.planning.widths import source_parameters
     from kvfold.convert.source.fetch import fetch_config
 
     config = fetch_config(source, settings.revision)
+    hide_torch(config)
     made = make_plan(config, settings)
-    record = made.record(batch, cache_dtype(config, settings), count_parameters(config))
+    record = made.record(batch, cache_dtype(config, settings), source_parameters(config, made.spec))
     console.write_json(json_path, record)
     if json_path != STDOUT:
         console.print_plan(record)
