@@ -2,57 +2,63 @@
 
 from collections.abc import Sequence
 
+import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 Point = tuple[float, float]
-DISTANCES = (7.0, 14.0, 24.0, 38.0)
-"""Points of 1/72 inch from mark to name, the nearest first."""
-SIDES = (("left", 1, -1), ("left", 1, 1), ("right", -1, -1), ("right", -1, 1), ("center", 0, 1), ("center", 0, -1))
+DISTANCES = (7.0, 16.0, 28.0, 42.0)
+"""From mark to name in 1/72 inch, the nearest first."""
+SIDES = ((1, -1), (1, 1), (-1, -1), (-1, 1), (0, 1), (0, -1))
+"""Right or left, above or below."""
 MARK = 5.0
-"""Half of a mark's width in points."""
+"""Half of a mark's width in 1/72 inch."""
 
 
 def place(figure: Figure, axes: Axes, named: Sequence[tuple[Point, str]], marks: Sequence[Point], size: float = 9) -> None:
     """Write each name near its point, in data coordinates, off all `marks`, off the other names and inside of the axes.
 
-    The first place that is free is taken, nearest first; where none is, the one that covers least. A name further off than the
-    nearest place gets a thin line to its point. The axes' limits and the figure's size must be final.
+    The nearest place that is free is taken, or else the one that covers least; one further off gets a line to its point. The
+    axes' limits and the figure's size must be final.
     """
     figure.draw_without_rendering()  # lays the figure out
-    scale, inside = figure.dpi / 72, axes.get_window_extent()
-    half = MARK * scale
-    half = MARK * scale
-    taken = [Bbox.from_extents(x - half, y - half, x + half, y + half) for x, y in map(axes.transData.transform, marks)]
+    dot, inside = figure.dpi / 72, axes.get_window_extent()
+    taken = [_around(*axes.transData.transform(mark), MARK * dot, MARK * dot) for mark in marks]
     for point, name in named:
+        x, y = axes.transData.transform(point)
+        measured = axes.text(0, 0, name, fontsize=size)
+        wide, high = measured.get_window_extent().size / 2
+        measured.remove()
         found = []
         for distance in DISTANCES:
-            for align, right, up in SIDES:
-                line = {"arrowstyle": "-", "lw": 0.6, "shrinkA": 0, "shrinkB": 3} if distance > DISTANCES[0] else None
-                text = axes.annotate(
-                    name,
-                    point,
-                    xytext=(right * distance, up * distance * (0.6 if right else 1)),
-                    textcoords="offset points",
-                    ha=align,
-                    va="top" if up < 0 else "bottom",
-                    fontsize=size,
-                    arrowprops=line,
-                )
-                box = text.get_window_extent()
-                covered = sum(_shared(box, other) for other in taken) + _area(box) - _shared(box, inside)
-                found.append((round(covered, 1), len(found), box, text))
-                text.remove()
-        _, _, box, text = min(found, key=lambda place: place[:2])
-        axes.add_artist(text)
+            for right, up in SIDES:
+                shift = right * distance, up * distance * (0.5 if right else 1)
+                box = _around(x + shift[0] * dot + right * wide, y + shift[1] * dot + up * high, wide, high)
+                covered = sum(_shared(box, other) for other in taken) + 4 * wide * high - _shared(box, inside)
+                found.append((round(covered), len(found), shift, (right, up), box))
+        _, place, shift, (right, up), box = min(found)
+        text = axes.annotate(
+            name,
+            point,
+            xytext=shift,
+            textcoords="offset points",
+            ha={1: "left", 0: "center", -1: "right"}[right],
+            va={1: "bottom", -1: "top"}[up],
+            fontsize=size,
+            arrowprops={"arrowstyle": "-", "lw": 0.6, "shrinkA": 0, "shrinkB": 3, "color": mpl.rcParams["text.color"]}
+            if place >= len(SIDES)
+            else None,
+        )
+        text.set_in_layout(False)  # or the layout would be another
         taken.append(box)
 
 
+def _around(x: float, y: float, wide: float, high: float) -> Bbox:
+    return Bbox.from_extents(x - wide, y - high, x + wide, y + high)
+
+
 def _shared(one: Bbox, other: Bbox) -> float:
+    """The area that lies in both."""
     both = Bbox.intersection(one, other)
-    return 0.0 if both is None else _area(both)
-
-
-def _area(box: Bbox) -> float:
-    return float(box.width * box.height)
+    return 0.0 if both is None else float(both.width * both.height)

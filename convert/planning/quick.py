@@ -45,6 +45,6 @@ def needs_no_torch(config: dict[str, Any]) -> bool:
 
 
 def _plain_rope(told: Any, config: dict[str, Any]) -> bool:
-    beside = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if key in config}
+    beside: dict[str, Any] = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if key in config}
     flat = isinstance(told, dict) and not any(isinstance(value, (dict, list)) for value in told.values())
     return flat and plain_rope({"rope_theta": 1e4, **beside, **told})
