@@ -6,8 +6,8 @@ benchmarks/cost.py how far this is off. Reading and writing files is not counted
 """
 
 import shutil
-from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,139 +16,150 @@ from kvfold.convert.planning.plan import ConversionPlan
 from kvfold.convert.planning.settings import DTYPE_BYTES
 from kvfold.errors import UserError
 
-SEEN = 12
-"""How often what sees where attention goes passes through its scores."""
-LIBRARIES, DEVICE_LIBRARIES = 700 << 20, 600 << 20
-"""Bytes of host and device that a process has before it begins."""
-Work = Counter[str]
+SEEN = 12  # times that what sees where attention goes passes through its scores
+CARD = 80e9  # bytes of a device that is not here
+Work = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Layer:
-    """The sizes that the count needs: of a layer `rest` parameters beside attention, of the model `vocab` rows of `d`."""
+class Cost:
+    """Of a plan whose source has so many `parameters`, on a device with so many bytes of `room`.
+
+    Of a layer `attention` parameters are the source's attention's and `rest` the others, of the model `body` all layers' and
+    `head` the output embedding's. Work is one layer's where nothing else is said.
+    """
 
     plan: ConversionPlan
-    rest: int
+    parameters: int
+    room: float
 
-    @property
+    @cached_property
+    def head(self) -> int:
+        return self.plan.spec.vocab_size * self.plan.spec.hidden_size
+
+    @cached_property
+    def body(self) -> int:
+        return self.parameters - self.head * (1 if self.plan.spec.tied else 2)
+
+    @cached_property
     def attention(self) -> int:
-        """Parameters of the source's attention."""
         spec = self.plan.spec
         return spec.hidden_size * spec.head_dim * 2 * (spec.heads + spec.kv_heads)
 
-    def scores(self, tokens: float) -> float:
-        """Operations of causal attention on windows."""
-        spec, window = self.plan.spec, min(self.plan.settings.window, self.plan.spec.reach)
-        return 2 * spec.heads * spec.head_dim * window * tokens
+    @cached_property
+    def rest(self) -> int:
+        return self.body // self.plan.spec.layers - self.attention
+
+    @cached_property
+    def window(self) -> int:
+        return min(self.plan.settings.window, self.plan.spec.reach)
+
+    def mixed(self, tokens: float) -> Work:
+        """Attention alone, causal, on windows."""
+        scores = 2 * self.plan.spec.heads * self.plan.spec.head_dim * self.window * tokens
+        return {"float32": 2 * self.attention * tokens, "attention": scores}
 
     def forward(self, tokens: float) -> Work:
-        return Counter({"float32": 2 * (self.rest + self.attention) * tokens, "attention": self.scores(tokens)})
+        return total(self.mixed(tokens), {"float32": 2 * self.rest * tokens})
 
     def trained(self, tokens: float) -> Work:
         """Forward and back: attention's weights get gradients, all others pass them on."""
-        products = (4 * self.rest + 6 * self.attention) * tokens
-        return Counter({"healing": products, "attention": 3.5 * self.scores(tokens), "elements": 40 * tokens * self.width})
-
-    @property
-    def width(self) -> int:
-        return self.plan.spec.hidden_size
+        scores, products = 3.5 * self.mixed(tokens)["attention"], (4 * self.rest + 6 * self.attention) * tokens
+        return {"healing": products, "attention": scores, "elements": 40 * tokens * self.plan.spec.hidden_size}
 
     def seen(self, tokens: float) -> Work:
         """What is observed of the layer's inputs: moments, and where attention goes."""
         spec, few = self.plan.spec, min(tokens, 32768)
-        window = min(self.plan.settings.window, spec.reach)
-        states = 2 * self.width * spec.head_dim * (spec.heads + 2 * spec.kv_heads) * few
-        scores = 2 * spec.heads * window * spec.head_dim * few
-        moments = 2 * self.width**2 * (tokens + few)
-        return Counter({"float64": moments + states + scores, "elements": SEEN * spec.heads * window * few})
-
-    def algebra(self) -> Work:
-        """One candidate's."""
-        spec, n = self.plan.spec, self.width
-        rows = 2 * spec.kv_heads * spec.head_dim
-        small = min(rows, n)
-        return Counter({"float64": 2 * small * small * max(rows, n) + 8 * rows * n * small / 4, "eigen": small**3})
+        states = 2 * spec.hidden_size * spec.head_dim * (spec.heads + 2 * spec.kv_heads) * few
+        scores = 2 * spec.heads * self.window * spec.head_dim * few
+        moments = 2 * spec.hidden_size**2 * (tokens + few)
+        return {"float64": moments + states + scores, "elements": SEEN * spec.heads * self.window * few}
 
     def prepared(self) -> Work:
         """What all candidates share: the moment's root, and rows under it."""
-        spec, n = self.plan.spec, self.width
-        return Counter({"float64": n**3 / 3 + 2 * n * n * spec.head_dim * (spec.heads + 2 * spec.kv_heads)})
+        spec, n = self.plan.spec, self.plan.spec.hidden_size
+        return {"float64": n**3 / 3 + 2 * n * n * spec.head_dim * (spec.heads + 2 * spec.kv_heads)}
+
+    def algebra(self) -> Work:
+        """One candidate's: a Gram matrix, its leading directions, and what they make of the rows."""
+        spec, n = self.plan.spec, self.plan.spec.hidden_size
+        rows = 2 * spec.kv_heads * spec.head_dim
+        small = min(rows, n)
+        return {"float64": 2 * small * small * (max(rows, n) + n), "eigen": small**3}
+
+    def steps(self, candidates: int, splits: int) -> dict[str, Work]:
+        """Work of every step, all layers together."""
+        spec, settings, tokens = self.plan.spec, self.plan.settings, self.plan.settings.calibration_tokens
+        if settings.calibrate is None:
+            return {"folding": times(spec.layers, self.prepared())}
+        found: dict[str, Work] = {}
+        if self.plan.measures_widths:
+            few = min(tokens, 16384)
+            split = times(splits, self.algebra(), self.forward(compared(few)))
+            found["measuring widths"] = total(self.seen(few), self.prepared(), self.forward(few), split)
+        found["observing"] = total(self.seen(tokens), self.forward(tokens))
+        tried = times(candidates, self.algebra(), self.mixed(compared(tokens)))
+        found["candidates"] = total(self.prepared(), tried, times(4, self.forward(compared(tokens))))
+        if self.plan.method in ("kvfold", "pca"):
+            wide = spec.heads * spec.head_dim
+            fitted: Work = {"float64": 2 * wide * (wide + spec.hidden_size) * tokens + wide**3}
+            found["output projection"] = total(fitted, times(2, self.mixed(tokens)))
+        if settings.heal_steps:
+            trained = settings.heal_steps * settings.heal_batch_tokens
+            if self.at_once:
+                output: Work = {"healing": 6 * self.head * trained, "elements": 8 * spec.vocab_size * trained}
+                found["healing"] = total(self.trained(trained), times(1 / spec.layers, output))
+            else:
+                found["healing"] = total(times(self.ahead, self.trained(trained)), self.forward(tokens))
+        return {name: times(spec.layers, work) for name, work in found.items()}
+
+    @cached_property
+    def ahead(self) -> int:
+        asked = self.plan.settings.heal_window
+        return min(asked if isinstance(asked, int) else 2, self.plan.spec.layers)
+
+    @cached_property
+    def whole(self) -> int:
+        """Bytes that healing all layers at once takes: weights, three more of what learns, what a token keeps of a layer."""
+        spec, piece = self.plan.spec, 2 * 2048
+        kept = piece * spec.layers * (40 * spec.hidden_size + 5 * spec.heads * self.window)
+        return 4 * (self.body + self.head + 3 * spec.layers * self.attention) + kept
+
+    @cached_property
+    def at_once(self) -> bool:
+        """Whether all layers are healed together, as it is asked for or as `heal_window auto` decides."""
+        asked = self.plan.settings.heal_window
+        return asked == "all" or (asked == "auto" and self.plan.spec.layers > 8 and self.whole <= 0.6 * self.room)
+
+    def memory(self, dtype: str) -> dict[str, int]:
+        """Bytes: `working` for a layer and `healing`, on the device; the hidden `states` in the host's memory, or on the disk
+        where that is short; on the `disk` the result in `dtype`, and beside it `scratch` while healing."""
+        spec, settings, hidden = self.plan.spec, self.plan.settings, self.plan.spec.hidden_size
+        layer, tokens = self.attention + self.rest, settings.calibration_tokens
+        found = {"disk": DTYPE_BYTES[dtype] * (self.parameters - self.plan.parameters_saved)}
+        if settings.calibrate is None:
+            return {"working": 8 * self.attention, **found}
+        rows = spec.head_dim * (spec.heads + 2 * spec.kv_heads)
+        algebra = 8 * (4 * hidden * (hidden + rows)) + 16 * self.attention
+        passing = 4 * min(8192, tokens) * (6 * hidden + self.rest // hidden)
+        found |= {"working": max(4 * layer + algebra + passing, 4 * self.head), "states": 4 * tokens * hidden}
+        if settings.heal_steps and self.at_once:
+            found |= {"healing": self.whole, "scratch": 4 * 5 * spec.layers * self.attention}
+        elif settings.heal_steps:
+            found |= {"states": 2 * 4 * tokens * hidden, "healing": self.ahead * 4 * (layer + 3 * self.attention)}
+        return found
 
 
-def times(work: Work, count: float) -> Work:
-    return Counter({kind: count * amount for kind, amount in work.items()})
+def total(*works: Work) -> Work:
+    return {kind: sum(work.get(kind, 0.0) for work in works) for kind in dict.fromkeys(k for work in works for k in work)}
 
 
-def steps(plan: ConversionPlan, parameters: int, candidates: int, splits: int) -> dict[str, Work]:
-    """Work of every step, all layers together; `parameters` are the source's."""
-    spec, settings = plan.spec, plan.settings
-    head = spec.vocab_size * spec.hidden_size
-    layer = Layer(plan, (parameters - head * (1 if spec.tied else 2)) // spec.layers)
-    layer = Layer(plan, layer.rest - layer.attention)
-    if settings.calibrate is None:
-        return {"folding": times(layer.prepared(), spec.layers)}
-    tokens = settings.calibration_tokens
-    compared = min(8192, max(2048, tokens // 8))
-    found: dict[str, Work] = {}
-    if plan.measures_widths:
-        few = min(tokens, 16384)
-        once = layer.seen(few) + layer.prepared() + layer.forward(few)
-        found["measuring widths"] = once + times(layer.algebra() + layer.forward(min(8192, max(2048, few // 8))), splits)
-    found["observing"] = layer.seen(tokens) + layer.forward(tokens)
-    found["candidates"] = layer.prepared() + times(layer.algebra() + layer.forward(compared), candidates)
-    if plan.method in ("kvfold", "pca"):
-        wide = spec.heads * spec.head_dim
-        fitted = Counter({"float64": 2 * wide * (wide + layer.width) * tokens + wide**3})
-        mixed = Counter({"float32": 4 * layer.attention * tokens, "attention": 2 * layer.scores(tokens)})
-        found["output projection"] = fitted + mixed
-    if settings.heal_steps:
-        trained = settings.heal_steps * settings.heal_batch_tokens
-        if heals_at_once(plan):
-            found["healing"] = layer.trained(trained)
-            output = Counter({"healing": 6 * head * trained, "elements": 8 * spec.vocab_size * trained})
-            found["healing"] += times(output, 1 / spec.layers)
-        else:
-            ahead = settings.heal_window if isinstance(settings.heal_window, int) else min(2, spec.layers)
-            found["healing"] = times(layer.trained(trained), ahead) + layer.forward(tokens)
-    return {name: times(work, spec.layers) for name, work in found.items()}
+def times(count: float, *works: Work) -> Work:
+    return {kind: count * amount for kind, amount in total(*works).items()}
 
 
-def heals_at_once(plan: ConversionPlan) -> bool:
-    """Whether all layers are healed together where memory allows."""
-    window = plan.settings.heal_window
-    return window == "all" or (window == "auto" and plan.spec.layers > 8)
-
-
-def memory(plan: ConversionPlan, parameters: int, dtype: str) -> dict[str, int]:
-    """Bytes: `working` for a layer and `healing`, on the device; the hidden `states` in the host's memory, or on the disk where
-    that is short; on the `disk` the result in `dtype`, and beside it `scratch` while healing.
-    """
-    spec, settings = plan.spec, plan.settings
-    hidden, head = spec.hidden_size, spec.vocab_size * spec.hidden_size
-    body = parameters - head * (1 if spec.tied else 2)
-    layer, attention = body // spec.layers, hidden * spec.head_dim * 2 * (spec.heads + spec.kv_heads)
-    written = DTYPE_BYTES[dtype] * (parameters - plan.parameters_saved)
-    if settings.calibrate is None:
-        working = 40 * attention
-        return {"working": working, "states": 0, "healing": 0, "disk": written, "scratch": 0}
-    rows = spec.head_dim * (spec.heads + 2 * spec.kv_heads)
-    algebra = 8 * (4 * (hidden + 1) ** 2 + 4 * hidden * rows) + 16 * attention
-    forward = 4 * min(8192, settings.calibration_tokens) * (6 * hidden + 3 * (layer - attention) // hidden)
-    working = max(4 * layer + algebra + forward, 4 * head)
-    states = 4 * settings.calibration_tokens * hidden
-    healing, kept = 0, 0
-    if settings.heal_steps and heals_at_once(plan):
-        scores = 5 * spec.heads * min(settings.window, spec.reach)
-        healing = 4 * (body + head + 3 * spec.layers * attention) + 2 * 2048 * spec.layers * (40 * hidden + scores)
-        kept = 4 * 5 * spec.layers * attention
-    elif settings.heal_steps:
-        states, healing = 2 * states, 2 * 4 * (layer + 3 * attention)
-    return {"working": working, "states": states, "healing": healing, "disk": written, "scratch": kept}
-
-
-def peak_of(parts: dict[str, int]) -> int:
-    """Bytes that the host has at most where it is the device, too: a layer's work, or healing, beside the hidden states."""
-    return LIBRARIES + parts["states"] + max(parts["working"], parts["healing"])
+def compared(tokens: int) -> int:  # as calibration.MEASURED_TOKENS
+    return min(8192, max(2048, tokens // 8))
 
 
 def estimate(plan: ConversionPlan, parameters: int, dtype: str, device_flops: float | None = None) -> dict[str, Any]:
@@ -157,36 +168,32 @@ def estimate(plan: ConversionPlan, parameters: int, dtype: str, device_flops: fl
 
     Raises UserError where `--device` is not here and nothing is said of its speed.
     """
+    from kvfold.convert.heal_whole import free_bytes
     from kvfold.convert.methods import forms_tried
     from kvfold.convert.pipeline import pick_device
 
     if device_flops:
-        name, rates = f"{device_flops:.3g} operations per second, not measured", speed.stated(device_flops)
+        name, rates, room = f"{device_flops:.3g} operations per second, not measured", speed.stated(device_flops), CARD
     else:
         device = pick_device(plan.settings.device)
-        name, rates = f"{device.type}, measured", speed.measured(plan, device)
+        name, rates, room = f"{device.type}, measured", speed.measured(plan, device), float(free_bytes(device))
+    cost = Cost(plan, parameters, room)
     found = {
         step: {"operations": round(sum(work.values())), "seconds": sum(n / rates[kind] for kind, n in work.items())}
-        for step, work in steps(plan, parameters, *forms_tried(plan)).items()
+        for step, work in cost.steps(*forms_tried(plan)).items()
     }
-    total = {key: sum(step[key] for step in found.values()) for key in ("operations", "seconds")}
-    return {"device": name, "steps": found, **total, "bytes": memory(plan, parameters, dtype), "operations_per_second": rates}
+    whole = {key: sum(step[key] for step in found.values()) for key in ("operations", "seconds")}
+    return {"device": name, "steps": found, **whole, "bytes": cost.memory(dtype), "operations_per_second": rates}
 
 
 def refuse_too_little(plan: ConversionPlan, parameters: int, dtype: str, out: Path, free: int) -> None:
-    """Raise UserError when the result does not fit on the disk, or a layer's work not into `free` bytes of memory."""
-    needed, disk = memory(plan, parameters, dtype), shutil.disk_usage(existing(out)).free
+    """Raise UserError when the result does not fit on the disk, or most of a layer's work not into `free` bytes of memory."""
+    needed = Cost(plan, parameters, free).memory(dtype)
+    disk = shutil.disk_usage(next(parent for parent in out.absolute().parents if parent.exists())).free
     if needed["disk"] > disk:
         raise UserError(
             f"{out.parent} has {disk:,} bytes free and {out.name} needs about {needed['disk']:,}: free some, or write elsewhere"
         )
-    if needed["working"] > free:
-        raise UserError(
-            f"folding a layer takes about {needed['working'] / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free: "
-            "end other programs, or convert on a larger machine"
-        )
-
-
-def existing(path: Path) -> Path:
-    """The nearest folder above that there is."""
-    return next(parent for parent in path.absolute().parents if parent.exists())
+    if 0.7 * needed["working"] > free:
+        sizes = f"{needed['working'] / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free"
+        raise UserError(f"folding a layer takes about {sizes}: end other programs, or convert on a larger machine")

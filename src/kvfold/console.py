@@ -16,11 +16,11 @@ from typer.core import TyperGroup
 from kvfold.errors import ConversionError, Stopped, UserError, explain
 
 BYTES = {
+    "disk": "disk",
+    "scratch": "beside it while healing",
     "working": "memory for a layer",
     "states": "for the calibration text's hidden states",
     "healing": "for healing",
-    "disk": "disk",
-    "scratch": "more of it while healing",
 }
 """What a conversion takes, in the order in which it is told."""
 FlagError: Any = BadParameter.__mro__[2]
@@ -223,6 +223,6 @@ def _cost(cost: dict[str, Any]) -> Any:
         out.add_column(name, justify="right" if name else "left")
     for name, step in [*cost["steps"].items(), ("in all", cost)]:
         out.add_row(name, f"{step['operations']:.1e}", spoken(step["seconds"]))
-    sizes = [f"{BYTES[name]} {size / 2**30:,.1f} GiB" for name, size in cost["bytes"].items() if size]
+    sizes = [f"{text} {cost['bytes'][name] / 2**30:,.1f} GiB" for name, text in BYTES.items() if name in cost["bytes"]]
     out.caption = f"{', '.join(sizes)}; reading and writing files is not counted"
     return out
