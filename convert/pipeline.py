@@ -78,8 +78,8 @@ def convert(
     plan.refuse(converting=True)
     device = pick_device(settings.device)
     if not resume:
-        parameters, dtype = source_parameters(config, plan.spec), cache_dtype(config, settings)
-        refuse_too_little(plan, parameters, dtype, out, free_bytes(device))
+        parameters = source_parameters(config, plan.spec)
+        refuse_too_little(plan, parameters, cache_dtype(config, settings), out, free_bytes(device))
     with Partial(out, JOURNAL, resume, overwrite) as partial, resumable(partial.folder):
         if partial.finished:
             return Converted(out, read_json(out / RECORD), [])
