@@ -1,8 +1,10 @@
 """Plans without torch: the same as with it, and refused where they would not be."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,6 +76,19 @@ def test_a_plan_is_the_same_without_torch() -> None:
     for config, said in zip(CONFIGS, json.loads(ran.stdout), strict=True):
         assert said == planned(config), config
         assert isinstance(said, str) == (config in REFUSED), config
+
+
+def test_a_plan_is_quick(tmp_path: Path) -> None:
+    """In seconds of CPU, which a busy machine does not change much; with torch it would be four."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_31_8B))
+    command = [sys.executable, "-X", "importtime", "-m", "kvfold", "plan", str(tmp_path), "--to", "gqa", "--kv-heads", "3"]
+    before = os.times()
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    after = os.times()
+    assert "8 key heads divide into 1, 2, 4, 8" in ran.stderr and "8,030,261,248" in ran.stdout
+    imported = {line.rpartition("|")[2].strip() for line in ran.stderr.splitlines() if line.startswith("import time:")}
+    assert "transformers" in imported and "torch" not in imported
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 2.5
 
 
 @pytest.mark.parametrize("config", [*PUBLISHED, *TINY])
