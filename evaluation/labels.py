@@ -1,6 +1,7 @@
 """Names beside the points of a plot, where they lie on no other mark."""
 
 from collections.abc import Sequence
+from math import hypot
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -19,12 +20,13 @@ MARK = 5.0
 def place(figure: Figure, axes: Axes, named: Sequence[tuple[Point, str]], marks: Sequence[Point], size: float = 9) -> None:
     """Write each name near its point, in data coordinates, off all `marks`, off the other names and inside of the axes.
 
-    The nearest place that is free is taken, or else the one that covers least; one further off gets a line to its point. The
+    The nearest place that is free and nearer to no other mark is taken, or else the best; one further off gets a line. The
     axes' limits and the figure's size must be final.
     """
     figure.draw_without_rendering()  # lays the figure out
     dot, inside = figure.dpi / 72, axes.get_window_extent()
-    taken = [_around(*axes.transData.transform(mark), MARK * dot, MARK * dot) for mark in marks]
+    spots = [axes.transData.transform(mark) for mark in marks]
+    taken = [_around(*spot, MARK * dot, MARK * dot) for spot in spots]
     for point, name in named:
         x, y = axes.transData.transform(point)
         measured = axes.text(0, 0, name, fontsize=size)
@@ -36,6 +38,9 @@ def place(figure: Figure, axes: Axes, named: Sequence[tuple[Point, str]], marks:
                 shift = right * distance, up * distance * (0.5 if right else 1)
                 box = _around(x + shift[0] * dot + right * wide, y + shift[1] * dot + up * high, wide, high)
                 covered = sum(_shared(box, other) for other in taken) + 4 * wide * high - _shared(box, inside)
+                away = hypot(*(box.p0 + box.size / 2 - (x, y)))
+                if any(hypot(*(box.p0 + box.size / 2 - spot)) < away - 1 for spot in spots):
+                    covered += 4 * wide * high  # it would be read as another mark's
                 found.append((round(covered), len(found), shift, (right, up), box))
         _, place, shift, (right, up), box = min(found)
         text = axes.annotate(

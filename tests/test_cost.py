@@ -15,7 +15,7 @@ from kvfold.convert.planning import cost
 from kvfold.convert.planning.plan import make_plan
 from kvfold.convert.planning.settings import ConvertSettings
 from kvfold.convert.planning.widths import source_parameters
-from kvfold.convert.source.config import read_config
+from kvfold.convert.source.configfile import read_config
 from kvfold.errors import UserError
 from tests.helpers import invoke, save_model, save_tokens
 from tests.test_plan import LLAMA_31_8B
