@@ -20,7 +20,7 @@ from kvfold.errors import UserError
 from tests.helpers import invoke, save_model, save_tokens
 from tests.test_plan import LLAMA_31_8B
 
-PRODUCTS = ("float32", "float64", "healing")
+PRODUCTS = ("float32", "float64", "healing", "attention")
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,8 @@ def test_operations_are_about_those_that_torch_counts(
     said = sum(part.get(kind, 0) for part in work.values() for kind in PRODUCTS)
     with FlopCounterMode(display=False) as counter:
         convert(str(source), tmp_path / "out", settings, check=False)
-    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
-    assert said == pytest.approx(counted, rel=0.35)
+    counted = sum(counter.get_flop_counts()["Global"].values())
+    assert 0.6 < said / counted < 1.6  # torch does not count all of attention
 
 
 def test_a_plan_says_what_it_takes(tmp_path: Path) -> None:
@@ -61,8 +61,8 @@ def test_a_plan_says_what_it_takes(tmp_path: Path) -> None:
     assert list(said["steps"])[-1] == "healing" and said["seconds"] == pytest.approx(
         sum(step["seconds"] for step in said["steps"].values())
     )
-    # 300 steps of 2,048 tokens through 7.0 billion parameters, once forward and, but for attention's, once back
-    assert 4 * 7.0e9 * 300 * 2048 < said["steps"]["healing"]["operations"] < 6.5 * 7.5e9 * 300 * 2048
+    # 300 steps of 2,048 tokens through 7.0 billion parameters, forward and back, each layer twice: 80 GB do not hold them all
+    assert 2 * 4 * 7.0e9 * 300 * 2048 < said["steps"]["healing"]["operations"] < 2 * 6 * 7.5e9 * 300 * 2048
     code, text = invoke("plan", tmp_path, *flags, "--calibration-tokens", 2048, "--device", "cpu")
     assert code == 0 and "in all" in text and "cpu, measured" in text
     if not torch.cuda.is_available():

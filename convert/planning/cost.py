@@ -52,11 +52,11 @@ class Cost:
 
     @cached_property
     def window(self) -> int:
-        return min(self.plan.settings.window, self.plan.spec.reach)
+        return min(self.plan.settings.window, self.plan.spec.max_positions)
 
     def mixed(self, tokens: float) -> Work:
-        """Attention alone, causal, on windows."""
-        scores = 2 * self.plan.spec.heads * self.plan.spec.head_dim * self.window * tokens
+        """Attention alone on windows; what is masked is worked out, too."""
+        scores = 4 * self.plan.spec.heads * self.plan.spec.head_dim * self.window * tokens
         return {"float32": 2 * self.attention * tokens, "attention": scores}
 
     def forward(self, tokens: float) -> Work:
@@ -64,7 +64,7 @@ class Cost:
 
     def trained(self, tokens: float) -> Work:
         """Forward and back: attention's weights get gradients, all others pass them on."""
-        scores, products = 3.5 * self.mixed(tokens)["attention"], (4 * self.rest + 6 * self.attention) * tokens
+        scores, products = 3 * self.mixed(tokens)["attention"], (4 * self.rest + 6 * self.attention) * tokens
         return {"healing": products, "attention": scores, "elements": 40 * tokens * self.plan.spec.hidden_size}
 
     def seen(self, tokens: float) -> Work:

@@ -46,19 +46,20 @@ def measured(plan: ConversionPlan, device: "torch.device") -> dict[str, float]:
     healing = getattr(torch, settings.heal_dtype)
     heads = torch.randn(1, spec.heads, length, spec.head_dim, device=device)
     scores = torch.randn(min(spec.heads, 8), length, length, device=device)
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
     def trained() -> None:
         read, weight = (t.to(healing).detach().requires_grad_() for t in (x, w))
         (read @ weight).sum().backward()
 
     def attended() -> None:
-        torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+        torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, mask)
 
     return {
         "float32": rate(2 * tokens * w.numel(), lambda: x @ w),
         "float64": rate(2 * tokens * w.numel(), lambda: x.double() @ w64),
         "healing": rate(6 * tokens * w.numel(), trained),
-        "attention": rate(2 * heads.numel() * length, attended),
+        "attention": rate(4 * heads.numel() * length, attended),
         "eigen": rate(small**3, lambda: torch.linalg.eigh(gram)),
         "elements": rate(4 * scores.numel(), lambda: scores.softmax(-1).add_(1.0)),
     }
