@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all test-gpu check engines clean
+.PHONY: demo test test-all test-gpu check docs engines clean
 
 demo: $(READY)
 	$(BIN)/kvfold demo
@@ -23,6 +23,12 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p kvfold
 	$(BIN)/python -m pytest
+
+# links, the numbers of every table against docs/results, and the README's plot from them
+docs: $(READY)
+	$(BIN)/python -m pytest tests/test_readme.py -k link
+	$(BIN)/python benchmarks/results.py check
+	$(BIN)/python benchmarks/plot_results.py smollm2-135m docs/smollm2.svg
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -4,9 +4,10 @@
 
 MODEL is a folder or a Hub id. Every result goes into FOLDER/results.json as soon as it is there and is not made again, so the
 run may be stopped and repeated; other settings make other results. FOLDER/tables.md and FOLDER/MODEL.png are drawn from what
-is there. Ways that leave the split between latent and rotary key free are folded with several; the best closed form stands for
-them and is healed, and the healed one is uptrained. Conversions and uptrainings run in a process each, and their seconds and
-peak memory are their own. Minutes to hours a result on a CPU.
+is there, and --publish keeps it in docs/results, for the tables of README and docs. Ways that leave the split between latent
+and rotary key free are folded with several; the best closed form stands for them and is healed, and the healed one is
+uptrained. Conversions and uptrainings run in a process each, and their seconds and peak memory are their own. Minutes to hours
+a result on a CPU.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import real_tables
+import results
 import yaml
 from apart import apart
 
@@ -37,7 +39,7 @@ from kvfold.evaluation.parallel import own_device
 from kvfold.evaluation.settings import EvaluateSettings
 from kvfold.recipes.recipe import load_recipe
 from kvfold.recipes.uptrain import uptrain
-from kvfold.surgery.baselines import METHODS, REBUILT, rotary_width
+from kvfold.surgery.names import PUBLISHED, REBUILT, rotary_width
 
 STAGES = ("closed", "healed", "uptrained")
 SHARES = "50%,25%,12.5%"
@@ -51,7 +53,7 @@ OURS: dict[str, dict[str, Any]] = {
     "mfa": {"to": "mfa"},
     "mfa-kr": {"to": "mfa-kr"},
 }
-ROWS = (*METHODS, "gqa", *OURS)
+ROWS = (*PUBLISHED, "gqa", *OURS)
 
 
 @dataclass(frozen=True)
@@ -248,6 +250,8 @@ class Benchmark:
             if source is not None and found:
                 text.append(real_tables.tables(source, found, model.totals(self.args.budgets), self.about(model)))
                 real_tables.plot(source, found, self.args.out / f"{model.name}.png")
+                if self.args.publish:
+                    results.keep(model.name, [self.file], self.args.publish)
         (self.args.out / "tables.md").write_text("\n\n".join(text) + "\n")
         return "\n\n".join(text)
 
@@ -304,6 +308,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--detail", default="quick", choices=["damage", "quick", "normal", "full"], help="as kvfold evaluate")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--keep", action="store_true", help="keep every checkpoint; else none stays behind its row")
+    parser.add_argument(
+        "--publish", type=Path, nargs="?", const=results.RESULTS, metavar="FOLDER", help="keep the results there, docs/results"
+    )
     parser.add_argument("--print", action="store_true", help="only write and print the tables of what is there")
     return parser.parse_args()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from kvfold.evaluation import plots
 from kvfold.evaluation.damage import position_edges
-from kvfold.surgery.baselines import METHODS
+from kvfold.surgery.names import PUBLISHED
 
 Result = dict[str, Any]
 NAMES = {
@@ -133,8 +133,8 @@ def plot(source: Result, found: list[Result], file: Path) -> None:
     whole = source["cache_numbers_per_token_per_layer"]
     measured = [r for r in found if "damage_nats" in r]
     rows = [row for row in NAMES if any(r["row"] == row for r in measured)]
-    published, strong, pale = ([row for row in rows if row in METHODS], *(mpl.color_sequences["tab20"][i::2] for i in (0, 1)))
-    colors = dict(zip([row for row in rows if row not in METHODS], strong, strict=False))
+    published, strong, pale = ([row for row in rows if row in PUBLISHED], *(mpl.color_sequences["tab20"][i::2] for i in (0, 1)))
+    colors = dict(zip([row for row in rows if row not in PUBLISHED], strong, strict=False))
     colors |= dict(zip(published, pale, strict=False))
     with plots.themed("light"):
         figure = Figure(figsize=(7.2, 6.4))

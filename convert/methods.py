@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvfold.convert.calibration import Observed
 from kvfold.convert.planning.plan import ConversionPlan
+from kvfold.convert.planning.widths import widths_to_try
 from kvfold.surgery import baselines, factorized, grouping, latent, norms, rebuilt
 from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.designs import FoldedWeights
@@ -57,6 +58,16 @@ def best_latent(
         tries = {name: values for name, values in tries.items() if name not in ("picked", "slots")}
     found = latent.search(fold, seen.compare, start, tries) if search else [(0.0, start, fold(start))]
     return _measured(seen, ((str(choice), folded) for _, choice, folded in found))
+
+
+def forms_tried(plan: ConversionPlan) -> tuple[int, int]:
+    """About how many candidates a layer is folded into, and how many where widths are measured."""
+    if plan.design == "grouped":
+        return (len(grouping.PCA_POWERS) if plan.method == "pca" else 1), 0
+    splits = len(widths_to_try(plan)) if plan.measures_widths else 0
+    if plan.method in baselines.METHODS:
+        return 1, splits
+    return 1 + sum(map(len, _search(plan)[1].values())), splits
 
 
 def _least(seen: Observed, offered: Iterable[tuple[str, FoldedWeights]]) -> tuple[float, str, FoldedWeights]:

@@ -17,6 +17,7 @@ import torch
 import kvfold
 from kvfold.convert.budgets import measured_widths
 from kvfold.convert.conversion import Conversion, Report
+from kvfold.convert.heal_whole import free_bytes
 from kvfold.convert.heal_windows import fold_on_stream
 from kvfold.convert.layouts import layout_of
 from kvfold.convert.layouts.source import within
@@ -25,8 +26,10 @@ from kvfold.convert.output.files import checksum_of_rows
 from kvfold.convert.output.partial import JOURNAL, Partial, refuse_existing, resumable
 from kvfold.convert.output.record import RECORD
 from kvfold.convert.output.writer import CheckpointWriter
-from kvfold.convert.planning.plan import COPY, make_plan
+from kvfold.convert.planning.cost import refuse_too_little
+from kvfold.convert.planning.plan import COPY, cache_dtype, make_plan
 from kvfold.convert.planning.settings import ConvertSettings, normal_dtype, parse_size
+from kvfold.convert.planning.widths import source_parameters
 from kvfold.convert.publishing.escape import visible
 from kvfold.convert.source.checkpoint import CheckpointReader, TensorSpec, read_json
 from kvfold.convert.source.data import calibration_windows
@@ -70,9 +73,13 @@ def convert(
         refuse_existing(out, overwrite)
     if Path(source).exists() and out.resolve() == Path(source).resolve():
         raise UserError(f"{out} is the source itself: choose another name")
-    plan = make_plan(fetch_config(source, settings.revision), settings)
+    config = fetch_config(source, settings.revision)
+    plan = make_plan(config, settings)
     plan.refuse(converting=True)
     device = pick_device(settings.device)
+    if not resume:
+        parameters = source_parameters(config, plan.spec)
+        refuse_too_little(plan, parameters, cache_dtype(config, settings), out, free_bytes(device))
     with Partial(out, JOURNAL, resume, overwrite) as partial, resumable(partial.folder):
         if partial.finished:
             return Converted(out, read_json(out / RECORD), [])

@@ -15,7 +15,7 @@ from kvfold.convert.layouts import modeling_kvfold  # noqa: F401 — registers o
 from kvfold.convert.output.record import RECORD, read_record
 from kvfold.convert.planning.settings import normal_dtype
 from kvfold.convert.publishing.escape import visible
-from kvfold.convert.source.checkpoint import read_config
+from kvfold.convert.source.configfile import read_config
 from kvfold.convert.source.data import Windows, load_tokenizer, load_windows
 from kvfold.convert.source.fetch import fetch_checkpoint
 from kvfold.convert.source.model import load_causal

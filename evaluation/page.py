@@ -31,7 +31,22 @@ def page(report: dict[str, Any], tables: list[dict[str, Any]], legend: str) -> s
     ]
     template = files("kvfold.evaluation").joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(report=report, tables=tables, legend=legend, plots=shown)
+    return environment.from_string(template).render(
+        report=report, tables=tables, legend=legend, plots=shown, best=_least_damage(report)
+    )
+
+
+def _least_damage(report: dict[str, Any]) -> dict[str, str]:
+    """The line that a reader sees first."""
+    model = min(report["models"], key=lambda m: m["damage_nats"])
+    kept = model["cache_numbers_per_token_per_layer"] / report["source"]["cache_numbers_per_token_per_layer"]
+    ends = model["damage_interval"]
+    return {
+        "name": plots.name_of(model),
+        "damage": f"{model['damage_nats']:+.4f}",
+        "kept": f"{kept:.1%}",
+        "interval": f" (95% interval {ends[0]:+.4f} … {ends[1]:+.4f})" if ends else "",
+    }
 
 
 def _svgs(report: dict[str, Any], theme: str) -> dict[str, str]:

@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from kvfold.evaluation import labels
+
 Data = dict[str, Any]
 WIDTH = 5.2
 """Inches. At the 11 points of the letters a screen of 360 pixels shows them about 11 pixels high."""
@@ -94,15 +96,6 @@ def damage(report: Data, colors: dict[str, str]) -> Figure:
             axes.vlines(x, *model["damage_interval"], color=color_of(model), lw=1, alpha=0.6)
         marker = STAGES[model["stage"]][0]
         axes.scatter(x, y, 90 if marker == "*" else 42, color=color_of(model), marker=marker, alpha=0.9, zorder=2)
-    for model in front:
-        axes.annotate(
-            name_of(model),
-            (model["cache_bytes_per_token"], model["damage_nats"]),
-            xytext=(7, -4),
-            textcoords="offset points",
-            va="top",
-            fontsize=9,
-        )
     source = report["source"]["cache_bytes_per_token"]
     axes.axvline(source, color=colors["front"], lw=0.8, ls=":")
     axes.text(source, 1.0, "source ", transform=axes.get_xaxis_transform(), ha="right", va="top", fontsize=9)
@@ -117,6 +110,9 @@ def damage(report: Data, colors: dict[str, str]) -> Figure:
     keys += [Line2D([], [], color=colors["text"], marker=STAGES[s][0], ls="", label=s) for s in stages]
     keys += [Line2D([], [], color=colors["front"], lw=1, label="Pareto front")]
     _legend(figure, keys)
+    named = [((m["cache_bytes_per_token"], m["damage_nats"]), name_of(m)) for m in front]
+    bars = [(m["cache_bytes_per_token"], end) for m in report["models"] for end in m["damage_interval"] or ()]
+    labels.place(figure, axes, named, [*zip(*_points(report["models"]), strict=True), *bars])
     return figure
 
 
@@ -291,6 +287,5 @@ def _log2(axes: Axes, values: list[float]) -> None:
     axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
 
 
-def _legend(figure: Figure, handles: list[Any], labels: list[str] | None = None) -> None:
-    labels = labels or [str(handle.get_label()) for handle in handles]
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+def _legend(figure: Figure, handles: list[Any], names: list[str] | None = None) -> None:
+    figure.legend(handles, names or [str(handle.get_label()) for handle in handles], loc="outside lower center", ncols=3)

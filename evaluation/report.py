@@ -27,26 +27,27 @@ def _number(key: str, form: str) -> Callable[[dict[str, Any], dict[str, Any]], s
     return lambda row, source: "–" if row.get(key) is None else format(row[key], form)
 
 
-COLUMNS: list[Column] = [
+COLUMNS: list[Column] = [  # what matters first: a phone shows five
     ("model", lambda row, source: row.get("name") or Path(row["path"]).name),
-    ("cache", _number("cache_numbers_per_token_per_layer", ".0f")),
+    ("damage", _number("damage_nats", "+.4f")),
     (
         "kept",
         lambda row, source: format(
             row["cache_numbers_per_token_per_layer"] / source["cache_numbers_per_token_per_layer"], ".1%"
         ),
     ),
-    ("bytes", _number("cache_bytes_per_token", ",.0f")),
-    ("NLL", _number("nll", ".4f")),
-    ("damage", _number("damage_nats", "+.4f")),
     ("KL", _number("kl", ".4f")),
     ("top-1", _number("top1_agreement", ".1%")),
+    ("NLL", _number("nll", ".4f")),
+    ("cache", _number("cache_numbers_per_token_per_layer", ".0f")),
+    ("bytes", _number("cache_bytes_per_token", ",.0f")),
     ("bits/B", _number("bits_per_byte", ".3f")),
 ]
 LEGEND = (
+    "damage (NLL above the source's on the same tokens), KL (from the source) and NLL in nats per token. "
+    "kept: the share of the source's cache. top-1: how often both models' most likely token is the same. "
     "cache: cached numbers per token per layer; bytes: of the whole cache per token, both measured from a generation's cache. "
-    "NLL, damage (NLL above the source's on the same tokens) and KL (from the source) in nats per token. "
-    "top-1: how often both models' most likely token is the same. bits/B: bits per byte of text."
+    "bits/B: bits per byte of text."
 )
 
 

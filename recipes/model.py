@@ -22,7 +22,8 @@ from kvfold.convert.output.record import RECORD, read_record
 from kvfold.convert.output.writer import CheckpointWriter
 from kvfold.convert.planning.plan import ConversionPlan, make_plan
 from kvfold.convert.planning.settings import ConvertSettings, parse_settings
-from kvfold.convert.source.checkpoint import CheckpointReader, TensorSpec, refuse_adapter
+from kvfold.convert.source.checkpoint import CheckpointReader, TensorSpec
+from kvfold.convert.source.configfile import refuse_adapter
 from kvfold.convert.source.fetch import fetch_config
 from kvfold.convert.source.model import build_on_meta, fill_buffers
 from kvfold.convert.source.stream import last_states, logit_cap

@@ -22,7 +22,8 @@ from kvfold.convert.output.journal import refuse_other
 from kvfold.convert.output.partial import RUN, Partial, partial_folder, refuse_existing, resumable
 from kvfold.convert.output.record import RECORD
 from kvfold.convert.pipeline import pick_device
-from kvfold.convert.source.checkpoint import CheckpointReader, read_config, read_json
+from kvfold.convert.source.checkpoint import CheckpointReader, read_json
+from kvfold.convert.source.configfile import read_config
 from kvfold.convert.source.data import load_tokenizer
 from kvfold.convert.source.fetch import fetch_checkpoint
 from kvfold.convert.source.opening import identity

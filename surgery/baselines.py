@@ -139,29 +139,13 @@ def whitened(
     )
 
 
-METHODS: dict[str, Baseline] = {
+METHODS: dict[str, Baseline] = {  # as PUBLISHED in names.py
     "svd-split": svd_split,
     "svd-joint": svd_joint,
     **{f"partial-rope-{rule}": partial_rope(rule) for rule in ("high", "low", "uniform", "2norm")},
     "rorope": rorope,
     "whitened": whitened,
 }
-REBUILT = ("whitened",)
-"""Those whose keys are rebuilt from the latent: all of the cache is its rank."""
-
-
-def rotary_width(method: str, kv_heads: int, head_dim: int, wanted: int) -> int:
-    """The rotary width of a method nearest to `wanted` from below, or else its least.
-
-    MHA2MLA keeps as many pairs of every key head, 2·G numbers in all; TransMLA an even divisor of the head width (its code's
-    `collapse`) or whole heads (its `rope_head`, with which the paper measures RoRoPE but not the whole conversion).
-    """
-    if method == "rorope":
-        divisors = [r for r in range(2, head_dim, 2) if head_dim % r == 0]
-        widths = divisors + [head_dim * heads for heads in range(1, kv_heads + 1)]
-    else:
-        widths = [2 * kv_heads * pairs for pairs in range(1, head_dim // 2 + 1)]
-    return max((r for r in widths if r <= wanted), default=widths[0])
 
 
 def weight_norms(weights: AttentionWeights) -> Tensor:

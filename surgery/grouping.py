@@ -214,7 +214,7 @@ def pca_candidates(
 
 
 Method = Callable[[AttentionWeights, int, Tensor | None, torch.Generator], AttentionWeights]
-METHODS: dict[str, Method] = {
+METHODS: dict[str, Method] = {  # as GROUPING in names.py
     "mean": mean,
     "first": first,
     "random": random,

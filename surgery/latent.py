@@ -28,6 +28,7 @@ from kvfold.surgery.designs import LatentWeights, RebuiltKeyWeights, ReusedKeyWe
 from kvfold.surgery.kvfold_attention import Rope, rotate, with_sinks
 from kvfold.surgery.layer import Layer
 from kvfold.surgery.lowrank import gauge, leading_directions, left_singular, power_and_inverse
+from kvfold.surgery.names import full_rank
 from kvfold.surgery.rope import from_complex, to_complex
 
 
@@ -181,11 +182,6 @@ def fold(
     folded = assemble(layer, slots, down, up_k, up_v, position_free, gain)
     # What a centred latent leaves out of the values is their mean.
     return replace(folded, o_bias=weights.o_bias_with(layer.mean(values))) if choice.centred else folded
-
-
-def full_rank(hidden: int, kv_heads: int, head_dim: int) -> int:
-    """The rank above which a latent has nothing more to hold."""
-    return min(hidden, 2 * kv_heads * head_dim)
 
 
 @dataclass(frozen=True)

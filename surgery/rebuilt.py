@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 
 from kvfold.surgery.designs import RebuiltKeyWeights
-from kvfold.surgery.latent import Choice, Tries, full_rank, weighted_latent
+from kvfold.surgery.latent import Choice, Tries, weighted_latent
 from kvfold.surgery.layer import Layer
 from kvfold.surgery.lowrank import power_and_inverse
+from kvfold.surgery.names import full_rank
 
 START = Choice(slots=0.5, values=0.5, balance=1.0, centred=True)
 TRIED: Tries = {"balance": (0.1, 0.3, 3.0), "slots": (0.0, 1.0), "values": (0.0, 1.0)}

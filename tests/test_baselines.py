@@ -9,11 +9,13 @@ from torch import Tensor
 
 from kvfold.convert.layouts import modeling_kvfold  # noqa: F401 — registers our layout with transformers
 from kvfold.evaluation.layers import measure_cache
+from kvfold.surgery import grouping
 from kvfold.surgery.attention import AttentionWeights
-from kvfold.surgery.baselines import METHODS, REBUILT, foldings, rotary_width, turned, weight_norms
+from kvfold.surgery.baselines import METHODS, foldings, turned, weight_norms
 from kvfold.surgery.designs import LatentWeights, RebuiltKeyWeights, design
 from kvfold.surgery.kvfold_attention import Rope
 from kvfold.surgery.lowrank import power_and_inverse
+from kvfold.surgery.names import GROUPING, PUBLISHED, REBUILT, rotary_width
 from kvfold.surgery.rope import to_complex
 from tests.helpers import save_model, save_tokens
 from tests.test_convert import IDS, decoded_as_uncached, fold, load, logits
@@ -22,6 +24,11 @@ from tests.test_surgery import HEADS, HIDDEN, KV_HEADS, TOKENS, WIDTH, inputs, m
 KEYS = KV_HEADS * WIDTH
 STILL = torch.ones(TOKENS, WIDTH, dtype=torch.float64), torch.zeros(TOKENS, WIDTH, dtype=torch.float64)
 MHA2MLA = [name for name in METHODS if name.startswith(("svd", "partial"))]
+
+
+def test_plans_know_every_method_by_name() -> None:
+    """Without the mathematics, which needs torch."""
+    assert (tuple(METHODS), tuple(grouping.METHODS)) == (PUBLISHED, GROUPING)
 
 
 def folds(method: str, weights: AttentionWeights, rank: int, rope_dim: int, x: Tensor) -> list[Any]:

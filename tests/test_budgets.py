@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from kvfold.convert.budgets import Curve, allocate, widths_to_try
+from kvfold.convert.budgets import Curve, allocate
 from kvfold.convert.pipeline import convert
 from kvfold.convert.planning.plan import make_plan
 from kvfold.convert.planning.settings import ConvertSettings
+from kvfold.convert.planning.widths import widths_to_try
 from kvfold.convert.source.checkpoint import CheckpointReader
 from kvfold.surgery import latent
 from tests.helpers import save_model, save_tokens

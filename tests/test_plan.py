@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from kvfold.convert.budgets import widths_to_try
 from kvfold.convert.families import AttentionSpec, Rope, family_of
 from kvfold.convert.planning.engines import LatentShape
-from kvfold.convert.planning.plan import cache_dtype, count_parameters, make_plan
+from kvfold.convert.planning.plan import cache_dtype, make_plan
 from kvfold.convert.planning.settings import ConvertSettings, normal_dtype, parse_budget, parse_settings, parse_size, unknown
+from kvfold.convert.planning.widths import widths_to_try
+from kvfold.convert.source.model import build_on_meta
 from kvfold.errors import UserError
 from tests.helpers import FAMILIES, invoke, save_model, tiny_config
 
@@ -121,6 +122,10 @@ LLAMA3_PARAMETERS = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+
+
+def count_parameters(config: dict[str, Any]) -> int:
+    return build_on_meta(config).num_parameters()
 
 
 def plain(theta: float) -> Rope:

@@ -17,6 +17,7 @@ def test_the_benchmark_measures_every_stage_once(shared: Path, tmp_path: Path) -
     args = [source, "--on", f"{tokens}:evaluation", "--calibrate", f"{tokens}:calibration", "--out", tmp_path]
     args += ["--rows", "rorope", "--budgets", "50%", "--splits", "0.5", "--max-tokens", "4096"]
     args += ["--set", "heal_steps=4", "heal_batch_tokens=1024", "calibration_tokens=16384"]
+    args += ["--publish", tmp_path]
     args += ["--uptrain", "tokens=16384", "eval_tokens=4096", "learning_rate=0.001"]
 
     def run(*more: Any) -> tuple[str, dict[str, Any]]:
@@ -45,4 +46,8 @@ def test_the_benchmark_measures_every_stage_once(shared: Path, tmp_path: Path) -
     assert f"| cache kept | 32 (50%) |\n|---|---:|\n| `rorope` (TransMLA) | {cell} |" in printed
     assert (tmp_path / "tables.md").read_text().strip() in printed
     assert (tmp_path / "stories260k.png").read_bytes()[:4] == b"\x89PNG"
+    published = json.loads((tmp_path / "stories260k.json").read_text())
+    name = f"rorope-{32 - best}+{best}-32-healed-4x1024"
+    assert published[name]["damage_nats"] == healed["damage_nats"] and published[name]["tokens"] > 3000
+    assert len(published) == 1 + len(found) and str(tmp_path) not in json.dumps(published)
     assert not list((tmp_path / "checkpoints").iterdir())

@@ -6,17 +6,19 @@ import re
 import shutil
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kvfold.convert.pipeline import convert
 from kvfold.convert.planning.settings import ConvertSettings
-from kvfold.evaluation import damage, plots, report, retrieval, schema, speed
+from kvfold.evaluation import damage, labels, plots, report, retrieval, schema, speed
 from kvfold.evaluation.evaluate import evaluate, stage_of
 from kvfold.evaluation.settings import EvaluateSettings
 from kvfold.evaluation.unfinished import PARTIAL
@@ -163,6 +165,11 @@ def test_report_is_whole_and_self_contained(measured: dict[str, Any], tmp_path: 
     assert page.count("data:image/svg+xml;base64,") == 2 * len(plots.FIGURES)
     for model in measured["result"]["models"]:
         assert f"{model['damage_nats']:+.4f}" in page
+    # the number that matters stands on a phone's first screen: in the sentence on top, and in the table's second column
+    best = min(measured["result"]["models"], key=lambda model: model["damage_nats"])
+    sentence = page.split('<p class="lead">')[1].split("</p>")[0]
+    assert f"{best['damage_nats']:+.4f}" in sentence and page.index(sentence) < page.index("<table>")
+    assert re.findall(r'<th scope="col">(.*?)</th>', page)[:4] == ["model", "damage", "kept", "KL"]
     pngs = {path.name: path.read_bytes()[:4] for path in (tmp_path / report.PLOTS).iterdir()}
     assert pngs == {f"{name}.png": b"\x89PNG" for name in plots.FIGURES}
     assert all(f"({report.PLOTS}/{name})" in paths[1].read_text() for name in pngs)
@@ -179,6 +186,22 @@ def test_every_plot_names_quantity_and_unit(measured: dict[str, Any]) -> None:
         labels += [text for text in (figure.get_supxlabel(), figure.get_supylabel()) if text]
         assert len(labels) >= 2 and all(any(unit in label for unit in units) for label in labels)
         assert all(axes.get_title() for axes in shown)
+
+
+@pytest.mark.parametrize("crowded", [(0.9, 1.0, 1.1), (0.2, 0.21, 0.22), (5.0, 5.1, 5.2)])
+def test_names_lie_on_no_mark_and_no_other_name(crowded: tuple[float, ...]) -> None:
+    """Five marks above each other, three of which are named."""
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.add_subplot()
+    marks = [(x, y) for x in (1.0, 2.0) for y in (*crowded, 2.0, 3.0)]
+    axes.scatter(*zip(*marks, strict=True))
+    labels.place(figure, axes, [((1.0, y), f"model-{y}-uptrained") for y in crowded], marks)
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in axes.texts]
+    assert [text.get_text() for text in axes.texts] == [f"model-{y}-uptrained" for y in crowded]
+    assert not any(box.contains(*axes.transData.transform(mark)) for box in boxes for mark in marks)
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    assert all(axes.get_window_extent().padded(1).containsx(x) for box in boxes for x in (box.x0, box.x1))
 
 
 def test_without_matplotlib_the_numbers_are_still_written(

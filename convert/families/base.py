@@ -1,17 +1,21 @@
 """What a family file says, and what kvfold reads out of a config.json with it."""
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from kvfold.convert.families.spec import AttentionSpec, Rope, halves_first, is_ordered
 from kvfold.convert.families.unknown import quantisation, unquantised
 from kvfold.convert.source.config import resolve
 from kvfold.errors import UserError
-from kvfold.surgery.attention import AttentionWeights
+
+if TYPE_CHECKING:  # what reads a config does without
+    import torch
+
+    from kvfold.surgery.attention import AttentionWeights
 
 ROLES = ("q", "k", "v", "o")
 FUSED, SINKS = "qkv", "sinks"
@@ -203,6 +207,8 @@ class Family:
     def reading(self, held: Container[str], read: Callable[[str], torch.Tensor]) -> Callable[[str], torch.Tensor]:
         """What reads a parameter of the class, from a map of the names `held` to their tensors."""
 
+        import torch
+
         def assembled(name: str) -> torch.Tensor:
             rows = self.stored_as(name, held)
             if not self.is_stacked(name, held):
@@ -217,6 +223,10 @@ class Family:
 
     def lift(self, tensors: dict[str, torch.Tensor], spec: AttentionSpec) -> AttentionWeights:
         """Tensors by role, as stored, → canonical form. Raises UserError when a shape contradicts the config."""
+        import torch
+
+        from kvfold.surgery.attention import AttentionWeights
+
         heads = {"q": spec.heads, "k": spec.kv_heads, "v": spec.kv_heads}
         wanted: dict[str, tuple[int, ...]] = {role: (n * spec.head_dim, spec.hidden_size) for role, n in heads.items()}
         wanted[FUSED] = (sum(heads.values()) * spec.head_dim, spec.hidden_size)

@@ -1,10 +1,13 @@
 """The geometry of a source's attention, as its config.json states it."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # what reads a config does without
+    import torch
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,8 @@ def is_ordered(spec: AttentionSpec) -> bool:
 
 def halves_first(spec: AttentionSpec) -> torch.Tensor:
     """Where the numbers of a canonical head, half-split over its whole width, stand in a stored one, whose first ones turn."""
+    import torch
+
     turning = torch.arange(spec.rotary_dim)
     halves = (turning[::2], turning[1::2]) if spec.interleaved else turning.chunk(2)
     still = torch.arange(spec.rotary_dim, spec.head_dim).chunk(2) if spec.rotary_dim < spec.head_dim else (turning[:0],) * 2

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-
 from kvfold.convert.families.translation import Cuts, Translation, same, scaled
 from kvfold.convert.families.translations import minicpm
 from kvfold.errors import UserError
@@ -70,7 +68,7 @@ DEEPSEEK = Translation(
     keys=_deepseek,
     cuts=lambda said: {
         # Qwen2-MoE has a gate before its shared expert: with weights of zero it halves what passes, exactly
-        "mlp.gate": {"mlp.gate": same, "mlp.shared_expert_gate": lambda t: torch.zeros_like(t[:1])},
+        "mlp.gate": {"mlp.gate": same, "mlp.shared_expert_gate": lambda t: t.new_zeros(t[:1].shape)},
         "mlp.shared_experts.down_proj": {"mlp.shared_expert.down_proj": scaled(2.0)},
         "mlp.shared_experts": {"mlp.shared_expert": same},
     },

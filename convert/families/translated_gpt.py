@@ -1,12 +1,14 @@
 """Families of the years before Llama, and their kin, under other names."""
 
-from typing import Any
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from kvfold.convert.families.translation import Cuts, Translation, fused, geometry, same
 from kvfold.errors import UserError
+
+if TYPE_CHECKING:  # what reads a config does without
+    from torch import Tensor
 
 
 def _chatglm(said: dict[str, Any]) -> dict[str, Any]:
@@ -114,13 +116,13 @@ PHI_MSFT = Translation(
 def _gptj_cuts(said: dict[str, Any]) -> Cuts:
     width, turning = said["n_embd"] // said["n_head"], said["rotary_dim"]
     # GPT-J turns neighbouring numbers, Phi the first half of those that turn with the second
-    order = torch.cat([torch.arange(0, turning, 2), torch.arange(1, turning, 2), torch.arange(turning, width)])
+    order = [*range(0, turning, 2), *range(1, turning, 2), *range(turning, width)]
 
     def halves(tensor: Tensor) -> Tensor:
-        return tensor.unflatten(0, (-1, width))[:, order.to(tensor.device)].flatten(0, 1)  # (H·D, d) → (H, D, d) → (H·D, d)
+        return tensor.unflatten(0, (-1, width))[:, order].flatten(0, 1)  # (H·D, d) → (H, D, d) → (H·D, d)
 
     def no_bias(tensor: Tensor) -> Tensor:
-        return torch.zeros_like(tensor[:, 0])
+        return tensor.new_zeros(len(tensor))
 
     projections = {"q_proj": halves, "k_proj": halves, "v_proj": same, "dense": same}
     weights = {

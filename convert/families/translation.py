@@ -1,13 +1,15 @@
 """How a family under another name is read as one of transformers'."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # what reads a config does without
+    from torch import Tensor
 
-Cut = Callable[[Tensor], Tensor]
+Cut = Callable[["Tensor"], "Tensor"]
 """What makes a tensor of one that is stored. Biases are cut like the rows that they belong to."""
 Cuts = Mapping[str, Mapping[str, Cut]]
 
@@ -72,7 +74,9 @@ def scaled(factor: float) -> Cut:
 
 def normalised(tensor: Tensor) -> Tensor:
     """Every row divided by its length, as the model does when it runs."""
-    return torch.nn.functional.normalize(tensor)
+    from torch.nn.functional import normalize
+
+    return normalize(tensor)
 
 
 def geometry(said: dict[str, Any], **theirs: str) -> dict[str, Any]:

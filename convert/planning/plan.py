@@ -34,13 +34,11 @@ from kvfold.convert.planning.widths import (
     source_parameters,
     target_heads,
     widest_rope,
+    widths_to_try,
 )
 from kvfold.convert.source.config import resolve
-from kvfold.convert.source.model import build_on_meta
 from kvfold.errors import UserError
-from kvfold.surgery import baselines
-from kvfold.surgery.grouping import METHODS
-from kvfold.surgery.latent import full_rank
+from kvfold.surgery.names import GROUPING, PUBLISHED, full_rank
 
 NOTHING = LatentShape(0, 0, 0, 0)
 CONTEXTS = (4096, 32768, 131072)
@@ -189,8 +187,6 @@ class ConversionPlan:
         """
         if not self.measures_widths or self.widths:
             return self.parameters_saved
-        from kvfold.convert.budgets import widths_to_try
-
         mean, tried = int(self.width_numbers), widths_to_try(self)
         if self.design == "reused-key":
             without = self._latent_parameters(0, 0)
@@ -313,7 +309,7 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
                 refusals.append(f"{flag} belongs to --to {' or '.join(targets)}, not {settings.to}: leave it out")
     refuse_part(config, settings, refusals)
     refuse_folding(settings, refusals)
-    parameters = cache(lambda: source_parameters(config, said, spec))
+    parameters = cache(lambda: source_parameters(config, spec))
     latent = settings.to in LATENT_TARGETS
     layout, kv_heads, rank, rope_dim, most = "source", spec.kv_heads, 0, 0, 0
     stored, note = NOTHING, ""
@@ -325,7 +321,7 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
         if layout == "step3_text":
             obstacles = step3_text_obstacles(said, spec, settings, rope_dim)
             refusals += [f"{reason}: use --layout kvfold" for reason in obstacles]
-        if settings.to == "mla" and settings.method in baselines.METHODS:
+        if settings.to == "mla" and settings.method in PUBLISHED:
             rank, rope_dim, note = baseline_widths(spec, settings, rank, rope_dim, note, refusals)
         stored = LatentShape(rank, rope_dim, 0 if settings.to == "mfa" else spec.head_dim, spec.head_dim)
         if layout == "deepseek_v3":
@@ -342,11 +338,11 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
             )
         refuse_query_rank(spec, settings, stored, refusals)
         behind = "norm" if spec.key_norm else "soft cap" if spec.score_cap else "sink" if spec.sinks else ""
-        if behind and settings.method in baselines.METHODS and spec.qkv_bias:
+        if behind and settings.method in PUBLISHED and spec.qkv_bias:
             refusals.append(f"--method {settings.method} moves biases, which the {behind} behind them forbids: leave it out")
-        if settings.method in baselines.METHODS and not all(spec.turning[layer] for layer in folded):
+        if settings.method in PUBLISHED and not all(spec.turning[layer] for layer in folded):
             refusals.append(f"--method {settings.method} expects RoPE in every layer, and here some have none: leave it out")
-        default, methods = "kvfold", ["kvfold", *(baselines.METHODS if settings.to == "mla" else ())]
+        default, methods = "kvfold", ["kvfold", *(PUBLISHED if settings.to == "mla" else ())]
     else:
         kv_heads = target_heads(spec, settings, refusals)
         if not family.grouped and settings.to != "source":
@@ -354,7 +350,7 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
                 f"{family.architecture} has as many key heads as query heads, so --to {settings.to} is not possible: "
                 f"use --to {', '.join(LATENT_TARGETS[:-1])} or {LATENT_TARGETS[-1]}"
             )
-        default, methods = ("pca" if settings.calibrate else "align"), list(METHODS)
+        default, methods = ("pca" if settings.calibrate else "align"), list(GROUPING)
     if settings.to == "source":
         default, methods = COPY, [COPY]
     method = settings.method or default
@@ -419,8 +415,3 @@ def cache_dtype(config: dict[str, Any], settings: ConvertSettings) -> str:
     """The dtype the cache will have: the checkpoint's, unless `--dtype` changes it."""
     stated = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     return normal_dtype(settings.dtype) or (stated if stated in DTYPE_BYTES else "float32")
-
-
-def count_parameters(config: dict[str, Any]) -> int:
-    """Parameters of the source, tied ones once. Raises UserError when transformers cannot build it."""
-    return build_on_meta(config).num_parameters()

@@ -3,29 +3,45 @@
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvfold.convert.families import AttentionSpec
 from kvfold.convert.planning.engines import LatentShape
 from kvfold.convert.planning.settings import TARGETS, ConvertSettings, parse_budget
-from kvfold.convert.source.model import build_on_meta
+from kvfold.convert.source.config import resolve
 from kvfold.errors import UserError
-from kvfold.surgery import baselines
-from kvfold.surgery.latent import full_rank
+from kvfold.surgery.names import REBUILT, full_rank, rotary_width
 
+if TYPE_CHECKING:
+    from kvfold.convert.planning.plan import ConversionPlan
+
+SHARES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 3.0)
+"""Multiples of the mean width that are measured where budgets differ."""
+SPLITS = (0.02, 0.0625, 0.125, 0.25, 0.375, 0.5)
+"""Shares of MLA's cache that its rotary key may take."""
+LLAMA_SIZED = {
+    **dict.fromkeys(("llama", "granite", "seed_oss"), True),
+    **dict.fromkeys(("mistral", "qwen2", "qwen3", "olmo2", "gemma", "phi3"), False),
+}
+"""Families of as many parameters as Llama, and whether their MLPs may have biases."""
+Widths = tuple[int, int]
 MOST_GROWTH = 0.1
 """Share of its parameters by which a model may grow where nobody asked for a width."""
 
 
-def source_parameters(config: dict[str, Any], said: dict[str, Any], spec: AttentionSpec) -> int:
-    """Parameters of the source of a config.json; `said` is that config with its defaults."""
-    if spec.beside or spec.key_norm:
+def source_parameters(config: dict[str, Any], spec: AttentionSpec) -> int:
+    """Parameters of the source of a config.json, tied ones once. Raises UserError when transformers cannot build it."""
+    if config["model_type"] not in LLAMA_SIZED:
+        from kvfold.convert.source.model import build_on_meta
+
         return build_on_meta(config).num_parameters()
-    # Llama's layers are attention, two norms and a gated MLP, and this is quicker.
+    said = resolve(config)
     hidden, inner = spec.hidden_size, said["intermediate_size"]
     attention = spec.heads * spec.head_dim * (2 * hidden + spec.qkv_bias) + spec.o_bias * hidden
     attention += 2 * spec.kv_heads * spec.head_dim * (hidden + spec.qkv_bias)
-    mlp = 3 * hidden * inner + (2 * inner + hidden) * bool(said.get("mlp_bias"))
+    attention += {"": 0, "head": 2 * spec.head_dim, "whole": (spec.heads + spec.kv_heads) * spec.head_dim}[spec.key_norm]
+    mlp = 3 * hidden * inner + (2 * inner + hidden) * (LLAMA_SIZED[config["model_type"]] and bool(said.get("mlp_bias")))
+    # two norms in each layer and one behind them
     return spec.vocab_size * hidden * (1 if spec.tied else 2) + spec.layers * (attention + mlp + 2 * hidden) + hidden
 
 
@@ -143,6 +159,30 @@ def _mla_widths(
     return rank, rope_dim
 
 
+def widths_to_try(plan: "ConversionPlan", rotary: bool = True) -> list[Widths]:
+    """Every pair of widths that is measured, the plan's own among them; for a layer whose keys RoPE turns or not."""
+    spec, mean = plan.spec, int(plan.width_numbers)
+    full, widest = full_rank(spec.hidden_size, spec.kv_heads, spec.head_dim), spec.kv_heads * spec.head_dim
+    turning = plan.widest_rope
+    step = {"mfa": 4, "mfa-kr": 2, "mla": 1}[plan.settings.to]
+    shares = SHARES if plan.settings.layer_budgets == "measured" else (1.0,)
+    totals = sorted({max(4, int(mean * share) // step * step) for share in shares})
+    if plan.settings.to == "mla" and plan.design == "latent" and not rotary:
+        return list(dict.fromkeys((min(total, full), 0) for total in totals))
+    tried: list[Widths] = [(plan.kv_rank, plan.rope_dim)] if plan.design == "latent" else []
+    for total in totals:
+        if plan.settings.to == "mfa":
+            tried += [(total // 2, total // 2)] if total // 2 <= min(widest, spec.hidden_size) else []
+        elif plan.design == "reused-key":
+            tried += [(0, total)] if total <= 2 * widest else []
+        elif plan.design == "rebuilt-key":
+            tried += [(total, 0)] if total <= full else []
+        else:
+            ropes = sorted({min(turning, max(2, round(total * split / 2) * 2)) for split in SPLITS})
+            tried += [(total - rope, rope) for rope in ropes if 1 <= total - rope <= full]
+    return list(dict.fromkeys(tried))
+
+
 def kept_scalars(spec: AttentionSpec, settings: ConvertSettings) -> int:
     """Numbers cached per token for the sizes of normed keys: none where keys are whole when they are normed."""
     return 0 if settings.to in ("gqa", "mqa") or rebuilds(settings) else spec.key_scalars
@@ -150,7 +190,7 @@ def kept_scalars(spec: AttentionSpec, settings: ConvertSettings) -> int:
 
 def rebuilds(settings: ConvertSettings) -> bool:
     """Whether keys are rebuilt from the latent, as the user or the method wants."""
-    return settings.keys == "rebuilt" or (settings.to == "mla" and settings.method in baselines.REBUILT)
+    return settings.keys == "rebuilt" or (settings.to == "mla" and settings.method in REBUILT)
 
 
 def baseline_widths(
@@ -163,12 +203,12 @@ def baseline_widths(
     method = str(settings.method)
     if settings.layer_budgets == "measured":
         refusals.append(f"--method {method} has the same widths in every layer: leave --layer-budgets out")
-    if method in baselines.REBUILT:
+    if method in REBUILT:
         return rank, 0, note
     if settings.keys == "rebuilt":
         refusals.append(f"--method {method} rotates a part of its keys: leave --keys out, or use --method whitened")
         return rank, rope_dim, note
-    total, rotary = rank + rope_dim, baselines.rotary_width(method, spec.kv_heads, spec.head_dim, rope_dim)
+    total, rotary = rank + rope_dim, rotary_width(method, spec.kv_heads, spec.head_dim, rope_dim)
     if rotary >= total:
         least = math.ceil((rotary + 1) / spec.cache_numbers * 1e4) / 1e4
         refusals.append(

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 from pydantic import BaseModel, Field
@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvfold.convert.families.translation import Cut
-from kvfold.convert.families.views import View, read_as, view_of
+from kvfold.convert.families.views import View, view_of
 from kvfold.convert.output.files import CHUNK
+from kvfold.convert.source.configfile import raw_config, refuse_adapter
 from kvfold.convert.source.jsonfile import checked, read_json
 from kvfold.errors import UserError
 
@@ -127,7 +128,7 @@ class CheckpointReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        raw = _raw_config(folder)
+        raw = raw_config(folder)
         self.view = view_of(raw)
         self.config = raw if self.view is None else self.view.config
         self.entries = self._read_entries()
@@ -236,38 +237,6 @@ def _seen(view: View, stored: dict[str, TensorEntry]) -> tuple[dict[str, TensorE
             size = entry.dtype.itemsize * torch.Size(shape).numel()
             found[new] = TensorEntry(entry.file, name, entry.dtype, shape, entry.start, size, entry, cut)
     return found, beside
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a local checkpoint, as that of the family that it is or has in it.
-
-    Raises UserError when there is none, it is not JSON, the folder is an adapter's, or no family can say what it says.
-    """
-    return read_as(_raw_config(folder))
-
-
-def _raw_config(folder: Path) -> dict[str, Any]:
-    """config.json as it is, with what other files say of a quantisation."""
-    if not (folder / "config.json").exists():
-        refuse_adapter(folder)
-        raise UserError(f"{folder} has no config.json: give the folder of a Hugging Face checkpoint or a Hub id")
-    for path in folder.iterdir():  # whoever opens one waits for ever, and transformers opens many
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise UserError(f"{path} is a pipe or a device, no file: remove it")
-    config = read_json(folder / "config.json")
-    if (folder / "hf_quant_config.json").exists():  # where modelopt says it
-        config.setdefault("quantization_config", {"quant_method": "modelopt"})
-    return config
-
-
-def refuse_adapter(folder: Path) -> None:
-    """Raise UserError when the folder is a PEFT adapter's, which has no weights of its own."""
-    if (folder / "adapter_config.json").exists():
-        raise UserError(
-            f"{folder} is an adapter, not a checkpoint: merge it first "
-            "(AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW); where kvfold folded the "
-            "base, copy its kvfold.json too)"
-        )
 
 
 def _refuse_nonfinite(tensor: Tensor, name: str, file: Path) -> None:

@@ -71,6 +71,9 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
 def refuse_strange(config: "PreTrainedConfig") -> None:
     """Raise UserError for what a known family's config can say and its folded attention cannot."""
     said: dict[str, Any] = config.to_dict()
+    pad, vocab = said.get("pad_token_id"), said["vocab_size"]
+    if isinstance(pad, int) and not -vocab <= pad < vocab:  # its row of the embedding is kept at zero
+        raise UserError(f"config.json: pad_token_id {pad} is no token of a vocabulary of {vocab}: check that file")
     rope = said.get("rope_parameters") or {}
     kinds = {kind: value for kind, value in rope.items() if isinstance(value, dict)}
     found = {
@@ -102,13 +105,28 @@ def _check_rope(config: "PreTrainedConfig", rope: dict[str, Any], layers: dict[s
     if not isinstance(kind, str) or (kind != "default" and kind not in ROPE_INIT_FUNCTIONS):
         known = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
         raise UserError(f"config.json: rope type {kind!r:.40} is none that transformers knows ({known}): check that file")
+    if plain_rope(rope):
+        return
     try:
-        frequencies = ROPE_INIT_FUNCTIONS[kind](config, device="cpu", **layers)[0] if kind != "default" else None
-        sound = frequencies is None or bool(frequencies.isfinite().all())
+        sound = bool(ROPE_INIT_FUNCTIONS[kind](config, device="cpu", **layers)[0].isfinite().all())
     except Exception as error:  # arithmetic with whatever stands there
         raise UserError(f"config.json: rope_parameters do not fit type {kind} ({_line(error)}): check that file") from None
     if not sound:
         raise UserError(f"config.json: rope_parameters give frequencies that are no numbers ({rope}): check that file")
+
+
+def plain_rope(rope: dict[str, Any]) -> bool:
+    """Whether frequencies are finite whatever the config says beside these parameters: the usual types, with usual numbers."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return True
+    if kind not in ("linear", "llama3") or rope.get("partial_rotary_factor") is not None:
+        return False
+    named = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings") if kind == "llama3" else ()
+    numbers = [rope.get(name) for name in ("rope_theta", "factor", *named)]
+    if not all(type(n) in (int, float) and 1 <= n <= 1e12 for n in numbers):  # type: ignore[operator]
+        return False
+    return kind == "linear" or rope["low_freq_factor"] < rope["high_freq_factor"]
 
 
 def _check_sizes(config: dict[str, Any]) -> None:

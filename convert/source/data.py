@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvfold.convert.source.checkpoint import read_config
+from kvfold.convert.source.configfile import read_config
 from kvfold.convert.source.jsonfile import read_json
 from kvfold.convert.source.model import load_causal, refuse_code
 from kvfold.errors import UserError

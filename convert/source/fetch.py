@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from kvfold.convert.source.checkpoint import read_config
+from kvfold.convert.source.configfile import read_config
 from kvfold.errors import UserError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")

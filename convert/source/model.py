@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvfold.convert.source.checkpoint import CheckpointReader, refuse_adapter
+from kvfold.convert.source.checkpoint import CheckpointReader
 from kvfold.convert.source.config import config_of
+from kvfold.convert.source.configfile import refuse_adapter
 from kvfold.errors import UserError
 
 if TYPE_CHECKING:

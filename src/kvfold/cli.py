@@ -8,7 +8,7 @@ from typing import Annotated, Any, NoReturn, Optional
 import typer
 
 from kvfold import console
-from kvfold.convert.planning.settings import TARGET, ConvertSettings, parse_settings, read_settings
+from kvfold.convert.planning.settings import ConvertSettings, parse_settings, read_settings
 from kvfold.errors import UserError
 from kvfold.evaluation.settings import EvaluateSettings
 from kvfold.options import takes
@@ -28,25 +28,35 @@ app.add_typer(recipes, name="recipes")
 Source = Annotated[str, typer.Argument(help="Local folder or Hub id of the source checkpoint.")]
 Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the result there as JSON; - for standard output.")]
 STDOUT = Path("-")
-GEOMETRY = [n for n, f in ConvertSettings.model_fields.items() if f.json_schema_extra == {"panel": TARGET} and n != "grouping"]
+FLOPS = "What it takes on a device that is not here, from its bfloat16 operations per second."
 
 
 @app.command(epilog="Example: kvfold plan meta-llama/Llama-2-7b-hf --to mla --kv-budget 25%")
-@takes(ConvertSettings, *GEOMETRY, "calibrate", "dtype", "revision")
+@takes(ConvertSettings)
 def plan(
     source: Source,
     flags: dict[str, Any],
     batch: Annotated[int, typer.Option(min=1, help="Sequences in the cache table.")] = 1,
+    device_flops: Annotated[Optional[float], typer.Option(min=1, help=FLOPS)] = None,
     json_path: Json = None,
 ) -> None:
-    """What would change: geometry, cache, parameters, refusals. Reads config.json only."""
+    """What would change: geometry, cache, parameters, refusals; with --device also what it takes. Reads config.json only."""
     settings = parse_settings(ConvertSettings, flags)
-    from kvfold.convert.planning.plan import cache_dtype, count_parameters, make_plan
+    from kvfold.convert.planning.plan import cache_dtype, make_plan
+    from kvfold.convert.planning.quick import hide_torch
+    from kvfold.convert.planning.widths import source_parameters
     from kvfold.convert.source.fetch import fetch_config
 
     config = fetch_config(source, settings.revision)
+    if not (priced := "device" in flags or device_flops is not None):
+        hide_torch(config)
     made = make_plan(config, settings)
-    record = made.record(batch, cache_dtype(config, settings), count_parameters(config))
+    dtype, parameters = cache_dtype(config, settings), source_parameters(config, made.spec)
+    record = made.record(batch, dtype, parameters)
+    if priced and not made.refusals:
+        from kvfold.convert.planning.cost import estimate
+
+        record["cost"] = estimate(made, parameters, dtype, device_flops)
     console.write_json(json_path, record)
     if json_path != STDOUT:
         console.print_plan(record)

@@ -15,6 +15,14 @@ from typer.core import TyperGroup
 
 from kvfold.errors import ConversionError, Stopped, UserError, explain
 
+BYTES = {
+    "disk": "disk",
+    "scratch": "beside it while healing",
+    "working": "memory for a layer",
+    "states": "for the calibration text's hidden states",
+    "healing": "for healing",
+}
+"""What a conversion takes, in the order in which it is told."""
 FlagError: Any = BadParameter.__mro__[2]
 """click's, which newer versions of typer have within themselves: what is wrong with a command line."""
 GO_ON = {
@@ -200,3 +208,21 @@ def print_plan(record: dict[str, Any]) -> None:
         notes.append(f"* more than the {source['max_positions']:,} positions that the source was made for")
     out.caption = "\n".join(filter(None, notes))
     Console().print(out)
+    if "cost" in record:
+        Console().print(_cost(record["cost"]))
+
+
+def _cost(cost: dict[str, Any]) -> Any:
+    """What the conversion takes, as a table."""
+    from rich.table import Table
+
+    from kvfold.convert.duration import spoken
+
+    out = Table(title=f"what it takes on {cost['device']}, about")
+    for name in ("", "operations", "time"):
+        out.add_column(name, justify="right" if name else "left")
+    for name, step in [*cost["steps"].items(), ("in all", cost)]:
+        out.add_row(name, f"{step['operations']:.1e}", spoken(step["seconds"]))
+    sizes = [f"{text} {cost['bytes'][name] / 2**30:,.1f} GiB" for name, text in BYTES.items() if name in cost["bytes"]]
+    out.caption = f"{', '.join(sizes)}; reading and writing files is not counted"
+    return out

@@ -1,0 +1,199 @@
+"""What a conversion will take: operations by step, seconds on a device, memory and disk. An estimate from the plan alone.
+
+Operations are counted as the loops of convert/ do them, leading terms only: matrix products by dtype, causal attention, n³ of
+eigendecompositions, and numbers that are passed through one by one. speed.py says how many of each a device does in a second,
+benchmarks/cost.py how far this is off. Reading and writing files is not counted.
+"""
+
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kvfold.convert.planning import speed
+from kvfold.convert.planning.plan import ConversionPlan
+from kvfold.convert.planning.settings import DTYPE_BYTES
+from kvfold.errors import UserError
+
+SEEN = 12  # times that what sees where attention goes passes through its scores
+CARD = 80e9  # bytes of a device that is not here
+Work = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a plan whose source has so many `parameters`, on a device with so many bytes of `room`.
+
+    Of a layer `attention` parameters are the source's attention's and `rest` the others, of the model `body` all layers' and
+    `head` the output embedding's. Work is one layer's where nothing else is said.
+    """
+
+    plan: ConversionPlan
+    parameters: int
+    room: float
+
+    @cached_property
+    def head(self) -> int:
+        return self.plan.spec.vocab_size * self.plan.spec.hidden_size
+
+    @cached_property
+    def body(self) -> int:
+        return self.parameters - self.head * (1 if self.plan.spec.tied else 2)
+
+    @cached_property
+    def attention(self) -> int:
+        spec = self.plan.spec
+        return spec.hidden_size * spec.head_dim * 2 * (spec.heads + spec.kv_heads)
+
+    @cached_property
+    def rest(self) -> int:
+        return self.body // self.plan.spec.layers - self.attention
+
+    @cached_property
+    def window(self) -> int:
+        return min(self.plan.settings.window, self.plan.spec.max_positions)
+
+    def mixed(self, tokens: float) -> Work:
+        """Attention alone on windows; what is masked is worked out, too."""
+        scores = 4 * self.plan.spec.heads * self.plan.spec.head_dim * self.window * tokens
+        return {"float32": 2 * self.attention * tokens, "attention": scores}
+
+    def forward(self, tokens: float) -> Work:
+        return total(self.mixed(tokens), {"float32": 2 * self.rest * tokens})
+
+    def trained(self, tokens: float) -> Work:
+        """Forward and back: attention's weights get gradients, all others pass them on."""
+        scores, products = 3 * self.mixed(tokens)["attention"], (4 * self.rest + 6 * self.attention) * tokens
+        return {"healing": products, "attention": scores, "elements": 40 * tokens * self.plan.spec.hidden_size}
+
+    def seen(self, tokens: float) -> Work:
+        """What is observed of the layer's inputs: moments, and where attention goes."""
+        spec, few = self.plan.spec, min(tokens, 32768)
+        states = 2 * spec.hidden_size * spec.head_dim * (spec.heads + 2 * spec.kv_heads) * few
+        scores = 2 * spec.heads * self.window * spec.head_dim * few
+        moments = 2 * spec.hidden_size**2 * (tokens + few)
+        return {"float64": moments + states + scores, "elements": SEEN * spec.heads * self.window * few}
+
+    def prepared(self) -> Work:
+        """What all candidates share: the moment's root, and rows under it."""
+        spec, n = self.plan.spec, self.plan.spec.hidden_size
+        return {"float64": n**3 / 3 + 2 * n * n * spec.head_dim * (spec.heads + 2 * spec.kv_heads)}
+
+    def algebra(self) -> Work:
+        """One candidate's: a Gram matrix, its leading directions, and what they make of the rows."""
+        spec, n = self.plan.spec, self.plan.spec.hidden_size
+        rows = 2 * spec.kv_heads * spec.head_dim
+        small = min(rows, n)
+        return {"float64": 2 * small * small * (max(rows, n) + n), "eigen": small**3}
+
+    def steps(self, candidates: int, splits: int) -> dict[str, Work]:
+        """Work of every step, all layers together."""
+        spec, settings, tokens = self.plan.spec, self.plan.settings, self.plan.settings.calibration_tokens
+        if settings.calibrate is None:
+            return {"folding": times(spec.layers, self.prepared())}
+        found: dict[str, Work] = {}
+        if self.plan.measures_widths:
+            few = min(tokens, 16384)
+            split = times(splits, self.algebra(), self.forward(compared(few)))
+            found["measuring widths"] = total(self.seen(few), self.prepared(), self.forward(few), split)
+        found["observing"] = total(self.seen(tokens), self.forward(tokens))
+        tried = times(candidates, self.algebra(), self.mixed(compared(tokens)))
+        found["candidates"] = total(self.prepared(), tried, times(4, self.forward(compared(tokens))))
+        if self.plan.method in ("kvfold", "pca"):
+            wide = spec.heads * spec.head_dim
+            fitted: Work = {"float64": 2 * wide * (wide + spec.hidden_size) * tokens + wide**3}
+            found["output projection"] = total(fitted, times(2, self.mixed(tokens)))
+        if settings.heal_steps:
+            trained = settings.heal_steps * settings.heal_batch_tokens
+            if self.at_once:
+                output: Work = {"healing": 6 * self.head * trained, "elements": 8 * spec.vocab_size * trained}
+                found["healing"] = total(self.trained(trained), times(1 / spec.layers, output))
+            else:
+                found["healing"] = total(times(self.ahead, self.trained(trained)), self.forward(tokens))
+        return {name: times(spec.layers, work) for name, work in found.items()}
+
+    @cached_property
+    def ahead(self) -> int:
+        asked = self.plan.settings.heal_window
+        return min(asked if isinstance(asked, int) else 2, self.plan.spec.layers)
+
+    @cached_property
+    def whole(self) -> int:
+        """Bytes that healing all layers at once takes: weights, three more of what learns, what a token keeps of a layer."""
+        spec, piece = self.plan.spec, 2 * 2048
+        kept = piece * spec.layers * (40 * spec.hidden_size + 5 * spec.heads * self.window)
+        return 4 * (self.body + self.head + 3 * spec.layers * self.attention) + kept
+
+    @cached_property
+    def at_once(self) -> bool:
+        """Whether all layers are healed together, as it is asked for or as `heal_window auto` decides."""
+        asked = self.plan.settings.heal_window
+        return asked == "all" or (asked == "auto" and self.plan.spec.layers > 8 and self.whole <= 0.6 * self.room)
+
+    def memory(self, dtype: str) -> dict[str, int]:
+        """Bytes: `working` for a layer and `healing`, on the device; the hidden `states` in the host's memory, or on the disk
+        where that is short; on the `disk` the result in `dtype`, and beside it `scratch` while healing."""
+        spec, settings, hidden = self.plan.spec, self.plan.settings, self.plan.spec.hidden_size
+        layer, tokens = self.attention + self.rest, settings.calibration_tokens
+        found = {"disk": DTYPE_BYTES[dtype] * (self.parameters - self.plan.parameters_saved)}
+        if settings.calibrate is None:
+            return {"working": 8 * self.attention, **found}
+        rows = spec.head_dim * (spec.heads + 2 * spec.kv_heads)
+        algebra = 8 * (4 * hidden * (hidden + rows)) + 16 * self.attention
+        passing = 4 * min(8192, tokens) * (6 * hidden + self.rest // hidden)
+        found |= {"working": max(4 * layer + algebra + passing, 4 * self.head), "states": 4 * tokens * hidden}
+        if settings.heal_steps and self.at_once:
+            found |= {"healing": self.whole, "scratch": 4 * 5 * spec.layers * self.attention}
+        elif settings.heal_steps:
+            found |= {"states": 2 * 4 * tokens * hidden, "healing": self.ahead * 4 * (layer + 3 * self.attention)}
+        return found
+
+
+def total(*works: Work) -> Work:
+    return {kind: sum(work.get(kind, 0.0) for work in works) for kind in dict.fromkeys(k for work in works for k in work)}
+
+
+def times(count: float, *works: Work) -> Work:
+    return {kind: count * amount for kind, amount in total(*works).items()}
+
+
+def compared(tokens: int) -> int:  # as calibration.MEASURED_TOKENS
+    return min(8192, max(2048, tokens // 8))
+
+
+def estimate(plan: ConversionPlan, parameters: int, dtype: str, device_flops: float | None = None) -> dict[str, Any]:
+    """What the conversion takes here, after a short test of the device, or on one of so many bfloat16 operations a second: as
+    JSON data operations and seconds of each step, bytes, and the speeds that the seconds rest on.
+
+    Raises UserError where `--device` is not here and nothing is said of its speed.
+    """
+    from kvfold.convert.heal_whole import free_bytes
+    from kvfold.convert.methods import forms_tried
+    from kvfold.convert.pipeline import pick_device
+
+    if device_flops:
+        name, rates, room = f"{device_flops:.3g} operations per second, not measured", speed.stated(device_flops), CARD
+    else:
+        device = pick_device(plan.settings.device)
+        name, rates, room = f"{device.type}, measured", speed.measured(plan, device), float(free_bytes(device))
+    cost = Cost(plan, parameters, room)
+    found = {
+        step: {"operations": round(sum(work.values())), "seconds": sum(n / rates[kind] for kind, n in work.items())}
+        for step, work in cost.steps(*forms_tried(plan)).items()
+    }
+    whole = {key: sum(step[key] for step in found.values()) for key in ("operations", "seconds")}
+    return {"device": name, "steps": found, **whole, "bytes": cost.memory(dtype), "operations_per_second": rates}
+
+
+def refuse_too_little(plan: ConversionPlan, parameters: int, dtype: str, out: Path, free: int) -> None:
+    """Raise UserError when the result does not fit on the disk, or most of a layer's work not into `free` bytes of memory."""
+    needed = Cost(plan, parameters, free).memory(dtype)
+    disk = shutil.disk_usage(next(parent for parent in out.absolute().parents if parent.exists())).free
+    if needed["disk"] > disk:
+        raise UserError(
+            f"{out.parent} has {disk:,} bytes free and {out.name} needs about {needed['disk']:,}: free some, or write elsewhere"
+        )
+    if 0.7 * needed["working"] > free:
+        sizes = f"{needed['working'] / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free"
+        raise UserError(f"folding a layer takes about {sizes}: end other programs, or convert on a larger machine")

@@ -1,0 +1,50 @@
+"""Reading a config.json without torch, which is most of what importing transformers takes.
+
+transformers' config classes work without torch, and then leave a few checks out: whether the activation exists, whether the
+dtype does, and its RoPE's frequencies cannot be computed. A config that says the usual in all three reads the same either way.
+"""
+
+import os
+import sys
+from typing import Any
+
+from kvfold.convert.families import FAMILIES
+from kvfold.convert.planning.settings import DTYPE_BYTES
+from kvfold.convert.planning.widths import LLAMA_SIZED
+from kvfold.convert.source.config import KERNELS, plain_rope
+
+ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+
+
+def hide_torch(config: dict[str, Any]) -> None:
+    """Let this process import transformers without torch, where reading this config.json needs none.
+
+    For a process that plans and ends: torch cannot be imported in it any more.
+    """
+    if not {"torch", "transformers"} & set(sys.modules) and needs_no_torch(config):
+        os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # it would say that there is no torch
+        sys.modules["torch"] = None  # type: ignore[assignment]
+
+
+def needs_no_torch(config: dict[str, Any]) -> bool:
+    """Whether a plan from this config.json is the same without torch, its refusals included."""
+    name = config.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        return True  # refused by its name
+    acts = [config[key] for key in ("hidden_act", "hidden_activation") if config.get(key) is not None]
+    kinds = [config[key] for key in ("dtype", "torch_dtype") if config.get(key) is not None]
+    ropes = [config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key) is not None]
+    return (
+        name in LLAMA_SIZED
+        and all(isinstance(act, str) and act in ACTIVATIONS for act in acts)
+        and all(isinstance(kind, str) and kind in DTYPE_BYTES for kind in kinds)
+        and len(ropes) < 2
+        and all(_plain_rope(told, config) for told in ropes)
+        and not any("implementation" in key for key in config if key not in KERNELS)
+    )
+
+
+def _plain_rope(told: Any, config: dict[str, Any]) -> bool:
+    beside: dict[str, Any] = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if key in config}
+    flat = isinstance(told, dict) and not any(isinstance(value, (dict, list)) for value in told.values())
+    return flat and plain_rope({"rope_theta": 1e4, **beside, **told})

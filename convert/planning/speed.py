@@ -1,0 +1,65 @@
+"""How fast a device is at what a conversion does: measured in a second or two, or taken from its data sheet."""
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from kvfold.convert.planning.plan import ConversionPlan
+
+if TYPE_CHECKING:
+    import torch
+
+SHARES = {"float32": 0.15, "float64": 0.03, "healing": 0.3, "attention": 0.1, "eigen": 1e-4, "elements": 5e-4}
+"""What a GPU is taken to do of the peak that its data sheet states for bfloat16. Guessed: none of it has been measured."""
+
+
+def stated(flops: float) -> dict[str, float]:
+    """Of a device that is not here, from its peak operations per second in bfloat16."""
+    return {kind: share * flops for kind, share in SHARES.items()}
+
+
+def measured(plan: ConversionPlan, device: "torch.device") -> dict[str, float]:
+    """Operations of each kind per second on a device, from a test of a second or two. On the CPU it is the threads' own time
+    that counts, so that a busy machine does not look like a slow one."""
+    import torch
+
+    spec, settings = plan.spec, plan.settings
+    clock: Callable[[], float] = time.perf_counter
+    if device.type == "cpu":
+        clock = lambda: time.process_time() / torch.get_num_threads()  # noqa: E731
+
+    def rate(amount: float, work: Callable[[], Any]) -> float:
+        best = float("inf")
+        for _ in range(3):
+            started = clock()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = min(best, clock() - started)
+        return amount / max(best, 1e-9)
+
+    wide, tokens, length = min(spec.hidden_size, 1024), 512, min(settings.window, 512)
+    x = torch.randn(tokens, wide, device=device)
+    w, w64 = torch.randn(wide, 4 * wide, device=device), torch.randn(wide, 4 * wide, device=device, dtype=torch.float64)
+    small = min(512, 2 * spec.kv_heads * spec.head_dim, spec.hidden_size)
+    gram = w64[:small] @ w64[:small].T
+    healing = getattr(torch, settings.heal_dtype)
+    heads = torch.randn(1, spec.heads, length, spec.head_dim, device=device)
+    scores = torch.randn(min(spec.heads, 8), length, length, device=device)
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+    def trained() -> None:
+        read, weight = (t.to(healing).detach().requires_grad_() for t in (x, w))
+        (read @ weight).sum().backward()
+
+    def attended() -> None:
+        torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, mask)
+
+    return {
+        "float32": rate(2 * tokens * w.numel(), lambda: x @ w),
+        "float64": rate(2 * tokens * w.numel(), lambda: x.double() @ w64),
+        "healing": rate(6 * tokens * w.numel(), trained),
+        "attention": rate(4 * heads.numel() * length, attended),
+        "eigen": rate(small**3, lambda: torch.linalg.eigh(gram)),
+        "elements": rate(4 * scores.numel(), lambda: scores.softmax(-1).add_(1.0)),
+    }
