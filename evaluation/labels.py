@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from math import hypot
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -25,21 +26,23 @@ def place(figure: Figure, axes: Axes, named: Sequence[tuple[Point, str]], marks:
     """
     figure.draw_without_rendering()  # lays the figure out
     dot, inside = figure.dpi / 72, axes.get_window_extent()
-    spots = [axes.transData.transform(mark) for mark in marks]
-    taken = [_around(*spot, MARK * dot, MARK * dot) for spot in spots]
+    spots: list[Any] = [axes.transData.transform(mark) for mark in marks]
+    taken = [_around(spot[0], spot[1], MARK * dot, MARK * dot) for spot in spots]
     for point, name in named:
         x, y = axes.transData.transform(point)
         measured = axes.text(0, 0, name, fontsize=size)
-        wide, high = measured.get_window_extent().size / 2
+        extent = measured.get_window_extent()
+        wide, high = extent.width / 2, extent.height / 2
         measured.remove()
-        found = []
+        found: list[tuple[Any, ...]] = []
         for distance in DISTANCES:
             for right, up in SIDES:
                 shift = right * distance, up * distance * (0.5 if right else 1)
                 box = _around(x + shift[0] * dot + right * wide, y + shift[1] * dot + up * high, wide, high)
                 covered = sum(_shared(box, other) for other in taken) + 4 * wide * high - _shared(box, inside)
-                away = hypot(*(box.p0 + box.size / 2 - (x, y)))
-                if any(hypot(*(box.p0 + box.size / 2 - spot)) < away - 1 for spot in spots):
+                across, along = (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
+                away = hypot(across - x, along - y)
+                if any(hypot(across - spot[0], along - spot[1]) < away - 1 for spot in spots):
                     covered += 4 * wide * high  # it would be read as another mark's
                 found.append((round(covered), len(found), shift, (right, up), box))
         _, place, shift, (right, up), box = min(found)

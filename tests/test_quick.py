@@ -104,7 +104,6 @@ def test_parameters_are_counted_without_the_model(config: dict[str, Any]) -> Non
         {"hidden_act": "swoosh"},
         {"hidden_act": 3},
         {"torch_dtype": "bfloat17"},
-        {"attn_implementation": "flash_attention_2"},
         {"rope_scaling": "linear"},
         {"rope_scaling": {"type": "linear", "factor": float("nan")}},
         {"rope_scaling": {"type": "yarn", "factor": 4.0}},
