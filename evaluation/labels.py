@@ -1,8 +1,7 @@
 """Names beside the points of a plot, where they lie on no other mark."""
 
 from collections.abc import Sequence
-from math import hypot
-from typing import Any
+from math import dist
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -26,23 +25,22 @@ def place(figure: Figure, axes: Axes, named: Sequence[tuple[Point, str]], marks:
     """
     figure.draw_without_rendering()  # lays the figure out
     dot, inside = figure.dpi / 72, axes.get_window_extent()
-    spots: list[Any] = [axes.transData.transform(mark) for mark in marks]
-    taken = [_around(spot[0], spot[1], MARK * dot, MARK * dot) for spot in spots]
+    spots = [_pixels(axes, mark) for mark in marks]
+    taken = [_around(x, y, MARK * dot, MARK * dot) for x, y in spots]
     for point, name in named:
-        x, y = axes.transData.transform(point)
+        x, y = _pixels(axes, point)
         measured = axes.text(0, 0, name, fontsize=size)
         extent = measured.get_window_extent()
         wide, high = extent.width / 2, extent.height / 2
         measured.remove()
-        found: list[tuple[Any, ...]] = []
+        found: list[tuple[int, int, Point, tuple[int, int], Bbox]] = []
         for distance in DISTANCES:
             for right, up in SIDES:
                 shift = right * distance, up * distance * (0.5 if right else 1)
-                box = _around(x + shift[0] * dot + right * wide, y + shift[1] * dot + up * high, wide, high)
+                middle = x + shift[0] * dot + right * wide, y + shift[1] * dot + up * high
+                box = _around(*middle, wide, high)
                 covered = sum(_shared(box, other) for other in taken) + 4 * wide * high - _shared(box, inside)
-                across, along = (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
-                away = hypot(across - x, along - y)
-                if any(hypot(across - spot[0], along - spot[1]) < away - 1 for spot in spots):
+                if any(dist(middle, spot) < dist(middle, (x, y)) - 1 for spot in spots):
                     covered += 4 * wide * high  # it would be read as another mark's
                 found.append((round(covered), len(found), shift, (right, up), box))
         _, place, shift, (right, up), box = min(found)
@@ -60,6 +58,11 @@ def place(figure: Figure, axes: Axes, named: Sequence[tuple[Point, str]], marks:
         )
         text.set_in_layout(False)  # or the layout would be another
         taken.append(box)
+
+
+def _pixels(axes: Axes, point: Point) -> Point:
+    x, y = axes.transData.transform(point)
+    return float(x), float(y)
 
 
 def _around(x: float, y: float, wide: float, high: float) -> Bbox:
