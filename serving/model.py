@@ -21,11 +21,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from kvfold.serving import paged
 from kvfold.serving.checks import SERVED, folded_architecture
+from kvfold.serving.ranks import local, share
 from kvfold.surgery.kvfold_attention import DESIGNS, Rope, half_split
-
-SPLIT = {"q_proj": 0, "q_b_proj": 0, "q_maps": 0, "q_norm": 0, "k_norm": 0, "sizing_proj": 0, "sinks": 0}
-SPLIT |= {"kv_b_proj": 0, "k_b_proj": 0, "v_b_proj": 0, "turned_keys": 1, "o_proj": 1}
-"""Parameters of the designs that go by heads, and along which axis. The rest, what writes the latent, every rank has whole."""
 
 
 class Builder(AttentionMetadataBuilder):
@@ -82,17 +79,12 @@ class FoldedLayer(nn.Module, AttentionLayerBase):
 
     def __init__(self, name: str, tables: Tables, widths: dict[str, Any], window: int | None, config: VllmConfig) -> None:
         super().__init__()
-        ranks = get_tensor_model_parallel_world_size()
-        shape = {name: value for name, value in widths.items() if name != "design"}
-        shape["heads"] //= ranks
-        if "kv_heads" in shape:
-            shape["kv_heads"] //= ranks
-        if shape.get("norm"):
-            shape["norm"] = {**shape["norm"], "kv_heads": shape["norm"]["kv_heads"] // ranks}
+        self.ranks = get_tensor_model_parallel_world_size()
+        shape = local({name: value for name, value in widths.items() if name != "design"}, self.ranks)
         self.folded = DESIGNS[widths["design"]](config.model_config.hf_config.hidden_size, **shape)
         self.folded.rotary_emb = tables
         self.width = widths.get("rank", 0) + widths.get("rope_dim", 0) + self.folded.gains
-        self.window, self.ranks, self.num_heads = window, ranks, shape["heads"]
+        self.window, self.num_heads = window, shape["heads"]
         self.layer_name, self.kv_cache = name, torch.tensor([])
         config.compilation_config.static_forward_context[name] = self  # in the place of what vLLM put there
 
@@ -142,12 +134,13 @@ class Folded:
         """
         wanted = {name: t for name, t in self.state_dict().items() if ".folded." in name}  # type: ignore[attr-defined]
         loaded: set[str] = set()
+        rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
 
         def others() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in weights:
                 ours = name.replace(".self_attn.", ".self_attn.folded.")
                 if ours in wanted:
-                    wanted[ours].copy_(share(name, tensor))
+                    wanted[ours].copy_(share(ours.split(".folded.")[1], tensor, rank, ranks))
                     loaded.add(ours)
                 else:
                     yield name, tensor
@@ -156,15 +149,6 @@ class Folded:
         if missing := wanted.keys() - loaded:
             raise ValueError(f"the checkpoint lacks {len(missing)} tensors of its folded layers, {min(missing)} among them")
         return loaded | theirs
-
-
-def share(name: str, tensor: Tensor) -> Tensor:
-    """This rank's part of a design's parameter: its heads, or all of what writes the latent."""
-    ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
-    if name.endswith("o_proj.bias"):
-        return tensor if rank == 0 else torch.zeros_like(tensor)  # added once
-    part = name.split(".self_attn.")[1].split(".")[0]
-    return tensor.chunk(ranks, SPLIT[part])[rank] if part in SPLIT else tensor
 
 
 def window_of(config: Any, layer: int) -> int | None:
