@@ -15,6 +15,7 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.distributed import tensor_model_parallel_all_reduce as all_reduce
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
@@ -61,12 +62,15 @@ class Backend(AttentionBackend):
 
 
 class Tables(nn.Module):
-    """The angles that vLLM computed for the source, as transformers' rotary modules give them."""
+    """The angles that vLLM computes for the source, as transformers' rotary modules give them."""
 
     angles: Tensor
 
-    def __init__(self, rotary: Any) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
+        # Not vLLM's attention's own: some divide the hidden size by the heads to know a head's width
+        width = next(widths["value_dim"] for widths in config.folded_layers if widths is not None)
+        rotary = get_rope(width, max_position=config.max_position_embeddings, rope_parameters=config.rope_parameters)
         self.register_buffer("angles", rotary.cos_sin_cache, persistent=False)
 
     def forward(self, x: Tensor, positions: Tensor) -> Rope:
@@ -120,7 +124,7 @@ class Folded:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         config = vllm_config.model_config.hf_config
         layers: Any = self.model.layers  # type: ignore[attr-defined]
-        tables = Tables(layers[0].self_attn.rotary_emb)  # all layers turn alike
+        tables = Tables(config)  # all layers turn alike
         for number, widths in enumerate(config.folded_layers):
             if widths is not None:
                 name, window = layers[number].self_attn.attn.layer_name, window_of(config, number)
