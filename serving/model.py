@@ -15,17 +15,15 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.distributed import tensor_model_parallel_all_reduce as all_reduce
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from kvfold.serving import paged
 from kvfold.serving.checks import SERVED, folded_architecture
+from kvfold.serving.ranks import local, share
 from kvfold.surgery.kvfold_attention import DESIGNS, Rope, half_split
-
-SPLIT = {"q_proj": 0, "q_b_proj": 0, "q_maps": 0, "q_norm": 0, "k_norm": 0, "sizing_proj": 0, "sinks": 0}
-SPLIT |= {"kv_b_proj": 0, "k_b_proj": 0, "v_b_proj": 0, "turned_keys": 1, "o_proj": 1}
-"""Parameters of the designs that go by heads, and along which axis. The rest, what writes the latent, every rank has whole."""
 
 
 class Builder(AttentionMetadataBuilder):
@@ -64,12 +62,15 @@ class Backend(AttentionBackend):
 
 
 class Tables(nn.Module):
-    """The angles that vLLM computed for the source, as transformers' rotary modules give them."""
+    """The angles that vLLM computes for the source, as transformers' rotary modules give them."""
 
     angles: Tensor
 
-    def __init__(self, rotary: Any) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
+        # Not vLLM's attention's own: some divide the hidden size by the heads to know a head's width
+        width = next(widths["value_dim"] for widths in config.folded_layers if widths is not None)
+        rotary = get_rope(width, max_position=config.max_position_embeddings, rope_parameters=config.rope_parameters)
         self.register_buffer("angles", rotary.cos_sin_cache, persistent=False)
 
     def forward(self, x: Tensor, positions: Tensor) -> Rope:
@@ -82,17 +83,12 @@ class FoldedLayer(nn.Module, AttentionLayerBase):
 
     def __init__(self, name: str, tables: Tables, widths: dict[str, Any], window: int | None, config: VllmConfig) -> None:
         super().__init__()
-        ranks = get_tensor_model_parallel_world_size()
-        shape = {name: value for name, value in widths.items() if name != "design"}
-        shape["heads"] //= ranks
-        if "kv_heads" in shape:
-            shape["kv_heads"] //= ranks
-        if shape.get("norm"):
-            shape["norm"] = {**shape["norm"], "kv_heads": shape["norm"]["kv_heads"] // ranks}
+        self.ranks = get_tensor_model_parallel_world_size()
+        shape = local({name: value for name, value in widths.items() if name != "design"}, self.ranks)
         self.folded = DESIGNS[widths["design"]](config.model_config.hf_config.hidden_size, **shape)
         self.folded.rotary_emb = tables
         self.width = widths.get("rank", 0) + widths.get("rope_dim", 0) + self.folded.gains
-        self.window, self.ranks, self.num_heads = window, ranks, shape["heads"]
+        self.window, self.num_heads = window, shape["heads"]
         self.layer_name, self.kv_cache = name, torch.tensor([])
         config.compilation_config.static_forward_context[name] = self  # in the place of what vLLM put there
 
@@ -128,7 +124,7 @@ class Folded:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         config = vllm_config.model_config.hf_config
         layers: Any = self.model.layers  # type: ignore[attr-defined]
-        tables = Tables(layers[0].self_attn.rotary_emb)  # all layers turn alike
+        tables = Tables(config)  # all layers turn alike
         for number, widths in enumerate(config.folded_layers):
             if widths is not None:
                 name, window = layers[number].self_attn.attn.layer_name, window_of(config, number)
@@ -142,12 +138,13 @@ class Folded:
         """
         wanted = {name: t for name, t in self.state_dict().items() if ".folded." in name}  # type: ignore[attr-defined]
         loaded: set[str] = set()
+        rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
 
         def others() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in weights:
                 ours = name.replace(".self_attn.", ".self_attn.folded.")
                 if ours in wanted:
-                    wanted[ours].copy_(share(name, tensor))
+                    wanted[ours].copy_(share(ours.split(".folded.")[1], tensor, rank, ranks))
                     loaded.add(ours)
                 else:
                     yield name, tensor
@@ -156,15 +153,6 @@ class Folded:
         if missing := wanted.keys() - loaded:
             raise ValueError(f"the checkpoint lacks {len(missing)} tensors of its folded layers, {min(missing)} among them")
         return loaded | theirs
-
-
-def share(name: str, tensor: Tensor) -> Tensor:
-    """This rank's part of a design's parameter: its heads, or all of what writes the latent."""
-    ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
-    if name.endswith("o_proj.bias"):
-        return tensor if rank == 0 else torch.zeros_like(tensor)  # added once
-    part = name.split(".self_attn.")[1].split(".")[0]
-    return tensor.chunk(ranks, SPLIT[part])[rank] if part in SPLIT else tensor
 
 
 def window_of(config: Any, layer: int) -> int | None:

@@ -3,7 +3,8 @@
 from vllm.config import VllmConfig
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
-from kvfold.serving.checks import SERVED, folded_architecture, unsplit
+from kvfold.serving.checks import SERVED, folded_architecture
+from kvfold.serving.ranks import unsplit
 
 
 class Checked(VerifyAndUpdateConfig):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from kvfold.serving.checks import SERVED, ServedConfig, obstacle, unsplit
+from kvfold.serving.checks import SERVED, ServedConfig, obstacle
 from kvfold.serving.paged import AT_ONCE, Step, attend
+from kvfold.serving.ranks import local, share, unsplit
 from kvfold.surgery.kvfold_attention import DESIGNS, FoldedAttention, Rope
 from tests.helpers import tiny_config
 
@@ -90,6 +91,20 @@ def test_pages_of_several_requests_give_what_whole_sequences_give(shape: str, wi
     for request, (x, got) in enumerate(zip(requests, found, strict=True)):
         first = PAGE if request == 3 else 0
         torch.testing.assert_close(got[first:], whole(made, x, window)[first:], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_ranks_outputs_add_up(shape: str) -> None:
+    made, (name, widths), ranks = attention(shape), SHAPES[shape], 2
+    x = torch.randn(1, 7, HIDDEN, generator=torch.Generator().manual_seed(2))
+    rope, total = made.rotary_emb(x, torch.arange(7)[None]), torch.zeros_like(x)
+    for rank in range(ranks):
+        part = DESIGNS[name](HIDDEN, **local({"heads": HEADS, "value_dim": WIDTH, **widths}, ranks))
+        part.load_state_dict({n: share(n, t, rank, ranks) for n, t in made.state_dict().items() if "rotary" not in n})
+        part.rotary_emb = made.rotary_emb
+        with torch.no_grad():
+            total += part(x, rope)[0]
+    torch.testing.assert_close(total, made(x, rope)[0], atol=2e-5, rtol=1e-4)
 
 
 def test_requests_that_decode_attend_together_within_bounds() -> None:
