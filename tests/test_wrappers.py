@@ -39,6 +39,14 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "vision_config": {**CLIP, "model_type": "smolvlm_vision"},
         **{"image_token_id": 120, "pad_token_id": 0, "scale_factor": 1},
     },
+    "gemma3": {
+        "text_config": {
+            **{**TEXT, "num_hidden_layers": 3, "sliding_window": 12, "query_pre_attn_scalar": 24, "pad_token_id": 0},
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+        "vision_config": {**CLIP, "model_type": "siglip_vision_model"},
+        **{"mm_tokens_per_image": 4, "image_token_index": 120, "boi_token_index": 121, "eoi_token_index": 122},
+    },
     "mistral3": {
         "text_config": {**TEXT, "model_type": "mistral", "sliding_window": None},
         "vision_config": {**CLIP, "head_dim": 16, "model_type": "pixtral"},
@@ -51,6 +59,9 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         **IDS_OF_IMAGES,
     },
 }
+
+
+TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
 
 def save_wrapper(folder: Path, kind: str, **changes: Any) -> Path:
@@ -80,7 +91,7 @@ def run(*args: Any) -> None:
 def test_the_language_model_is_folded_where_it_is(tmp_path: Path, kind: str) -> None:
     source = save_wrapper(tmp_path / "source", kind)
     run("convert", source, tmp_path / "alone", "--to", "source", "--part", "language")
-    assert json.loads((tmp_path / "alone/config.json").read_text())["model_type"] in ("llama", "mistral", "qwen2", "qwen3")
+    assert json.loads((tmp_path / "alone/config.json").read_text())["model_type"] in TEXT_MODELS
     torch.testing.assert_close(logits(tmp_path / "alone", whole=False), logits(source, whole=True))
     for out, part in (("whole", ()), ("part", ("--part", "language"))):
         run("convert", source, tmp_path / out, "--to", "gqa", "--kv-heads", "2", *part)
@@ -97,8 +108,9 @@ def test_the_language_model_is_folded_where_it_is(tmp_path: Path, kind: str) -> 
 
 def test_what_is_folded_where_it_is_can_be_healed_measured_and_trained_on(tmp_path: Path) -> None:
     """On its text; the whole model comes out of it each time."""
-    source = save_wrapper(tmp_path / "source", "qwen2_5_vl")
-    text = save_tokens(tmp_path / "text.safetensors", 8, 32, vocab=100)
+    sharp = {"text_config": {**WRAPPERS["qwen2_5_vl"]["text_config"], "initializer_range": 0.2}}
+    source = save_wrapper(tmp_path / "source", "qwen2_5_vl", **sharp)
+    text = save_tokens(tmp_path / "text.safetensors", 16, 32, vocab=100)
     how = ("--calibrate", text, "--heal-steps", "2", "--heal-batch-tokens", "64")
     run("convert", source, tmp_path / "out", "--to", "gqa", "--kv-heads", "2", *how)
     run("evaluate", tmp_path / "out", "--on", text, "--damage-only")
@@ -108,16 +120,7 @@ def test_what_is_folded_where_it_is_can_be_healed_measured_and_trained_on(tmp_pa
     card = (tmp_path / "out/README.md").read_text()
     assert "model = Qwen2_5_VLForConditionalGeneration.from_pretrained" in card
     assert "what becomes of images, video or sound is not known" in card
-    recipe = (
-        "tokens=256",
-        "window=16",
-        "batch=2",
-        "micro_batch=2",
-        "eval_tokens=64",
-        "learning_rate=0.01",
-        "ce_weight=0",
-        "kl_weight=1",
-    )
+    recipe = ("tokens=1024", "batch=4", "eval_tokens=128", "learning_rate=0.003", "ce_weight=0", "bf16=false")
     run("uptrain", tmp_path / "out", tmp_path / "healed", "--recipe", "distill-attention", "--data", text, *recipe)
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "healed/model.safetensors")
     assert before.keys() == after.keys()
