@@ -34,7 +34,7 @@ def _targets(family: Family) -> dict[str, str]:
     config = CONFIG_MAPPING[family.model_type]().to_dict()
     obstacles = deepseek_v3_obstacles(resolve(config), family.spec(config), ConvertSettings(to="mla"))
     found = dict.fromkeys(TARGETS, "source")
-    found |= {target: "kvfold" for target in LATENT_TARGETS}
+    found |= dict.fromkeys(LATENT_TARGETS, "kvfold")
     if not obstacles:
         found["mla"] = "deepseek_v3"
     return {target: layout for target, layout in found.items() if family.grouped or target not in ("gqa", "mqa")}
