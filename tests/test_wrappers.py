@@ -1,6 +1,7 @@
 """Models of several parts: the language model is folded where it is, or taken out; the rest is not touched."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from kvfold.convert import pipeline
+from kvfold.errors import ConversionError
 from tests.helpers import invoke, save_tokens
 
 IDS = torch.randint(100, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -64,7 +67,7 @@ WRAPPERS: dict[str, dict[str, Any]] = {
 TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
 
-def save_wrapper(folder: Path, kind: str, **changes: Any) -> Path:
+def save_wrapper(folder: Path, kind: str, max_shard_size: str = "5GB", **changes: Any) -> Path:
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **{**WRAPPERS[kind], "tie_word_embeddings": False, **changes})
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
@@ -72,7 +75,7 @@ def save_wrapper(folder: Path, kind: str, **changes: Any) -> Path:
         for name, parameter in model.named_parameters():
             if "language_model" in name and "self_attn" in name:
                 parameter.uniform_(0.3, 3.0) if "_norm" in name else parameter.normal_(std=0.3)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
 
 
@@ -128,6 +131,36 @@ def test_what_is_folded_where_it_is_can_be_healed_measured_and_trained_on(tmp_pa
     healed, folded = (logits(tmp_path / name, whole=True) for name in ("healed", "out"))
     wanted = logits(source, whole=True)
     assert (healed - wanted).square().mean() < (folded - wanted).square().mean()
+    lora = ("--recipe", "distill-lora", "--keep-adapter", "--data", text)
+    code, said = invoke("uptrain", tmp_path / "out", tmp_path / "adapter", *lora)
+    assert code == 2
+    assert "--keep-adapter is not possible within qwen2_5_vl" in said
+
+
+def test_a_resume_knows_the_whole_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_wrapper(tmp_path / "source", "llava", max_shard_size="30KB")
+    how = (source, tmp_path / "out", "--to", "mqa")
+    run("convert", source, tmp_path / "once", "--to", "mqa")
+
+    def fail(*_: Any) -> None:
+        raise ConversionError("stopped here")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "verify", fail)
+        assert invoke("convert", *how)[0] == 1
+    places = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
+    language = {file for name, file in places.items() if "language_model" in name or "lm_head" in name}
+    tower = next(file for file in places.values() if file not in language)
+    before = (source / tower).stat()
+    os.utime(source / tower, (0, 0))
+    code, said = invoke("convert", *how, "--resume")
+    assert code == 2
+    assert tower in said
+    os.utime(source / tower, ns=(before.st_atime_ns, before.st_mtime_ns))
+    run("convert", *how, "--resume")
+    once, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("once", "out"))
+    assert once.keys() == resumed.keys() == places.keys()
+    assert all(torch.equal(once[name], resumed[name]) for name in once)
 
 
 def test_other_targets_want_the_language_model_alone(tmp_path: Path) -> None:
