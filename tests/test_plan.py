@@ -501,7 +501,6 @@ def test_settings_name_every_mistake() -> None:
             "What stands in the way: its positions are learned ones, not a RoPE's. Instead: keep it as it is",
         ),
         ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, "its attention is MLA already"),
-        ({"model_type": "gemma3n_text", "attn_logit_softcapping": 50.0}, "its attention scores are soft-capped"),
         ({"model_type": "x", "blocksparse_block_size": 64}, "its attention leaves out most keys"),
         ({"model_type": "mllama", "text_config": {"cross_attention_layers": [3]}}, "some of its layers attend to an image"),
         ({"model_type": "zamba2", "mamba_num_heads": 4}, "some of its layers are state-space ones and keep no keys"),

@@ -1,6 +1,7 @@
 """Models of several parts: the language model is folded where it is, or taken out; the rest is not touched."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from kvfold.convert import pipeline
+from kvfold.errors import ConversionError
 from tests.helpers import invoke, save_tokens
 
 IDS = torch.randint(100, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -39,6 +42,14 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "vision_config": {**CLIP, "model_type": "smolvlm_vision"},
         **{"image_token_id": 120, "pad_token_id": 0, "scale_factor": 1},
     },
+    "gemma3": {
+        "text_config": {
+            **{**TEXT, "num_hidden_layers": 3, "sliding_window": 12, "query_pre_attn_scalar": 24, "pad_token_id": 0},
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+        "vision_config": {**CLIP, "model_type": "siglip_vision_model"},
+        **{"mm_tokens_per_image": 4, "image_token_index": 120, "boi_token_index": 121, "eoi_token_index": 122},
+    },
     "mistral3": {
         "text_config": {**TEXT, "model_type": "mistral", "sliding_window": None},
         "vision_config": {**CLIP, "head_dim": 16, "model_type": "pixtral"},
@@ -53,7 +64,10 @@ WRAPPERS: dict[str, dict[str, Any]] = {
 }
 
 
-def save_wrapper(folder: Path, kind: str, **changes: Any) -> Path:
+TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+
+
+def save_wrapper(folder: Path, kind: str, max_shard_size: str = "5GB", **changes: Any) -> Path:
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **{**WRAPPERS[kind], "tie_word_embeddings": False, **changes})
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
@@ -61,7 +75,7 @@ def save_wrapper(folder: Path, kind: str, **changes: Any) -> Path:
         for name, parameter in model.named_parameters():
             if "language_model" in name and "self_attn" in name:
                 parameter.uniform_(0.3, 3.0) if "_norm" in name else parameter.normal_(std=0.3)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
 
 
@@ -80,7 +94,7 @@ def run(*args: Any) -> None:
 def test_the_language_model_is_folded_where_it_is(tmp_path: Path, kind: str) -> None:
     source = save_wrapper(tmp_path / "source", kind)
     run("convert", source, tmp_path / "alone", "--to", "source", "--part", "language")
-    assert json.loads((tmp_path / "alone/config.json").read_text())["model_type"] in ("llama", "mistral", "qwen2", "qwen3")
+    assert json.loads((tmp_path / "alone/config.json").read_text())["model_type"] in TEXT_MODELS
     torch.testing.assert_close(logits(tmp_path / "alone", whole=False), logits(source, whole=True))
     for out, part in (("whole", ()), ("part", ("--part", "language"))):
         run("convert", source, tmp_path / out, "--to", "gqa", "--kv-heads", "2", *part)
@@ -97,8 +111,9 @@ def test_the_language_model_is_folded_where_it_is(tmp_path: Path, kind: str) -> 
 
 def test_what_is_folded_where_it_is_can_be_healed_measured_and_trained_on(tmp_path: Path) -> None:
     """On its text; the whole model comes out of it each time."""
-    source = save_wrapper(tmp_path / "source", "qwen2_5_vl")
-    text = save_tokens(tmp_path / "text.safetensors", 8, 32, vocab=100)
+    sharp = {"text_config": {**WRAPPERS["qwen2_5_vl"]["text_config"], "initializer_range": 0.2}}
+    source = save_wrapper(tmp_path / "source", "qwen2_5_vl", **sharp)
+    text = save_tokens(tmp_path / "text.safetensors", 16, 32, vocab=100)
     how = ("--calibrate", text, "--heal-steps", "2", "--heal-batch-tokens", "64")
     run("convert", source, tmp_path / "out", "--to", "gqa", "--kv-heads", "2", *how)
     run("evaluate", tmp_path / "out", "--on", text, "--damage-only")
@@ -108,16 +123,7 @@ def test_what_is_folded_where_it_is_can_be_healed_measured_and_trained_on(tmp_pa
     card = (tmp_path / "out/README.md").read_text()
     assert "model = Qwen2_5_VLForConditionalGeneration.from_pretrained" in card
     assert "what becomes of images, video or sound is not known" in card
-    recipe = (
-        "tokens=256",
-        "window=16",
-        "batch=2",
-        "micro_batch=2",
-        "eval_tokens=64",
-        "learning_rate=0.01",
-        "ce_weight=0",
-        "kl_weight=1",
-    )
+    recipe = ("tokens=1024", "batch=4", "eval_tokens=128", "learning_rate=0.003", "ce_weight=0", "bf16=false")
     run("uptrain", tmp_path / "out", tmp_path / "healed", "--recipe", "distill-attention", "--data", text, *recipe)
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "healed/model.safetensors")
     assert before.keys() == after.keys()
@@ -125,6 +131,36 @@ def test_what_is_folded_where_it_is_can_be_healed_measured_and_trained_on(tmp_pa
     healed, folded = (logits(tmp_path / name, whole=True) for name in ("healed", "out"))
     wanted = logits(source, whole=True)
     assert (healed - wanted).square().mean() < (folded - wanted).square().mean()
+    lora = ("--recipe", "distill-lora", "--keep-adapter", "--data", text)
+    code, said = invoke("uptrain", tmp_path / "out", tmp_path / "adapter", *lora)
+    assert code == 2
+    assert "--keep-adapter is not possible within qwen2_5_vl" in said
+
+
+def test_a_resume_knows_the_whole_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_wrapper(tmp_path / "source", "llava", max_shard_size="30KB")
+    how = (source, tmp_path / "out", "--to", "mqa")
+    run("convert", source, tmp_path / "once", "--to", "mqa")
+
+    def fail(*_: Any) -> None:
+        raise ConversionError("stopped here")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "verify", fail)
+        assert invoke("convert", *how)[0] == 1
+    places = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
+    language = {file for name, file in places.items() if "language_model" in name or "lm_head" in name}
+    tower = next(file for file in places.values() if file not in language)
+    before = (source / tower).stat()
+    os.utime(source / tower, (0, 0))
+    code, said = invoke("convert", *how, "--resume")
+    assert code == 2
+    assert tower in said
+    os.utime(source / tower, ns=(before.st_atime_ns, before.st_mtime_ns))
+    run("convert", *how, "--resume")
+    once, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("once", "out"))
+    assert once.keys() == resumed.keys() == places.keys()
+    assert all(torch.equal(once[name], resumed[name]) for name in once)
 
 
 def test_other_targets_want_the_language_model_alone(tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ from typing import Any
 from kvfold.convert.families import FAMILIES, Family
 from kvfold.convert.families.views import RENAMED
 from kvfold.convert.families.wrappers import PARTS, WRAPPERS
+from kvfold.convert.planning.engines import deepseek_v3_obstacles
 from kvfold.convert.planning.parts import STAYING
-from kvfold.convert.planning.plan import make_plan
+from kvfold.convert.planning.plan import LATENT_TARGETS
 from kvfold.convert.planning.settings import TARGETS, ConvertSettings
-from kvfold.errors import UserError
+from kvfold.convert.source.config import resolve
 
 
 def known() -> dict[str, list[dict[str, Any]]]:
@@ -27,17 +28,13 @@ def known() -> dict[str, list[dict[str, Any]]]:
 
 
 def _targets(family: Family) -> dict[str, str]:
-    """Target → the layout of a model whose config leaves all to its class's defaults; those that are refused left out."""
+    """Target → the layout of a model whose config leaves all to its class's defaults."""
     from transformers import CONFIG_MAPPING
 
     config = CONFIG_MAPPING[family.model_type]().to_dict()
-    found = {}
-    for target in TARGETS:
-        share = None if target in ("mqa", "source") else "100%" if target == "gqa" else "50%"
-        try:
-            plan = make_plan(config, ConvertSettings(to=target, kv_budget=share))
-            plan.refuse()
-            found[target] = plan.layout
-        except UserError:
-            continue
-    return found
+    obstacles = deepseek_v3_obstacles(resolve(config), family.spec(config), ConvertSettings(to="mla"))
+    found = dict.fromkeys(TARGETS, "source")
+    found |= dict.fromkeys(LATENT_TARGETS, "kvfold")
+    if not obstacles:
+        found["mla"] = "deepseek_v3"
+    return {target: layout for target, layout in found.items() if family.grouped or target not in ("gqa", "mqa")}
