@@ -20,7 +20,8 @@ glm-4-9b-chat gpt-j-6b granite-3.3-8b internlm-7b internlm2.5-7b internlm3-8b-in
 llama-3.1-405b llama-3.1-70b llama-3.1-8b llama-3.2-1b llama-3.2-3b mimo-7b-base minicpm-moe-8x2b minicpm4-8b mistral-7b-v0.1
 mixtral-8x22b mixtral-8x7b nous-hermes-2-solar-10.7b olmo-2-32b olmo-3.1-32b-instruct orion-14b phi-1 phi-1.5 phi-2
 phi-3-mini-128k phi-3.5-mini phi-3.5-moe phi-4 phi-4-mini-instruct qwen-7b-chat qwen1.5-0.5b-chat qwen1.5-4b-chat
-qwen1.5-7b-chat qwen1.5-moe-a2.7b qwen2-1.5b-instruct qwen2-72b-instruct qwen2.5-0.5b qwen2.5-1.5b qwen2.5-14b qwen2.5-32b qwen2.5-3b
+qwen1.5-7b-chat qwen1.5-moe-a2.7b qwen2-1.5b-instruct qwen2-72b-instruct qwen2.5-0.5b qwen2.5-1.5b qwen2.5-14b qwen2.5-32b
+qwen2.5-3b
 qwen2.5-72b qwen2.5-7b-instruct qwen3-0.6b qwen3-1.7b qwen3-30b-a3b qwen3-32b qwen3-8b smollm-1.7b smollm-360m
 smollm2-1.7b-instruct smollm2-135m smollm2-360m stablelm-3b-4e1t starcoder2-7b vicuna-13b-v0 xverse-7b yi-34b yi-6b-chat
 """
