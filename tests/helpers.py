@@ -20,11 +20,11 @@ from kvfold.cli import main
 
 FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen3")
 """`llama3` is llama with the RoPE scaling of Llama 3.1."""
-EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "phimoe")
-PAIRED = ("cohere", "glm", "glm4", "ernie4_5")
-"""Families whose RoPE turns neighbouring numbers."""
-OTHERS = ("olmo2", "gemma", "granite", "starcoder2", "seed_oss", "phi3", "stablelm", *PAIRED, "phi", *EXPERTS)
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
+OTHERS = ("olmo2", "gemma", "granite", "starcoder2", "seed_oss", "phi3", "stablelm", *EXPERTS)
 """Families whose layers are not Llama's beside attention, or little known."""
+SIMILAR = ("cohere", "glm", "glm4", "ernie4_5", "phi", "phimoe")
+"""More of them, which are tested with two designs: RoPE that turns neighbouring numbers, biases everywhere."""
 MIXED = ("gemma2", "gemma3_text", "cohere2", "smollm3", "olmo3", "exaone4", "gpt_oss")
 """Families whose layers are of several kinds: three layers here, of which the last attends over everything."""
 LLAMA3_ROPE = {

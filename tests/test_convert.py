@@ -24,7 +24,7 @@ from kvfold.evaluation.layers import measure_cache
 from kvfold.surgery.attention import GroupedAttention
 from kvfold.surgery.designs import design
 from kvfold.surgery.kvfold_attention import exchange
-from tests.helpers import MIXED, OTHERS, save_model, save_tokens
+from tests.helpers import MIXED, OTHERS, SIMILAR, save_model, save_tokens
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
@@ -36,7 +36,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {}),
     ("qwen3", {}),
     ("qwen3", {"num_key_value_heads": 4, "attention_bias": True}),
-    *((family, {"num_key_value_heads": 4}) for family in OTHERS),
+    *((family, {"num_key_value_heads": 4}) for family in (*OTHERS, *SIMILAR)),
     ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}}),
     ("gpt_neox", {}),
     *((family, {"num_key_value_heads": 4}) for family in MIXED),

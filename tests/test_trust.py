@@ -107,8 +107,10 @@ def test_a_windowed_qwen2_keeps_the_windows_of_its_upper_layers(tmp_path: Path) 
     source = save_model(tmp_path / "source", "qwen2", use_sliding_window=True, sliding_window=6, max_window_layers=1)
     assert invoke("convert", source, tmp_path / "out", *HEADS)[0] == 0
     torch.testing.assert_close(as_transformers_reads(tmp_path / "out"), as_transformers_reads(source), atol=0, rtol=0)
-    flags = ("--to", "mfa-kr", "--width", 128, "--calibrate", "self:64", "--window", 32, "--heal-steps", 0)
-    assert invoke("convert", source, tmp_path / "own", *flags)[0] == 0  # the layer without a window alone
+    tokens = save_tokens(tmp_path / "t.safetensors", 16, 40)
+    flags = ("--to", "mfa-kr", "--width", 128, "--calibrate", tokens, "--heal-steps", 0)
+    code, text = invoke("convert", source, tmp_path / "own", *flags)  # the layer without a window alone
+    assert code == 0, text
     torch.testing.assert_close(as_transformers_reads(tmp_path / "own"), as_transformers_reads(source), atol=2e-4, rtol=2e-4)
     all_full = tiny_config("qwen2", use_sliding_window=True, sliding_window=6, max_window_layers=2).to_dict()
     assert make_plan(all_full, ConvertSettings(to="mqa")).spec.sliding_window is None
