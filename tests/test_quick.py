@@ -104,6 +104,7 @@ def test_parameters_are_counted_without_the_model(config: dict[str, Any]) -> Non
         {"hidden_act": "swoosh"},
         {"hidden_act": 3},
         {"torch_dtype": "bfloat17"},
+        {"experts_implementation": "grouped_mm"},
         {"rope_scaling": "linear"},
         {"rope_scaling": {"type": "linear", "factor": float("nan")}},
         {"rope_scaling": {"type": "yarn", "factor": 4.0}},
