@@ -101,7 +101,7 @@ def convert(
     console.write_json(json_path, done.record)
     if json_path != STDOUT:
         print(
-            f"{visible(out)}: {done.record['cache_numbers_per_token_per_layer']} numbers per token per layer, "
+            f"{visible(out)}: {done.record['cache_numbers_per_token_per_layer']:g} numbers per token per layer, "
             f"{done.record['kv_budget']:.1%} of the source's cache, in {done.record['seconds']:.0f} s"
         )
         console.print_left(done.left)

@@ -188,7 +188,7 @@ def print_plan(record: dict[str, Any]) -> None:
         ("head width", source["head_dim"], source["head_dim"]),
         ("architecture", source["architecture"], target["architecture"]),
         ("parameters", f"{source['parameters']:,}", bound + f"{target['parameters']:,}"),
-        ("cached numbers / token / layer", numbers["source"], numbers["target"]),
+        ("cached numbers / token / layer", numbers["source"], f"{numbers['target']:g}"),
         ("cached bytes / token", f"{size['source']:,}", f"{size['target']:,}"),
     ]
     for row in record["cache_bytes"]:
