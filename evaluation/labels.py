@@ -20,8 +20,8 @@ MARK = 5.0
 def place(figure: Figure, axes: Axes, named: Sequence[tuple[Point, str]], marks: Sequence[Point], size: float = 9) -> None:
     """Write each name near its point, in data coordinates, off all `marks`, off the other names and inside of the axes.
 
-    The nearest place that is free and nearer to no other mark is taken, or else the best; one further off gets a line. The
-    axes' limits and the figure's size must be final.
+    Of the places that are free, one nearer to no other mark is taken, and of those the nearest; one further off gets a line.
+    The axes' limits and the figure's size must be final.
     """
     figure.draw_without_rendering()  # lays the figure out
     dot, inside = figure.dpi / 72, axes.get_window_extent()
@@ -33,17 +33,16 @@ def place(figure: Figure, axes: Axes, named: Sequence[tuple[Point, str]], marks:
         extent = measured.get_window_extent()
         wide, high = extent.width / 2, extent.height / 2
         measured.remove()
-        found: list[tuple[int, int, Point, tuple[int, int], Bbox]] = []
+        found: list[tuple[int, bool, int, Point, tuple[int, int], Bbox]] = []
         for distance in DISTANCES:
             for right, up in SIDES:
                 shift = right * distance, up * distance * (0.5 if right else 1)
                 middle = x + shift[0] * dot + right * wide, y + shift[1] * dot + up * high
                 box = _around(*middle, wide, high)
                 covered = sum(_shared(box, other) for other in taken) + 4 * wide * high - _shared(box, inside)
-                if any(dist(middle, spot) < dist(middle, (x, y)) - 1 for spot in spots):
-                    covered += 4 * wide * high  # it would be read as another mark's
-                found.append((round(covered), len(found), shift, (right, up), box))
-        _, place, shift, (right, up), box = min(found)
+                mistaken = any(dist(middle, spot) < dist(middle, (x, y)) - 1 for spot in spots)  # for another mark's
+                found.append((round(covered), mistaken, len(found), shift, (right, up), box))
+        _, _, place, shift, (right, up), box = min(found, key=lambda one: one[:3])
         text = axes.annotate(
             name,
             point,
