@@ -151,8 +151,8 @@ def test_students_of_other_kinds_predict_what_the_checkpoint_predicts(
 def test_layers_that_stay_are_trained_around(tmp_path: Path) -> None:
     source = save_model(tmp_path / "source", "gemma3_text", initializer_range=0.2)
     tokens = save_tokens(tmp_path / "t.safetensors", 32, 32)
-    convert(str(source), tmp_path / "fold", ConvertSettings(to="mla", kv_rank=6, rope_dim=2, calibrate=tokens, heal_steps=0))
-    settings = load_recipe("distill-attention", [*SHORT, "ce_weight=0", "learning_rate=0.003"])
+    convert(str(source), tmp_path / "fold", ConvertSettings(to="mfa", width=4, calibrate=tokens, heal_steps=0))
+    settings = load_recipe("distill-attention", [*SHORT, "ce_weight=0", "learning_rate=0.001"])
     entry = uptrain(str(tmp_path / "fold"), tmp_path / "out", str(source), settings, tokens)
     assert entry["held_out_loss"]["after"] < entry["held_out_loss"]["before"]
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("fold", "out"))
