@@ -169,7 +169,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "config.json names LlamaForSequenceClassification (architectures), and kvfold folds LlamaForCausalLM",
     ),
     "quantised by modelopt": (lambda f: (f / "hf_quant_config.json").write_text("{}"), "the source is quantised"),
-    "compressed": (lambda f: change_config(f, compression_config={"format": "int-quantized"}), "has compression_config"),
+    "compressed": (
+        lambda f: change_config(f, compression_config={"format": "int-quantized"}),
+        "is quantised (compression_config)",
+    ),
     "too many layers": (lambda f: change_config(f, num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
     "infinite eps": (lambda f: change_config(f, rms_norm_eps=float("nan")), "rms_norm_eps is nan"),
     "no base of a rope": (lambda f: change_config(f, rope_parameters={"rope_theta": "x"}), "rope_theta is 'x'"),

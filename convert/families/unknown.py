@@ -90,11 +90,10 @@ QUANTISED = ("quantization_config", "compression_config")
 
 
 def quantisation(config: Config) -> str:
-    """What a config.json says of how its weights are quantised, in a word; empty where they are not."""
-    found = next((config[key] for key in QUANTISED if config.get(key) is not None), None)
-    if found is None:
-        return ""
-    return str(found.get("quant_method") or "unnamed") if isinstance(found, dict) else "unnamed"
+    """How a config.json says that weights are quantised: the method, or the key that says so; empty where it does not."""
+    key = next((key for key in QUANTISED if config.get(key) is not None), "")
+    found = config.get(key)
+    return str(found.get("quant_method") or key) if isinstance(found, dict) else key
 
 
 def unquantised(config: Config) -> str:
