@@ -20,7 +20,6 @@ from results import RESULTS
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvfold.convert.families import family_of
 from kvfold.convert.pipeline import convert
 from kvfold.convert.planning import cost
 from kvfold.convert.planning.plan import make_plan
@@ -76,7 +75,7 @@ def compared(name: str, job: str, folder: Path) -> dict[str, Any]:
     values |= {"heal_steps": 4, "device": "cpu"}
     config = read_config(folder)
     plan = make_plan(config, parse_settings(ConvertSettings, values))
-    parameters = source_parameters(config, family_of(config).spec(config))
+    parameters = source_parameters(config, plan.spec)
     predicted = cost.estimate(plan, parameters, "float32")
     measured = apart(run, str(folder), str(folder.parent / f"{name}-{job}".replace(" ", "-")), values)
     healing = predicted["steps"]["healing"]["seconds"]

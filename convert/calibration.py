@@ -29,6 +29,12 @@ MEASURED_TOKENS = (2048, 8192)
 """Calibration tokens on which the candidates of a layer are compared: an eighth of all, between these two."""
 
 
+def compared(tokens: int) -> int:
+    """How many of so many calibration tokens the candidates of a layer are compared on."""
+    least, most = MEASURED_TOKENS
+    return min(most, max(least, tokens // 8))
+
+
 def read_attention(
     plan: ConversionPlan, reader: CheckpointReader, layer: int, unread: tuple[str, ...] = ()
 ) -> AttentionWeights:
@@ -96,8 +102,7 @@ def observe(plan: ConversionPlan, source: SourceModel, layer: int, block: Block,
         seen, received = latent.attention_seen(attention, x, rope, block.visible)
         attended.add(x, received if counts is None else received * counts)
         lags = lags.to(seen) + seen
-    least, most = MEASURED_TOKENS
-    measured = slice(0, max(1, min(most, max(least, windows * tokens // 8)) // tokens))
+    measured = slice(0, max(1, compared(windows * tokens) // tokens))
     before = original.data[measured].clone().to(source.device)  # the stream moves on in place
     with torch.no_grad():
         inputs, after = block.attention_input(before), block(before)

@@ -17,6 +17,7 @@ from torch import Tensor
 from kvfold.convert.conversion import Conversion, Report
 from kvfold.convert.duration import announced, seconds_of, training_seconds
 from kvfold.convert.folding import OpenLayer, designs_of, fold_layer, packed, reopen_layer, unpacked
+from kvfold.convert.planning.plan import ConversionPlan
 from kvfold.convert.planning.settings import ConvertSettings
 from kvfold.convert.source.data import Windows
 from kvfold.convert.source.stream import HiddenStates, SourceModel, logit_cap
@@ -52,16 +53,20 @@ def heals_whole(job: Conversion, source: SourceModel, windows: Windows) -> bool:
         return settings.heal_window == "all" and settings.heal_steps > 0
     if job.writer.finished:
         return _unit(job.plan.folded[0]) in job.writer.finished
-    if len(job.plan.folded) <= SHALLOW:
-        return False
-    return needed_bytes(job, source, windows.ids.shape[1]) <= 0.6 * free_bytes(source.device)
+    weights = sum(p.numel() for p in source.base.parameters()) + job.plan.spec.vocab_size * job.plan.spec.hidden_size
+    return worth_and_fits(job.plan, weights, windows.ids.shape[1], free_bytes(source.device))
 
 
-def needed_bytes(job: Conversion, source: SourceModel, tokens: int) -> int:
-    """An estimate of what healing the whole model takes: float32 weights, three more of each that learns, activations."""
-    spec = job.plan.spec
-    weights = sum(p.numel() for p in source.base.parameters()) + spec.vocab_size * spec.hidden_size
-    learning = len(job.plan.folded) * spec.hidden_size * spec.head_dim * (2 * spec.heads + 2 * spec.kv_heads)
+def worth_and_fits(plan: ConversionPlan, weights: int, tokens: int, free: float) -> bool:
+    """Whether a model of so many weights is deep enough to be healed at once, and that fits into `free` bytes."""
+    return len(plan.folded) > SHALLOW and needed_bytes(plan, weights, tokens) <= 0.6 * free
+
+
+def needed_bytes(plan: ConversionPlan, weights: int, tokens: int) -> int:
+    """An estimate of what healing the whole model takes on windows of `tokens`: float32 weights, those of an untied output
+    embedding among them, three more of each that learns, activations."""
+    spec = plan.spec
+    learning = len(plan.folded) * spec.hidden_size * spec.head_dim * (2 * spec.heads + 2 * spec.kv_heads)
     # A token keeps about forty vectors of a layer, and its scores against the window several times.
     activations = 2 * PIECE * spec.layers * (40 * spec.hidden_size + 5 * spec.heads * tokens)
     return 4 * (weights + 3 * learning) + activations

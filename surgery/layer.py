@@ -69,13 +69,15 @@ class Layer:
     @cached_property
     def key_gram(self) -> Tensor:
         """E[k_a k̄_b] of key heads a, b at every frequency, (D/2, G, G) complex."""
-        pairs = to_complex(self.seen(self.rows[1]))
-        return torch.einsum("afm,bfm->fab", pairs, pairs.conj())
+        return self._key_products(centred=False)
 
     @cached_property
     def key_covariance(self) -> Tensor:
         """The same of their deviations from the mean."""
-        pairs = to_complex(self.seen(self.rows[1], centred=True))
+        return self._key_products(centred=True)
+
+    def _key_products(self, centred: bool) -> Tensor:
+        pairs = to_complex(self.seen(self.rows[1], centred))
         return torch.einsum("afm,bfm->fab", pairs, pairs.conj())
 
     @cached_property

@@ -51,6 +51,16 @@ DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu", "
 """What they mean where a config leaves them out, as in Llama's; the classes of other families have defaults of their own."""
 
 
+GPT_NAMES = {
+    "transformer.wte": "model.embed_tokens",
+    "transformer.h": "model.layers",
+    "transformer.ln_f": "model.norm",
+    "ln_1": "input_layernorm",
+    "ln_2": "post_attention_layernorm",
+}
+"""Names as in GPT-2 → as in Llama, where layers have two norms before what they belong to."""
+
+
 def same(tensor: Tensor) -> Tensor:
     return tensor
 

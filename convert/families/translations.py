@@ -5,7 +5,7 @@ Each is read, tensor by tensor, as the family that it is. None of its code runs,
 
 from typing import Any
 
-from kvfold.convert.families.translation import Cut, Cuts, Translation, fused, geometry, normalised
+from kvfold.convert.families.translation import GPT_NAMES, Cut, Cuts, Translation, fused, geometry, normalised
 from kvfold.errors import UserError
 
 
@@ -137,11 +137,7 @@ QWEN = Translation(
     "qwen2",
     keys=_qwen,
     names={
-        "transformer.wte": "model.embed_tokens",
-        "transformer.h": "model.layers",
-        "transformer.ln_f": "model.norm",
-        "ln_1": "input_layernorm",
-        "ln_2": "post_attention_layernorm",
+        **GPT_NAMES,
         "attn.c_attn": "self_attn.qkv",
         "attn.c_proj": "self_attn.o_proj",
         "mlp.w1": "mlp.up_proj",
@@ -160,11 +156,7 @@ EXAONE = Translation(
         "tie_word_embeddings": said.get("tie_word_embeddings", True),
     },
     names={
-        "transformer.wte": "model.embed_tokens",
-        "transformer.h": "model.layers",
-        "transformer.ln_f": "model.norm",
-        "ln_1": "input_layernorm",
-        "ln_2": "post_attention_layernorm",
+        **GPT_NAMES,
         "attn.attention": "self_attn",
         "self_attn.out_proj": "self_attn.o_proj",
         "mlp.c_fc_0": "mlp.gate_proj",

@@ -1,12 +1,15 @@
 """Files that are whole or not there, whatever interrupts their writing, and checksums of what was written."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 import xxhash
 from torch import Tensor
+
+from kvfold.errors import UserError
 
 CHUNK = 4 << 20
 """Bytes read or copied at a time."""
@@ -33,6 +36,15 @@ def write_whole(path: Path, data: str | bytes | memoryview) -> None:
     finally:
         fresh.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def refuse_full_disk(out: Path, need: int, about: str = "") -> None:
+    """Raise UserError when the disk that `out` will lie on has fewer than `need` bytes free, which are exact or `about`."""
+    free = shutil.disk_usage(next(parent for parent in out.absolute().parents if parent.exists())).free
+    if need > free:
+        raise UserError(
+            f"{out.parent} has {free:,} bytes free and {out.name} needs {about}{need:,}: free some, or write elsewhere"
+        )
 
 
 def checksum_of(file: IO[bytes], start: int, size: int) -> str:

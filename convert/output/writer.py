@@ -11,11 +11,11 @@ from typing import IO, Any
 
 from torch import Tensor, empty, frombuffer, uint8
 
-from kvfold.convert.output.files import checksum, checksum_of, sync, write_whole
+from kvfold.convert.output.files import checksum, checksum_of, refuse_full_disk, sync, write_whole
 from kvfold.convert.output.journal import Journal, Unit
 from kvfold.convert.output.partial import JOURNAL, Partial, remove
 from kvfold.convert.source.checkpoint import DTYPE_NAMES, INDEX, SINGLE, CheckpointReader, TensorSpec, is_finite
-from kvfold.errors import ConversionError, UserError
+from kvfold.errors import ConversionError
 
 RESULT = "result"
 
@@ -70,7 +70,7 @@ class CheckpointWriter:
             units = self._journal.read(job)
             self._recall()
         else:
-            self._refuse_full_disk()
+            refuse_full_disk(self._partial.out, self.total_size)
             self._journal.begin(job)
         for path, (header, end) in headers.items():
             _lay_down(path, header, end)
@@ -96,13 +96,6 @@ class CheckpointWriter:
             self._place[spec.name] = (self.folder / name, start + header[stored]["data_offsets"][0], spec)
             self._index[stored] = name
         return struct.pack("<Q", len(text)) + text, start + offset
-
-    def _refuse_full_disk(self) -> None:
-        need, free, out = self.total_size, shutil.disk_usage(self.folder).free, self._partial.out
-        if need > free:
-            raise UserError(
-                f"{out.parent} has {free:,} bytes free and {out.name} needs {need:,}: free some, or write elsewhere"
-            )
 
     def _recall(self) -> None:
         """Undo what a commit had begun."""

@@ -5,15 +5,22 @@ eigendecompositions, and numbers that are passed through one by one. speed.py sa
 benchmarks/cost.py how far this is off. Reading and writing files is not counted.
 """
 
-import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from kvfold.convert.budgets import WIDTH_TOKENS
+from kvfold.convert.calibration import ATTENTION_TOKENS, compared
+from kvfold.convert.folding import REFITTED
+from kvfold.convert.heal_whole import free_bytes, needed_bytes, worth_and_fits
+from kvfold.convert.heal_windows import WINDOW
+from kvfold.convert.methods import forms_tried
+from kvfold.convert.output.files import refuse_full_disk
 from kvfold.convert.planning import speed
 from kvfold.convert.planning.plan import ConversionPlan
 from kvfold.convert.planning.settings import DTYPE_BYTES
+from kvfold.convert.source.stream import FORWARD_TOKENS
 from kvfold.errors import UserError
 
 SEEN = 12  # times that what sees where attention goes passes through its scores
@@ -69,7 +76,7 @@ class Cost:
 
     def seen(self, tokens: float) -> Work:
         """What is observed of the layer's inputs: moments, and where attention goes."""
-        spec, few = self.plan.spec, min(tokens, 32768)
+        spec, few = self.plan.spec, min(tokens, ATTENTION_TOKENS)
         states = 2 * spec.hidden_size * spec.head_dim * (spec.heads + 2 * spec.kv_heads) * few
         scores = 2 * spec.heads * self.window * spec.head_dim * few
         moments = 2 * spec.hidden_size**2 * (tokens + few)
@@ -94,13 +101,13 @@ class Cost:
             return {"folding": times(spec.layers, self.prepared())}
         found: dict[str, Work] = {}
         if self.plan.measures_widths:
-            few = min(tokens, 16384)
+            few = min(tokens, WIDTH_TOKENS)
             split = times(splits, self.algebra(), self.forward(compared(few)))
             found["measuring widths"] = total(self.seen(few), self.prepared(), self.forward(few), split)
         found["observing"] = total(self.seen(tokens), self.forward(tokens))
         tried = times(candidates, self.algebra(), self.mixed(compared(tokens)))
         found["candidates"] = total(self.prepared(), tried, times(4, self.forward(compared(tokens))))
-        if self.plan.method in ("kvfold", "pca"):
+        if self.plan.method in REFITTED:
             wide = spec.heads * spec.head_dim
             fitted: Work = {"float64": 2 * wide * (wide + spec.hidden_size) * tokens + wide**3}
             found["output projection"] = total(fitted, times(2, self.mixed(tokens)))
@@ -116,20 +123,18 @@ class Cost:
     @cached_property
     def ahead(self) -> int:
         asked = self.plan.settings.heal_window
-        return min(asked if isinstance(asked, int) else 2, self.plan.spec.layers)
+        return min(asked if isinstance(asked, int) else WINDOW, self.plan.spec.layers)
 
-    @cached_property
-    def whole(self) -> int:
-        """Bytes that healing all layers at once takes: weights, three more of what learns, what a token keeps of a layer."""
-        spec, piece = self.plan.spec, 2 * 2048
-        kept = piece * spec.layers * (40 * spec.hidden_size + 5 * spec.heads * self.window)
-        return 4 * (self.body + self.head + 3 * spec.layers * self.attention) + kept
+    @property
+    def weights(self) -> int:
+        """What healing all layers at once has in memory: both embeddings, also where they are tied."""
+        return self.body + 2 * self.head
 
     @cached_property
     def at_once(self) -> bool:
         """Whether all layers are healed together, as it is asked for or as `heal_window auto` decides."""
         asked = self.plan.settings.heal_window
-        return asked == "all" or (asked == "auto" and self.plan.spec.layers > 8 and self.whole <= 0.6 * self.room)
+        return asked == "all" or (asked == "auto" and worth_and_fits(self.plan, self.weights, self.window, self.room))
 
     def memory(self, dtype: str) -> dict[str, int]:
         """Bytes: `working` for a layer and `healing`, on the device; the hidden `states` in the host's memory, or on the disk
@@ -141,10 +146,13 @@ class Cost:
             return {"working": 8 * self.attention, **found}
         rows = spec.head_dim * (spec.heads + 2 * spec.kv_heads)
         algebra = 8 * (4 * hidden * (hidden + rows)) + 16 * self.attention
-        passing = 4 * min(8192, tokens) * (6 * hidden + self.rest // hidden)
+        passing = 4 * min(FORWARD_TOKENS, tokens) * (6 * hidden + self.rest // hidden)
         found |= {"working": max(4 * layer + algebra + passing, 4 * self.head), "states": 4 * tokens * hidden}
         if settings.heal_steps and self.at_once:
-            found |= {"healing": self.whole, "scratch": 4 * 5 * spec.layers * self.attention}
+            found |= {
+                "healing": needed_bytes(self.plan, self.weights, self.window),
+                "scratch": 4 * 5 * spec.layers * self.attention,
+            }
         elif settings.heal_steps:
             found |= {"states": 2 * 4 * tokens * hidden, "healing": self.ahead * 4 * (layer + 3 * self.attention)}
         return found
@@ -158,18 +166,12 @@ def times(count: float, *works: Work) -> Work:
     return {kind: count * amount for kind, amount in total(*works).items()}
 
 
-def compared(tokens: int) -> int:  # as calibration.MEASURED_TOKENS
-    return min(8192, max(2048, tokens // 8))
-
-
 def estimate(plan: ConversionPlan, parameters: int, dtype: str, device_flops: float | None = None) -> dict[str, Any]:
     """What the conversion takes here, after a short test of the device, or on one of so many bfloat16 operations a second: as
     JSON data operations and seconds of each step, bytes, and the speeds that the seconds rest on.
 
     Raises UserError where `--device` is not here and nothing is said of its speed.
     """
-    from kvfold.convert.heal_whole import free_bytes
-    from kvfold.convert.methods import forms_tried
     from kvfold.convert.pipeline import pick_device
 
     if device_flops:
@@ -189,11 +191,7 @@ def estimate(plan: ConversionPlan, parameters: int, dtype: str, device_flops: fl
 def refuse_too_little(plan: ConversionPlan, parameters: int, dtype: str, out: Path, free: int) -> None:
     """Raise UserError when the result does not fit on the disk, or most of a layer's work not into `free` bytes of memory."""
     needed = Cost(plan, parameters, free).memory(dtype)
-    disk = shutil.disk_usage(next(parent for parent in out.absolute().parents if parent.exists())).free
-    if needed["disk"] > disk:
-        raise UserError(
-            f"{out.parent} has {disk:,} bytes free and {out.name} needs about {needed['disk']:,}: free some, or write elsewhere"
-        )
+    refuse_full_disk(out, needed["disk"], "about ")
     if 0.7 * needed["working"] > free:
         sizes = f"{needed['working'] / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free"
         raise UserError(f"folding a layer takes about {sizes}: end other programs, or convert on a larger machine")
