@@ -43,7 +43,7 @@ class Size:
     folds: dict[str, tuple[str, dict[str, int]]] = field(
         default_factory=lambda: {
             "MLA 512 + 64": ("latent", {"rank": 512, "rope_dim": 64, "nope_dim": 128}),
-            "MLA 512 + 64, 8 turned": ("latent", {"rank": 512, "rope_dim": 64, "nope_dim": 128, "turned": 8}),
+            "MLA 512 + 64, 3 turned": ("latent", {"rank": 512, "rope_dim": 64, "nope_dim": 128, "turned": 3}),
             "MFA 256": ("latent", {"rank": 256, "rope_dim": 256, "nope_dim": 0}),
             "MFA-KR 512": ("reused-key", {"rope_dim": 512}),
         }

@@ -122,7 +122,7 @@ def _attend(  # type: ignore[no-untyped-def]
                 tl.load(COS + angle, mask=asked, other=0.0),
                 tl.load(SIN + angle, mask=asked, other=0.0),
             ).to(v_first.dtype)
-            for j in range(NUMBERS):
+            for j in tl.static_range(NUMBERS):
                 q_turned = tl.load(
                     TURNED + (asker * NUMBERS + j)[:, None] * WIDE + w[None, :], mask=in_h[:, None] & in_w[None, :], other=0.0
                 )
@@ -157,21 +157,23 @@ def _attend(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["splits"])
 def _merge(  # type: ignore[no-untyped-def]
-    PARTS, SUMS, SINKS, OUT, heads, values, splits, HAS_SINKS: tl.constexpr, TILE: tl.constexpr
+    PARTS, SUMS, SINKS, OUT, heads, values, splits, HAS_SINKS: tl.constexpr, TILE: tl.constexpr, TILE_SPLITS: tl.constexpr
 ):
-    asker, v = tl.program_id(0).to(tl.int64), tl.arange(0, TILE)
+    asker, v, s = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE), tl.arange(0, TILE_SPLITS)
     part = asker * splits
     top = tl.full([], float("-inf"), tl.float32)
     if HAS_SINKS:
         top = tl.load(SINKS + asker % heads).to(tl.float32)
     sink = top
-    for split in range(splits):
-        top = tl.maximum(top, tl.load(SUMS + part + split))
+    for at in range(0, splits, TILE_SPLITS):
+        top = tl.maximum(top, tl.max(tl.load(SUMS + part + at + s, mask=at + s < splits, other=float("-inf")), 0))
     total, mixed = tl.exp(sink - top), tl.zeros([TILE], tl.float32)  # no sink is one of no weight
-    for split in range(splits):
-        weight = tl.exp(tl.load(SUMS + part + split) - top)
-        total += weight
-        mixed += weight * tl.load(PARTS + (part + split) * values + v, mask=v < values, other=0.0)
+    for at in range(0, splits, TILE_SPLITS):
+        there = at + s < splits
+        weights = tl.exp(tl.load(SUMS + part + at + s, mask=there, other=float("-inf")) - top)
+        row = PARTS + (part + at + s)[:, None] * values + v[None, :]
+        total += tl.sum(weights, 0)
+        mixed += tl.sum(weights[:, None] * tl.load(row, mask=there[:, None] & (v < values)[None, :], other=0.0), 0)
     tl.store(OUT + asker * values + v, mixed / total, mask=v < values)
 
 
@@ -190,7 +192,7 @@ def tiles(shape: Shape, size: int) -> Tiles | None:
     if width <= 512:
         return Tiles(16, 64, warps=4, stages=3)
     if width <= 1280 and not shape.halves:
-        return Tiles(16, 32, warps=4, stages=5)
+        return Tiles(16, 32, warps=4, stages=3 if shape.numbers else 5)
     return Tiles(16, 32, warps=8, stages=3)
 
 
@@ -209,7 +211,9 @@ def attend(shape: Shape, asked: Asked, cached: Cached, splits: int | None = None
     if cut is None:
         raise ValueError(f"no tile of the kernel holds {shape.first} + {shape.second} numbers of {pages.dtype}")
     requests, blocks = len(cached.lengths), triton.cdiv(heads, cut.heads)
-    splits = splits or max(1, min(room(pages.device) * cut.programs // (requests * blocks), triton.cdiv(cached.longest, 128)))
+    splits = splits or max(
+        1, min(room(pages.device) * cut.programs // (requests * blocks), triton.cdiv(cached.longest, 2 * cut.tokens))
+    )
     whole = splits == 1 and asked.sinks is None
     parts = pages.new_empty(requests, heads, splits, values, dtype=pages.dtype if whole else torch.float32)
     sums = pages.new_empty(requests, heads, splits, dtype=torch.float32)
@@ -258,7 +262,7 @@ def attend(shape: Shape, asked: Asked, cached: Cached, splits: int | None = None
     if whole:
         return parts[:, :, 0]
     out = pages.new_empty(requests, heads, values)
-    _merge[(requests * heads,)](
+    _merge[(requests * heads, triton.cdiv(values, 64))](
         parts,
         sums,
         asked.sinks,
@@ -267,8 +271,8 @@ def attend(shape: Shape, asked: Asked, cached: Cached, splits: int | None = None
         values,
         splits,
         HAS_SINKS=asked.sinks is not None,
-        TILE=triton.next_power_of_2(values),
-        num_warps=4,
+        TILE=64,
+        TILE_SPLITS=32,
     )
     return out
 

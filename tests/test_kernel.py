@@ -16,7 +16,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel is defined
 kernel = pytest.importorskip("kvfold.serving.kernel", reason="Triton is not installed", exc_type=ImportError)
 
 SHAPES = {
-    "mla": Shape(32, 512, 64),
+    "mla": Shape(18, 72, 10),
     "mla of odd widths and a norm": Shape(9, 21, 6, gains=3),
     "mla without a rotary key, soft caps and sinks": Shape(6, 20, 0, cap=1.5, sinks=True),
     "turned keys": Shape(4, 40, 8, numbers=3, wide=24),
