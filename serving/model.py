@@ -74,7 +74,8 @@ class Tables(nn.Module):
         self.register_buffer("angles", rotary.cos_sin_cache, persistent=False)
 
     def forward(self, x: Tensor, positions: Tensor) -> Rope:
-        cos, sin = (torch.cat([t, t], -1).to(x.dtype) for t in self.angles[positions].chunk(2, dim=-1))
+        known = positions.clamp(max=len(self.angles) - 1)  # whole spans are asked for, beyond what is ever read
+        cos, sin = (torch.cat([t, t], -1).to(x.dtype) for t in self.angles[known].chunk(2, dim=-1))
         return cos, sin
 
 
@@ -88,9 +89,14 @@ class FoldedLayer(nn.Module, AttentionLayerBase):
         self.folded = DESIGNS[widths["design"]](config.model_config.hf_config.hidden_size, **shape)
         self.folded.rotary_emb = tables
         self.width = widths.get("rank", 0) + widths.get("rope_dim", 0) + self.folded.gains
-        self.window, self.num_heads = window, shape["heads"]
+        self.window, self.num_heads, self.cache_config = window, shape["heads"], config.cache_config
         self.layer_name, self.kv_cache = name, torch.tensor([])
         config.compilation_config.static_forward_context[name] = self  # in the place of what vLLM put there
+
+    def compile_kernel(self) -> None:
+        """Before the first request: it is compiled for these widths and compared with PyTorch's operations."""
+        weight = self.folded.o_proj.weight
+        paged.kernel(self.folded, self.cache_config.block_size, weight.dtype, weight.device)
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return Backend
@@ -152,6 +158,9 @@ class Folded:
         theirs = super().load_weights(others())  # type: ignore[misc]
         if missing := wanted.keys() - loaded:
             raise ValueError(f"the checkpoint lacks {len(missing)} tensors of its folded layers, {min(missing)} among them")
+        for layer in self.modules():  # type: ignore[attr-defined]
+            if isinstance(layer, FoldedLayer):
+                layer.compile_kernel()
         return loaded | theirs
 
 

@@ -1,15 +1,19 @@
-"""Latents in pages: the designs of kvfold_attention.py over the cache of an engine that batches continuously. Torch alone.
+"""Latents in pages: the designs of kvfold_attention.py over the cache of an engine that batches continuously.
+
+Torch alone, and Triton where there is a CUDA device: `kernel.py` decodes there.
 
 Shapes: n new tokens of all requests; B requests that attend at once, with t new tokens and S tokens to read each; N tokens in a
 page, W numbers cached per token; H heads of width D, d the hidden size.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvfold.serving import latents, selfcheck
 from kvfold.surgery.kvfold_attention import FoldedAttention, Rope
 
 AT_ONCE = 65536
@@ -32,6 +36,22 @@ class Together:
     mask: Tensor | None
 
 
+@dataclass(frozen=True)
+class Singles:
+    """Requests of one new token each, as a kernel reads them.
+
+    Attributes:
+        new: (B,) which tokens of the step are theirs.
+        table: (B, pages) int32, their pages.
+        lengths: (B,) int32, tokens of each, `longest` at most.
+    """
+
+    new: Tensor
+    table: Tensor
+    lengths: Tensor
+    longest: int
+
+
 class Step:
     """What the engine computes at once: the new tokens of some requests, one behind the other.
 
@@ -44,16 +64,33 @@ class Step:
 
     def __init__(self, starts: list[int], lengths: list[int], table: Tensor, slots: Tensor) -> None:
         self.starts, self.lengths, self.table, self.slots = starts, lengths, table, slots
-        self.groups: dict[tuple[int, int | None], list[Together]] = {}
+        self.groups: dict[tuple[int, int | None, bool], list[Together]] = {}
 
-    def together(self, page: int, window: int | None) -> list[Together]:
-        """All requests, as they attend at once: those with one new token in some groups, every other by itself."""
-        if (page, window) not in self.groups:
-            self.groups[page, window] = [self._group(requests, page, window) for requests in self._requests(window)]
-        return self.groups[page, window]
+    def together(self, page: int, window: int | None, singles: bool = True) -> list[Together]:
+        """All requests, as they attend at once: those with one new token in some groups, every other by itself.
 
-    def _requests(self, window: int | None) -> list[list[int]]:
+        Those with one new token are left out where a kernel takes all `singles`.
+        """
+        key = page, window, singles
+        if key not in self.groups:
+            self.groups[key] = [self._group(requests, page, window) for requests in self._requests(window, singles)]
+        return self.groups[key]
+
+    @cached_property
+    def singles(self) -> Singles | None:
+        """The requests with one new token, None where there are none."""
+        rows = [r for r in range(len(self.lengths)) if self._count(r) == 1]
+        if not rows:
+            return None
+        device, lengths = self.table.device, [self.lengths[r] for r in rows]
+        new, chosen = (torch.tensor(numbers, device=device) for numbers in ([self.starts[r] for r in rows], rows))
+        table = self.table[chosen].to(torch.int32)
+        return Singles(new, table, torch.tensor(lengths, dtype=torch.int32, device=device), max(lengths))
+
+    def _requests(self, window: int | None, singles: bool) -> list[list[int]]:
         several = [[r] for r in range(len(self.lengths)) if self._count(r) > 1]
+        if not singles:
+            return several
         found: list[list[int]] = [[]]
         single = [r for r in range(len(self.lengths)) if self._count(r) == 1]
         for request in sorted(single, key=lambda r: self._read(r, window)):
@@ -119,9 +156,20 @@ def attend(attention: FoldedAttention, x: Tensor, rope: Rope, pages: Tensor, ste
     """
     states, size = attention.states(x[None], (rope[0][None], rope[1][None]))[0, 0], pages.shape[1]
     pages[step.slots // size, step.slots % size] = states.to(pages.dtype)
-    out = x.new_zeros(len(x), attention.o_proj.in_features)
-    for group in step.together(size, window):
+    out, decode = x.new_zeros(len(x), attention.o_proj.in_features), kernel(attention, size, pages.dtype, pages.device)
+    for group in step.together(size, window, singles=decode is None):
         tables: Any = tuple(table[group.new] for table in rope)
         mixed = attention.read(x[group.new], states[group.new][:, None], tables, group.mask, Reading(pages, group))
         out[group.new] = mixed.transpose(1, 2).flatten(2).to(out)
+    if decode is not None and (single := step.singles) is not None:
+        angles, pairs = latents.tables(attention, single.longest, pages)
+        cached = latents.Cached(pages, single.table, single.lengths, single.longest, window, angles, pairs)
+        new = single.new
+        out[new] = latents.decode(attention, x[new], (rope[0][new], rope[1][new]), cached, decode).to(out)
     return out
+
+
+def kernel(attention: FoldedAttention, page: int, dtype: torch.dtype, device: torch.device) -> latents.Attend | None:
+    """What decodes a layer in one pass over its pages, None where PyTorch's operations do."""
+    shape = latents.shape_of(attention)
+    return None if shape is None else selfcheck.kernel(shape, page, dtype, device)

@@ -331,8 +331,7 @@ class LatentAttention(FoldedAttention):
         return self.with_gains(x, torch.cat([latent, key], -1))
 
     def read(self, x: Tensor, states: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
-        q_nope, q_rope = self.queries(x).split([self.nope, self.rope_dim], dim=-1)  # (B, H, T, N), (B, H, T, R)
-        q_rope = rotate(q_rope, pick(rope, self.rope_pairs)).to(states)
+        q_nope, q_rope = self.split_queries(x, rope)
         new, every = rope, rope
         if self.turned:
             keys, new, every = self.extended(states, rope, cache)
@@ -342,12 +341,11 @@ class LatentAttention(FoldedAttention):
         # Products per key and head: in the latent T·(2r + R), expanded T·(N + R + D) and once r·(N + D).
         tokens, expanded = x.shape[1], self.nope + self.value_dim
         if cache is not None and (self.nope == 0 or tokens * (2 * self.rank - expanded) <= self.rank * expanded):
-            up = matrix(self.kv_b_proj, self.rank, keys).unflatten(0, (-1, expanded))
-            up_k, up_v = up.split([self.nope, self.value_dim], 1)
+            up_k, up_v = self.up(keys)
             q = torch.cat([q_nope @ up_k, q_rope], -1) if self.nope else q_rope  # (B, H, T, r + R), or R
             shared = keys if self.nope else keys[..., self.rank :]
             if self.turned:
-                q = torch.cat([q, self._turned_queries(q_nope, new)], -1)
+                q = torch.cat([q, self.turned_queries(q_nope, new)], -1)
                 shared = torch.cat([shared, self._shared_turned(keys, every)], -1)
             return self.attend(q, shared, keys[..., : self.rank], mask, gains) @ up_v.mT  # (B, H, T, r) → (B, H, T, D)
         latent, key = keys.split([self.rank, self.rope_dim], dim=-1)
@@ -360,7 +358,17 @@ class LatentAttention(FoldedAttention):
             q, k = torch.cat([q, rotate(q_nope, new).to(q)], -1), torch.cat([k, rotate(whole, every).to(k)], -1)
         return self.attend(q, k, v, mask, gains)
 
-    def _turned_queries(self, q: Tensor, rope: Rope) -> Tensor:
+    def split_queries(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """(B, T, d) → queries (B, H, T, N) of the position-free key and turned ones (B, H, T, R) of the shared one."""
+        q_nope, q_rope = self.queries(x).split([self.nope, self.rope_dim], dim=-1)
+        return q_nope, rotate(q_rope, pick(rope, self.rope_pairs)).to(q_nope)
+
+    def up(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The matrices (H, N, r) and (H, D, r) that expand the latent to position-free keys and values."""
+        up = matrix(self.kv_b_proj, self.rank, like).unflatten(0, (-1, self.nope + self.value_dim))
+        return up[:, : self.nope], up[:, self.nope :]
+
+    def turned_queries(self, q: Tensor, rope: Rope) -> Tensor:
         """Queries (B, H, T, N) as they read `_shared_turned`: (B, H, T, J·N)."""
         (a, b), (c, d) = q[:, :, None].chunk(2, -1), self.turned_keys.transpose(0, 1)[:, :, None].to(q).chunk(2, -1)
         read = torch.cat([a * c + b * d, b * c - a * d], -1)  # by the conjugate of each, (B, H, J, T, N)
@@ -410,9 +418,12 @@ class ReusedKeyAttention(FoldedAttention):
         if cache is None:
             value = key[:, 0] + self.alpha.to(key) * self.reuse_proj(key[:, 0])
             return self.attend(q, k, per_head(self.v_b_proj(value), self.value_dim), mask, gains)
-        mixed = self.attend(q, k, key, mask, gains)  # (B, H, T, C)
+        return self.values_of(self.attend(q, k, key, mask, gains))
+
+    def values_of(self, mixed: Tensor) -> Tensor:
+        """What heads mix of the keys (B, H, T, C), as values (B, H, T, D)."""
         mixed = mixed + self.alpha * self.reuse_proj(mixed)
-        return mixed @ matrix(self.v_b_proj, key.shape[-1], key).unflatten(0, (-1, self.value_dim)).mT  # (B, H, T, D)
+        return mixed @ matrix(self.v_b_proj, mixed.shape[-1], mixed).unflatten(0, (-1, self.value_dim)).mT
 
 
 class RebuiltKeyAttention(FoldedAttention):

@@ -177,6 +177,8 @@ def test_the_plugin_imports_little() -> None:
             "kvfold.surgery.kvfold_attention",
             "kvfold.serving",
             "kvfold.serving.checks",
+            "kvfold.serving.latents",
             "kvfold.serving.paged",
+            "kvfold.serving.selfcheck",
         ),
     }
