@@ -50,6 +50,9 @@ def models(
             layers = {"folded_layers": [layer] * shape["num_hidden_layers"]}
             config = KvfoldConfig.from_dict({**shape, "source_model_type": "llama", **layers})
             found[name] = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            for key, pairs in found[name].named_buffers():  # a wide key has several components of a frequency
+                if key.endswith("rope_pairs"):
+                    pairs.remainder_(shape["head_dim"] // 2)
     return {name: model.to(device, dtype).eval() for name, model in found.items()}
 
 

@@ -41,7 +41,7 @@ SHAPES: dict[str, Json] = {
     "7B, 32 key heads": {**WIDE, "intermediate_size": 11008, "num_key_value_heads": 32},
 }
 DEPTH = 32
-"""Layers of the models whose shapes these are."""
+"""Layers of the models whose shapes these are. All windows of healing but the last are of two layers."""
 BILLION: Json = {
     "hidden_size": 2048,
     "num_attention_heads": 32,
@@ -87,7 +87,7 @@ def conversions(scratch: Path, shapes: dict[str, Json], tokens: int, steps: int,
             fresh_peak()
             spent = run(str(source), str(out), values, "wall")["spent"]
             record = json.loads((out / "kvfold.json").read_text())
-            layers = shape["num_hidden_layers"]
+            layers, healing = shape["num_hidden_layers"], spent.get("healing", 0.0)
             yield {
                 "what": "convert",
                 "shape": name,
@@ -96,11 +96,11 @@ def conversions(scratch: Path, shapes: dict[str, Json], tokens: int, steps: int,
                 "calibration_tokens": tokens,
                 "heal_steps": steps,
                 "folding_seconds_per_layer": spent["folding"] / layers,
-                "healing_seconds_per_layer": spent.get("healing", 0.0) / layers,
+                "healing_seconds_per_layer": healing * (2 * DEPTH - 1) / (2 * layers - 1) / DEPTH,
                 "other_seconds": spent.get("reading", 0.0) + spent.get("verifying", 0.0),
                 "peak_device_bytes": record.get("peak_cuda_memory_bytes"),
                 "block_errors": [layer["block_error"] for layer in record["layers"]],
-                "whole_model_seconds": DEPTH * (spent["folding"] + spent.get("healing", 0.0)) / layers,
+                "whole_model_seconds": DEPTH * spent["folding"] / layers + healing * (2 * DEPTH - 1) / (2 * layers - 1),
             }
 
 
@@ -212,7 +212,10 @@ def measure(what: list[str], layers: int, small: bool, device: str) -> Iterator[
             yield from uptrainings(scratch, TINY if small else BILLION, device)
     if "decode" in what:
         if small:
-            folds = {"MLA 12 + 4": {"design": "latent", "rank": 12, "rope_dim": 4, "nope_dim": 16}}
+            folds: dict[str, Json] = {
+                "MLA 12 + 4": {"design": "latent", "rank": 12, "rope_dim": 4, "nope_dim": 16},
+                "MFA 24": {"design": "latent", "rank": 24, "rope_dim": 24, "nope_dim": 0},
+            }
             yield from decodings({**decode.SHAPE, **TINY}, ((64, 2),), folds, device, 2)
         else:
             shape = {**decode.SHAPE, **SHAPES["8B, 8 key heads"], "num_hidden_layers": layers, "vocab_size": 2048}

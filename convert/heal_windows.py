@@ -36,8 +36,6 @@ def fold_on_stream(job: Conversion, device: torch.device, windows: Windows, repo
     plan, settings, layers = job.plan, job.plan.settings, job.layers
     if all(job.finished(layer) for layer in plan.folded):
         return
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
     tokens = windows.ids.numel()
     if (passes := settings.heal_steps * settings.heal_batch_tokens / tokens) > REPEATED:
         line = f"healing goes {passes:.0f} times over the {tokens:,} tokens of calibration text: give more of it"

@@ -77,6 +77,8 @@ def convert(
     plan = make_plan(config, settings)
     plan.refuse(converting=True)
     device = pick_device(settings.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # the stream stays float32, its products take their factors as TF32
     if not resume:
         parameters = source_parameters(config, plan.spec)
         refuse_too_little(plan, parameters, cache_dtype(config, settings), out, free_bytes(device))
