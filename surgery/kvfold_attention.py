@@ -272,9 +272,9 @@ class FoldedAttention(Attention):
         before = before.clone() if isinstance(before, Tensor) else before
         states, tokens = self.cached(states, cache), states.shape[2]
         cos, sin = self.tables(states)
-        # A sliding cache drops the oldest.
-        slots = torch.arange(tokens, device=states.device)
-        new = torch.as_tensor(before, device=states.device).clamp(max=states.shape[2] - tokens) + slots
+        latest = states.shape[2] - tokens  # a sliding cache drops the oldest
+        first = before.clamp(max=latest) if isinstance(before, Tensor) else min(before, latest)
+        new = first + torch.arange(tokens, device=states.device)
         return states, (cos[:, new], sin[:, new]), (cos, sin)
 
     def tables(self, states: Tensor) -> Rope:
