@@ -18,7 +18,7 @@ import torch
 from apart import apart
 from results import RESULTS
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kvfold.convert.pipeline import convert
 from kvfold.convert.planning import cost
@@ -38,29 +38,38 @@ LIBRARIES = 700 << 20
 """Bytes of memory that a process has before it begins."""
 
 
-def made(folder: Path, shape: dict[str, Any]) -> Path:
+def made(folder: Path, shape: dict[str, Any], tokens: int = 32768, dtype: str = "float32", window: int = 512) -> Path:
+    """A Llama of random weights, with so many random tokens beside it, in windows."""
     torch.manual_seed(0)
-    config = LlamaConfig(**shape, vocab_size=2048, max_position_embeddings=2048)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    save_file({"text": torch.randint(2048, (64, 512), dtype=torch.int16)}, folder / "text.safetensors")
+    config = LlamaConfig(**shape, vocab_size=2048, max_position_embeddings=2048, dtype=dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):  # drawn there: billions of numbers take minutes on a CPU
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    save_file({"text": torch.randint(2048, (tokens // window, window), dtype=torch.int16)}, folder / "text.safetensors")
     return folder
 
 
-def run(source: str, out: str, values: dict[str, Any]) -> dict[str, Any]:
-    """CPU seconds by step of a conversion."""
+def run(source: str, out: str, values: dict[str, Any], clock: str = "process") -> dict[str, Any]:
+    """Seconds by step of a conversion, of the CPU's threads or of the `wall`."""
     settings = parse_settings(ConvertSettings, values)
     spent: Counter[str] = Counter()
-    last, step = time.process_time(), "reading"
+
+    def seconds() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() if clock == "wall" else time.process_time()
+
+    last, step = seconds(), "reading"
 
     def report(share: float | None, line: str) -> None:
         nonlocal last, step
-        now = time.process_time()
+        now = seconds()
         spent[step] += now - last
         known = {"measuring": "folding", "folding": "folding", "healing": "healing", "verifying": "verifying"}
         last, step = now, next((name for word, name in known.items() if word in line), "reading" if share else step)
 
     convert(source, Path(out), settings, report=report)
-    spent[step] += time.process_time() - last
+    spent[step] += seconds() - last
     return {"spent": dict(spent)}
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
 from kvfold.convert.layouts.modeling_kvfold import KvfoldConfig
 from kvfold.evaluation.layers import cached_tensors
@@ -38,13 +38,18 @@ FOLDS: dict[str, dict[str, Any]] = {
 }
 
 
-def models(device: str, dtype: torch.dtype) -> dict[str, PreTrainedModel]:
+def models(
+    device: str, dtype: torch.dtype, shape: dict[str, Any] = SHAPE, folds: dict[str, dict[str, Any]] = FOLDS
+) -> dict[str, PreTrainedModel]:
+    """A Llama of random weights and its folds."""
     torch.manual_seed(0)
-    found: dict[str, PreTrainedModel] = {"source (MHA)": LlamaForCausalLM(LlamaConfig(**SHAPE))}
-    for name, widths in FOLDS.items():
-        layers = [{**widths, "heads": 12, "value_dim": 64}] * SHAPE["num_hidden_layers"]
-        config = KvfoldConfig.from_dict({**SHAPE, "source_model_type": "llama", "folded_layers": layers})
-        found[name] = AutoModelForCausalLM.from_config(config)
+    with torch.device(device):
+        found: dict[str, PreTrainedModel] = {"source": AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=dtype)}
+        for name, widths in folds.items():
+            layer = {**widths, "heads": shape["num_attention_heads"], "value_dim": shape["head_dim"]}
+            layers = {"folded_layers": [layer] * shape["num_hidden_layers"]}
+            config = KvfoldConfig.from_dict({**shape, "source_model_type": "llama", **layers})
+            found[name] = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return {name: model.to(device, dtype).eval() for name, model in found.items()}
 
 

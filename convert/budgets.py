@@ -6,6 +6,7 @@ widths of least summed error.
 """
 
 import time
+from functools import partial
 from math import inf
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from kvfold.convert.planning.plan import ConversionPlan
 from kvfold.convert.planning.widths import Widths, widths_to_try
 from kvfold.convert.source.checkpoint import CheckpointReader
 from kvfold.convert.source.data import Windows
-from kvfold.convert.source.stream import HiddenStates, SourceModel
+from kvfold.convert.source.stream import SourceModel
 
 WIDTH_TOKENS = 16384
 """Calibration tokens on which widths are measured."""
@@ -37,8 +38,7 @@ def measured_widths(
     tokens = windows.ids.shape[1]
     ids = windows.ids[: max(1, WIDTH_TOKENS // tokens)]
     source = SourceModel(reader, plan.family, device, tokens)
-    on_disk = HiddenStates.needs_disk((*ids.shape, plan.spec.hidden_size), copies=1)
-    original = source.embed(ids, scratch if on_disk else None)
+    original = source.embed(ids, scratch)
     curves: list[Curve] = []
     for layer in range(plan.folded[-1] + 1):
         block = source.block(layer)
@@ -47,7 +47,7 @@ def measured_widths(
             continue
         report(0.0, f"measuring layer {layer + 1}/{plan.spec.layers}")
         started = time.monotonic()
-        seen = observe(plan, source, layer, block, original)
+        seen = original.with_less(partial(observe, plan, source, layer, block, original), lambda line: report(None, line))
         curve: Curve = {}
         for widths in widths_to_try(plan, plan.spec.turning[layer]):
             error = best_latent(plan, seen, *widths, search=False)[0]

@@ -17,11 +17,16 @@ Report = Callable[[float | None, str], None]
 
 @dataclass(frozen=True)
 class Conversion:
-    """Attributes: the plan, the source's reader and the target's writer."""
+    """Attributes: the plan, the source's reader, the target's writer, and who is told how it goes."""
 
     plan: ConversionPlan
     reader: CheckpointReader
     writer: CheckpointWriter
+    report: Report = lambda share, line: None
+
+    def tell(self, line: str) -> None:
+        """Say what shall stay to be read."""
+        self.report(None, line)
 
     @property
     def layers(self) -> int:

@@ -17,7 +17,13 @@ def training_seconds(item: OpenLayer, hidden: Tensor, autocast: torch.dtype | No
             total = item.block(hidden).float().sum()
         torch.autograd.grad(total, item.parameters)
 
-    return seconds_of(once, hidden.device)
+    try:
+        return seconds_of(once, hidden.device)
+    except torch.OutOfMemoryError:
+        if len(hidden) == 1:
+            raise
+    torch.cuda.empty_cache()  # behind the handler, whose exception holds on to what did not fit
+    return 2 * training_seconds(item, hidden[: len(hidden) // 2], autocast)
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:

@@ -58,12 +58,13 @@ def designs_of(layers: Iterable[OpenLayer]) -> list[Design]:
 def fold_layer(job: Conversion, source: SourceModel, layer: int, original: HiddenStates) -> OpenLayer:
     """Fold a layer's attention by the candidate of least error, and move the original stream behind it."""
     block = source.block(layer)
-    seen = observe(job.plan, source, layer, block, original)
+    seen = original.with_less(lambda: observe(job.plan, source, layer, block, original), job.tell)
     error, label, folded = best(job.plan, seen, layer)
     if error == math.inf:
         raise ConversionError(f"folding layer {layer} gave no finite result: check the source's weights there")
     if job.plan.method in REFITTED:
-        refitted = refit_output(folded, block, original, bias=job.plan.layout == "kvfold")
+        bias, before = job.plan.layout == "kvfold", folded
+        refitted = original.with_less(lambda: refit_output(before, block, original, bias), job.tell)
         refitted_error = seen.measure(refitted)
         if refitted_error < error:
             error, folded = refitted_error, refitted

@@ -78,9 +78,8 @@ def free_bytes(device: torch.device) -> int:
 
 def fold_whole(job: Conversion, source: SourceModel, windows: Windows, report: Report) -> None:
     """Fold all layers, heal them together, write them. Raises ConversionError when something is not finite."""
-    on_disk = HiddenStates.needs_disk((*windows.ids.shape, job.plan.spec.hidden_size), copies=1)
     file = job.writer.folder / "original.hidden"
-    original = source.embed(windows.ids, file if on_disk else None)
+    original = source.embed(windows.ids, file)
     if job.plan.settings.token_weights == "nll":
         original.weights = SourceModel(job.reader, job.plan.family, source.device, windows.ids.shape[1]).surprise(windows.ids)
     norm, head = source.output()

@@ -47,9 +47,8 @@ def fold_on_stream(job: Conversion, device: torch.device, windows: Windows, repo
         fold_whole(job, source, windows, report)
         return
     report(0.0, "embedding")
-    on_disk = HiddenStates.needs_disk((*windows.ids.shape, plan.spec.hidden_size))
-    files = [job.writer.folder / f"{name}.hidden" for name in ("original", "folded")]
-    streams = [source.embed(windows.ids, file if on_disk else None) for file in files[: 2 if settings.heal_steps else 1]]
+    files = [job.writer.folder / f"{name}.hidden" for name in ("original", "folded")][: 2 if settings.heal_steps else 1]
+    streams = [source.embed(windows.ids, file, copies=len(files) - n) for n, file in enumerate(files)]
     if settings.token_weights == "nll":
         report(0.0, "weighing tokens")
         streams[0].weights = SourceModel(job.reader, plan.family, device, windows.ids.shape[1]).surprise(windows.ids)
@@ -148,18 +147,21 @@ def _heal(
 
     @torch.no_grad()
     def error() -> float:
-        hidden = folded.data[:size].to(device)
-        for block in blocks:
-            hidden = block(hidden)
-        return float(relative_error(hidden, original.data[:size].to(device)))
+        total = 0.0
+        for pick in torch.arange(size).split(max(1, folded.forward_tokens // tokens)):
+            hidden = folded.data[pick].to(device)
+            for block in blocks:
+                hidden = block(hidden)
+            total += float(relative_error(hidden, original.data[pick].to(device))) * len(pick)
+        return total / size
 
-    before, kept = error(), [p.detach().clone() for p in parameters]
+    before, kept = folded.with_less(error), [p.detach().clone() for p in parameters]
     try:
         rate = settings.heal_lr or WINDOW_RATE
         heal(blocks, designs, batches(), settings.heal_steps, rate, autocast=autocast_of(settings), report=report)
     except FloatingPointError as found:
         raise failed(settings, found, f"layer {layer}: ") from None
-    after = error()
+    after = folded.with_less(error)
     if not after < before:
         for parameter, value in zip(parameters, kept, strict=True):
             parameter.data.copy_(value)

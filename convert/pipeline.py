@@ -104,7 +104,7 @@ def convert(
             "calibration text": None if windows is None else checksum_of_rows(windows.ids),
         }
         with CheckpointWriter(partial, specs, parse_size(settings.max_shard_size), asked) as writer:
-            job = Conversion(plan, reader, writer)
+            job = Conversion(plan, reader, writer, report)
             if windows is None:
                 fold_alone(job, device, report)
             else:

@@ -51,7 +51,7 @@ def verify(job: Conversion, config: dict[str, Any], ids: Tensor | None, device: 
     source = SourceModel(job.reader, plan.family, device, few.shape[1])
     target = StreamedModel(config, plan.family.reading(job.writer.names, job.writer.read), device, few.shape[1])
     scale = residual_scale(plan) if plan.layout == "deepseek_v3" else 1.0  # of the target's residual stream
-    states = source.embed(few, None).data.to(device)
+    states = source.embed(few).data.to(device)
     for layer in range(layers) if ids is not None else sorted({0, layers - 1}):
         report(0.99, f"layer {layer + 1}/{layers}: verifying")
         block = source.block(layer)

@@ -131,7 +131,7 @@ def heal(
         trained: the modules in them that learn, by `RelativeAdam`; warm-up over 5 % of the steps, then cosine to zero.
         batches: pairs of the window's input and target; `steps` of them are drawn, those that are still to do.
         scale: what the learning rate is multiplied by, from the first loss.
-        piece: rows of a batch that run at a time, None for all.
+        piece: rows of a batch that run at a time, None for all; fewer where the device's memory is too small for them.
         autocast: dtype of the matrix products, None for the tensors' own. bfloat16 is several times as fast where the
             processor has it; parameters, their gradients and the hidden states between blocks stay as they are.
         report: called with the step and its loss.
@@ -140,15 +140,18 @@ def heal(
 
     Raises:
         FloatingPointError: the loss stopped being finite.
+        torch.OutOfMemoryError: not even one row fits into the device's memory.
     """
     optimizer = RelativeAdam(trained)
     progress = begun or Progress()
     if progress.optimizer is not None:
         optimizer.restore(progress.optimizer)
     warmup = max(1, steps // 20)
-    for step, (hidden, target) in zip(range(progress.steps, steps), batches, strict=False):
-        value, gradients = 0.0, None
-        for part, wanted in zip(hidden.split(piece or len(hidden)), target.split(piece or len(hidden)), strict=True):
+
+    def slope(hidden: Tensor, target: Tensor, size: int) -> tuple[float, list[Tensor]]:
+        """The loss and its gradients, `size` rows at a time."""
+        value, gradients = 0.0, [torch.zeros_like(p) for p in optimizer.parameters]
+        for part, wanted in zip(hidden.split(size), target.split(size), strict=True):
             with torch.autocast(part.device.type, autocast, enabled=autocast is not None):
                 output = part
                 for block in window:
@@ -156,9 +159,22 @@ def heal(
             error = loss(output.to(wanted.dtype), wanted) * (len(part) / len(hidden))
             value += float(error.detach())
             # Blocks may hold frozen weights; only what is trained needs a gradient.
-            found = torch.autograd.grad(error, optimizer.parameters)
-            gradients = found if gradients is None else tuple(a + b for a, b in zip(gradients, found, strict=True))
-        if not math.isfinite(value) or gradients is None:
+            for total, found in zip(gradients, torch.autograd.grad(error, optimizer.parameters), strict=True):
+                total += found
+        return value, gradients
+
+    for step, (hidden, target) in zip(range(progress.steps, steps), batches, strict=False):
+        size = min(piece or len(hidden), len(hidden))
+        while True:
+            try:
+                value, gradients = slope(hidden, target, size)
+                break
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+            piece = size = size // 2  # behind the handler, whose exception holds on to what did not fit
+            torch.cuda.empty_cache()
+        if not math.isfinite(value):
             raise FloatingPointError(f"healing diverged at step {step + 1} of {steps}: loss {value}")
         if step == 0:
             optimizer.measure()

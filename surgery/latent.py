@@ -27,7 +27,7 @@ from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.designs import LatentWeights, RebuiltKeyWeights, ReusedKeyWeights
 from kvfold.surgery.kvfold_attention import Rope, rotate, with_sinks
 from kvfold.surgery.layer import Layer
-from kvfold.surgery.lowrank import gauge, leading_directions, left_singular, power_and_inverse
+from kvfold.surgery.lowrank import gauge, leading_directions, left_singular, power_and_inverse, top_eigenvectors
 from kvfold.surgery.names import full_rank
 from kvfold.surgery.rope import from_complex, to_complex
 
@@ -169,14 +169,21 @@ def fold(
         raise ValueError(f"rank {rank} must lie between 1 and the full rank of keys and values")
     if not position_free:
         choice = replace(choice, balance=0.0)
-    slots = rotary_slots(layer, rope_dim // 2, choice, deviations=choice.centred and turned > 0)
+    deviations = choice.centred and turned > 0
+    chosen = (choice.slots, choice.picked, rope_dim, deviations)
+    slots = layer.once("slots", chosen, lambda: rotary_slots(layer, rope_dim // 2, choice, deviations))
     values, gain = layer.rows[2], None
     if not turned:
         down, up_k, up_v = joint_latent(layer, slots.rest, values, rank, choice)
     else:
-        numbers, gain, rest = turned_keys(layer, slots.rest, min(turned, rank) - 1, choice.centred)
-        read = layer.seen(values) @ layer.seen(numbers).mT  # what values read of these numbers, (G, D, J - 1)
-        down, up_k, up_v = joint_latent(layer, rest, values - read @ numbers, rank - len(numbers), choice)
+
+        def turn() -> tuple[Tensor, ...]:
+            numbers, gain, rest = turned_keys(layer, slots.rest, min(turned, rank) - 1, choice.centred)
+            read = layer.seen(values) @ layer.seen(numbers).mT  # what values read of these numbers, (G, D, J - 1)
+            return numbers, gain, rest, read, values - read @ numbers
+
+        numbers, gain, rest, read, unread = layer.once("turned", (slots.rest, min(turned, rank), choice.centred), turn)
+        down, up_k, up_v = joint_latent(layer, rest, unread, rank - len(numbers), choice)
         down, up_k, up_v = torch.cat([numbers, down]), F.pad(up_k, (len(numbers), 0)), torch.cat([read, up_v], -1)
         gain = F.pad(gain, (0, 0, 0, 0, 0, turned - len(gain)))  # where fewer numbers say all
     folded = assemble(layer, slots, down, up_k, up_v, position_free, gain)
@@ -258,7 +265,8 @@ def joint_latent(layer: Layer, rest: Tensor, values: Tensor, rank: int, choice: 
     Keys are weighted by the second moment of the queries that read them, turned by their coherence, so that the error is
     that of the scores.
     """
-    return weighted_latent(layer, from_complex(rest), values, layer.reading, rank, choice)
+    keys = layer.once("rests", (rest,), lambda: from_complex(rest))
+    return weighted_latent(layer, keys, values, layer.reading, rank, choice)
 
 
 def weighted_latent(
@@ -274,16 +282,34 @@ def weighted_latent(
         down (r, 2n), up_k (G, D, r), up_v (G, D, r).
     """
     _, k, v = layer.rows
-    (root_k, inverse_k), (root_v, inverse_v) = reading, power_and_inverse(layer.importance, choice.values / 2)
-    # Against the energy of the whole keys, so that a rest of nothing is given nothing.
-    energies = [
-        (root @ layer.seen(x, choice.centred)).square().sum().clamp_min(torch.finfo(x.dtype).tiny)
-        for root, x in ((root_k, k), (root_v, v))
-    ]
-    balance = (choice.balance * energies[1] / energies[0]).sqrt()
-    stacked = torch.cat([balance * root_k @ keys, root_v @ values]).flatten(0, 1)  # (2·G·D, 2n)
-    stacked = layer.deviations(stacked) if choice.centred else stacked
-    basis = left_singular(layer.seen(stacked), rank)  # (2·G·D, r)
+    root_k, inverse_k = reading
+    powers = layer.once("importance", (choice.values,), lambda: power_and_inverse(layer.importance, choice.values / 2))
+    root_v, inverse_v = powers
+
+    def weighted(what: str, root: Tensor, rows: Tensor, whole: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows (G·D, 2n) by their metric, the energy of the whole ones, and where that is smaller the Gram matrix (n, n)."""
+
+        def make() -> tuple[Tensor, Tensor, Tensor]:
+            moved = (root @ rows).flatten(0, 1)
+            moved = layer.deviations(moved) if choice.centred else moved
+            # Against the energy of the whole keys, so that a rest of nothing is given nothing.
+            energy = (root @ layer.seen(whole, choice.centred)).square().sum().clamp_min(torch.finfo(rows.dtype).tiny)
+            seen = layer.seen(moved)
+            return moved, energy, seen.mT @ seen if 2 * len(seen) > seen.shape[1] else seen[:0]
+
+        return layer.once(what, (root, rows, choice.centred), make)
+
+    moved_k, energy_k, gram_k = weighted("weighted keys", root_k, keys, k)
+    moved_v, energy_v, gram_v = weighted("weighted values", root_v, values, v)
+    balance = (choice.balance * energy_v / energy_k).sqrt()
+    stacked = torch.cat([balance * moved_k, moved_v])  # (2·G·D, 2n)
+    if len(gram_k):
+        near = layer.held.get("directions", ((), None))[1]
+        directions = top_eigenvectors(balance**2 * gram_k + gram_v, rank, near)
+        layer.held["directions"] = (), directions
+        basis = torch.linalg.qr(layer.seen(stacked) @ directions).Q  # (2·G·D, r)
+    else:
+        basis = left_singular(layer.seen(stacked), rank)
     up_k, up_v = basis.unflatten(0, (2, -1, layer.weights.head_dim))  # (G, D, r) each
     down = basis.mT @ stacked
     level = gauge(layer.seen(down))

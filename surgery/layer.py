@@ -8,8 +8,10 @@ Rows are kept twice, side by side, as `[a, a R]` (·, 2n): what is linear in row
 moment is a plain product of the second halves. The mean E[a z] is `a R` times a unit vector, the last row of `R`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.lowrank import power_and_inverse, square_root
 from kvfold.surgery.rope import from_complex, to_complex
 
+Made = TypeVar("Made")
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -25,11 +29,23 @@ class Layer:
     weights: the attention, float64.
     moment: E[z zᵀ] (d + 1, d + 1).
     phase: what each head's attention leaves of every frequency on average, (H, D/2) complex.
+    held: what `once` made last.
     """
 
     weights: AttentionWeights
     moment: Tensor
     phase: Tensor
+    held: dict[str, tuple[tuple[Any, ...], Any]] = field(default_factory=dict, compare=False)
+
+    def once(self, what: str, of: tuple[Any, ...], make: Callable[[], Made]) -> Made:
+        """What `make` made of the same values and the same tensors the last time, or makes now: candidates differ in little."""
+        before, made = self.held.get(what, ((), None))
+        same = (a is b or (not isinstance(a, Tensor) and a == b) for a, b in zip(before, of, strict=True))
+        if len(before) != len(of) or not all(same):
+            made = make()
+            self.held[what] = of, made
+        found: Made = made
+        return found
 
     @cached_property
     def root(self) -> Tensor:

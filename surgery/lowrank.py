@@ -44,25 +44,28 @@ ITERATED = 3072
 """From this size on, leading eigenvectors come from iterations on a few of them rather than from all."""
 
 
-def top_eigenvectors(matrix: Tensor, rank: int) -> Tensor:
+def top_eigenvectors(matrix: Tensor, rank: int, near: Tensor | None = None) -> Tensor:
     """The `rank` leading eigenvectors of Hermitian matrices (..., n, n) → (..., n, rank).
 
     Of a large positive semi-definite matrix (n, n) they span a subspace that holds as much of it as the exact one does, but for
-    a share of `1e-4` of what that leaves.
+    a share of `1e-4` of what that leaves. `near` (n, m) are those of a matrix that is much like it.
     """
     if matrix.ndim == 2 and len(matrix) >= ITERATED and 6 * rank <= len(matrix):
-        return subspace_iteration(matrix, rank)
+        return subspace_iteration(matrix, rank, near)
     return torch.linalg.eigh(matrix).eigenvectors[..., -rank:].flip(-1)
 
 
-def subspace_iteration(matrix: Tensor, rank: int, share: float = 1e-4, most: int = 40) -> Tensor:
+def subspace_iteration(matrix: Tensor, rank: int, near: Tensor | None = None, share: float = 1e-4, most: int = 40) -> Tensor:
     """Rayleigh-Ritz on products of a random block with a positive semi-definite matrix (n, n) → (n, rank), leading first.
 
-    It ends when a step adds less than `share` of the trace that is left outside (Halko et al., 0909.4061, section 4.5).
+    The block begins with `near` (n, m), where there is one. It ends when a step adds less than `share` of the trace that is
+    left outside (Halko et al., 0909.4061, section 4.5).
     """
     size = min(len(matrix), rank + max(16, rank // 4))
     generator = torch.Generator().manual_seed(0)
     block = torch.randn(len(matrix), size, generator=generator, dtype=matrix.dtype).to(matrix.device)
+    if near is not None:
+        block[:, : near.shape[1]] = near[:, :size]
     trace, held, vectors = float(matrix.diagonal().sum()), 0.0, block
     block = matrix @ block
     for _ in range(most):

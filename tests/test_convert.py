@@ -19,7 +19,8 @@ from kvfold.convert.pipeline import convert
 from kvfold.convert.planning.plan import make_plan
 from kvfold.convert.planning.settings import ConvertSettings
 from kvfold.convert.source.checkpoint import CheckpointReader
-from kvfold.convert.source.stream import HiddenStates, SourceModel
+from kvfold.convert.source.stream import Block, HiddenStates, SourceModel
+from kvfold.errors import ConversionError
 from kvfold.evaluation.layers import measure_cache
 from kvfold.surgery.attention import GroupedAttention
 from kvfold.surgery.designs import design
@@ -246,6 +247,37 @@ def test_hidden_states_on_disk_give_the_same_bytes(tmp_path: Path, monkeypatch: 
     fold(source, tmp_path / "disk", **settings)
     assert _weights(tmp_path / "memory") == _weights(tmp_path / "disk")
     assert not list((tmp_path / "disk").glob("*.hidden"))
+
+
+@pytest.mark.parametrize(("steps", "window", "tolerance"), [(0, 2, 1e-5), (4, 2, 0.05), (4, "all", 0.05)])
+def test_a_device_of_little_memory_takes_fewer_tokens_at_a_time(
+    steps: int, window: int | str, tolerance: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvfold.convert.calibration.MEASURED_TOKENS", (32, 64))  # the candidates' forward pass
+    source, said = save_model(tmp_path / "source", "llama"), []
+    settings = {"to": "mqa", "calibrate": save_tokens(tmp_path / "t.safetensors", 8, 32), "heal_steps": steps}
+    settings |= {"heal_window": window, "heal_dtype": "float32"}
+    fold(source, tmp_path / "enough", **settings)
+    whole = Block.__call__
+
+    def short(block: Block, hidden: torch.Tensor) -> torch.Tensor:
+        if len(hidden) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+        return whole(block, hidden)
+
+    monkeypatch.setattr(Block, "__call__", short)
+    most, out = 2, tmp_path / "little"
+    convert(str(source), out, ConvertSettings(**settings), report=lambda share, line: said.append((share, line)))
+    for ours, theirs in zip(load(out).parameters(), load(tmp_path / "enough").parameters(), strict=True):
+        # Sums in another order: Adam's first steps are their signs.
+        assert (ours - theirs).norm() <= tolerance * theirs.norm()
+    assert len([line for share, line in said if share is None and "64 tokens go through" in line]) == 1
+    most = 0
+    with pytest.raises(ConversionError, match=r"^CUDA out of memory: free memory there and repeat with --resume"):
+        convert(str(source), tmp_path / "none", ConvertSettings(**settings))
+    most = 8
+    convert(str(source), tmp_path / "none", ConvertSettings(**settings), resume=True)
+    assert _weights(tmp_path / "none") == _weights(tmp_path / "enough")
 
 
 def test_healing_brings_every_window_nearer_to_the_original(tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 """What a conversion is said to take: operations as torch counts them, memory and disk refused at the start."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -87,3 +90,26 @@ def test_too_little_memory_or_disk_is_refused_before_anything_is_read(
         with pytest.raises(UserError, match="1,000 bytes free and out needs about"):
             convert(str(source), tmp_path / "a" / "out", settings)
     assert not (tmp_path / "a").exists()
+
+
+def test_the_gpu_benchmark_in_miniature(tmp_path: Path) -> None:
+    """Conversions, uptraining and decoding, each with its numbers, on whatever device there is."""
+    command = [
+        sys.executable,
+        str(Path(__file__).parent.parent / "benchmarks/gpu.py"),
+        "--small",
+        "--out",
+        str(tmp_path / "found"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in (tmp_path / "found").read_text().splitlines()]
+    converted, trained, decoded = ([r for r in found if r["what"] == what] for what in ("convert", "uptrain", "decode"))
+    assert {r["job"] for r in converted} == {"mla", "mla, own layout", "mfa", "gqa"}
+    assert all(r["folding_seconds_per_layer"] > 0 and r["healing_seconds_per_layer"] > 0 for r in converted)
+    assert {r["recipe"] for r in trained} == {"distill-lora", "distill-attention", "ce-lora"}
+    assert all(r["tokens_per_second"] > 0 for r in trained)
+    sizes = {r["model"]: r["cache_bytes"] for r in decoded}
+    assert sizes["MLA 12 + 4"] * 8 == sizes["source"]
+    assert "MLA 12 + 4" in done.stdout.split("| ms per step")[1]

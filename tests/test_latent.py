@@ -258,3 +258,6 @@ def test_subspace_iteration_holds_what_the_leading_eigenvectors_hold(decay: floa
     torch.testing.assert_close(found.T @ found, torch.eye(40, dtype=torch.float64), atol=1e-10, rtol=0)
     held, best = float((found * (matrix @ found)).sum()), float(values[:40].sum())
     assert 0 <= best - held < 2e-4 * float(values[40:].sum())
+    near = subspace_iteration(matrix + 1e-3 * torch.eye(400, dtype=torch.float64), 40)
+    again = subspace_iteration(matrix, 40, near)
+    assert 0 <= best - float((again * (matrix @ again)).sum()) < 2e-4 * float(values[40:].sum())

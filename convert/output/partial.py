@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+import torch
 from safetensors import SafetensorError
 
 from kvfold.convert.output.files import sync, write_whole
@@ -213,6 +214,10 @@ def resumable(folder: Path) -> Iterator[None]:
         raise ConversionError(f"{explain(error, folder)}; then repeat with --resume") from error
     except SafetensorError as error:  # which hides what the system said
         raise ConversionError(f"{folder}: {error}; check the disk, then repeat with --resume") from error
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        remedy = "free memory there and repeat with --resume, or begin again with a shorter window or on another device"
+        raise ConversionError(f"{reason}: {remedy}") from error
 
 
 @contextmanager

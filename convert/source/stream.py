@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -23,22 +23,29 @@ from kvfold.errors import ConversionError
 from kvfold.surgery.kvfold_attention import Attention, Rope, attention_of, exchange, half_split
 from kvfold.surgery.output import capped
 
+Result = TypeVar("Result")
 FORWARD_TOKENS = 8192
-"""Tokens in one forward pass."""
+"""Tokens in one forward pass, where they fit into the device's memory."""
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm")
 """What models call the norm behind their last layer."""
 
 
 class HiddenStates:
-    """Float32 activations (rows, T, d) of all calibration tokens, in memory or in a mapped file when they do not fit.
+    """Float32 activations (rows, T, d) of all calibration tokens: on the device where half of its free memory holds `copies` of
+    them, else in the host's by the same measure, else in a mapped file.
 
-    `weights` (rows, T) say how much each token counts in second moments; None means all alike.
+    `weights` (rows, T) say how much each token counts in second moments; None means all alike. `forward_tokens` go through a
+    layer at a time.
     """
 
-    def __init__(self, shape: tuple[int, int, int], file: Path | None) -> None:
+    forward_tokens = FORWARD_TOKENS
+
+    def __init__(self, shape: tuple[int, int, int], device: torch.device, file: Path | None, copies: int = 1) -> None:
         size = torch.Size(shape).numel()
         self.weights: Tensor | None = None
-        if file is None:
+        if device.type == "cuda" and 4 * copies * size <= torch.cuda.mem_get_info(device)[0] // 2:
+            self.data = torch.empty(shape, device=device)
+        elif file is None or not self.needs_disk(shape, copies):
             self.data = torch.empty(shape)
         else:
             file.unlink(missing_ok=True)
@@ -48,15 +55,33 @@ class HiddenStates:
             self.data = torch.from_file(str(file), shared=True, size=size, dtype=torch.float32).view(shape)
 
     @staticmethod
-    def needs_disk(shape: tuple[int, int, int], copies: int = 2) -> bool:
-        """Whether `copies` of this shape would take more than half of the memory that is free now."""
+    def needs_disk(shape: tuple[int, int, int], copies: int) -> bool:
+        """Whether `copies` of this shape would take more than half of the host's memory that is free now."""
         return copies * 4 * torch.Size(shape).numel() > psutil.virtual_memory().available // 2
 
-    def batches(self) -> Iterator[slice]:
+    def batches(self, begin: int = 0) -> Iterator[slice]:
         rows, tokens, _ = self.data.shape
-        step = max(1, FORWARD_TOKENS // tokens)
-        for start in range(0, rows, step):
+        step = max(1, self.forward_tokens // tokens)
+        for start in range(begin, rows, step):
             yield slice(start, min(rows, start + step))
+
+    def with_less(self, work: Callable[[], Result], tell: Callable[[str], None] = lambda line: None) -> Result:
+        """`work()`, begun again with half the tokens in a forward pass as often as the device's memory is too small, down to
+        one window; `tell` is told. Raises torch.OutOfMemoryError when that does not fit either."""
+        rows, tokens, _ = self.data.shape
+        before = self.forward_tokens = min(self.forward_tokens, rows * tokens)
+        while True:
+            try:
+                result = work()
+                break
+            except torch.OutOfMemoryError:
+                if self.forward_tokens // 2 < tokens:
+                    raise
+            self.forward_tokens //= 2  # behind the handler, whose exception holds on to what did not fit
+            torch.cuda.empty_cache()
+        if self.forward_tokens < before:
+            tell(f"memory is short on the device: {self.forward_tokens:,} tokens go through a layer at a time from here on")
+        return result
 
 
 class _Caught(Exception):
@@ -132,8 +157,15 @@ class Block:
     @torch.no_grad()
     def advance(self, states: HiddenStates) -> None:
         """Replace the hidden states before this layer by those behind it."""
-        for rows in states.batches():
-            states.data[rows] = self(states.data[rows].to(self.device)).cpu()
+        done = 0
+
+        def go_on() -> None:
+            nonlocal done
+            for rows in states.batches(done):
+                states.data[rows] = self(states.data[rows].to(self.device))
+                done = rows.stop
+
+        states.with_less(go_on)
 
 
 @torch.no_grad()
@@ -211,12 +243,15 @@ class StreamedModel:
         return lambda ids: layer_calls(self.base, input_ids=ids.to(self.device))[0][0]
 
     @torch.no_grad()
-    def embed(self, ids: Tensor, file: Path | None) -> HiddenStates:
-        """(rows, T) token ids → the hidden states before the first layer."""
+    def embed(self, ids: Tensor, file: Path | None = None, copies: int = 1) -> HiddenStates:
+        """(rows, T) token ids → the hidden states before the first layer, of which there will be so many `copies`.
+
+        `file` holds those for which there is no memory.
+        """
         begin = self.beginning()
-        states = HiddenStates((*ids.shape, self.model.config.hidden_size), file)
+        states = HiddenStates((*ids.shape, self.model.config.hidden_size), self.device, file, copies)
         for rows in states.batches():
-            states.data[rows] = begin(ids[rows]).cpu()
+            states.data[rows] = begin(ids[rows])
         set_module_tensor_to_device(self.base.get_input_embeddings(), "weight", "meta")
         return states
 
@@ -265,7 +300,7 @@ class SourceModel(StreamedModel):
 
         It runs through the layers, so that this source can be used for nothing else.
         """
-        states = self.embed(ids, None)
+        states = self.embed(ids)
         for layer in range(len(self.base.layers)):
             self.block(layer).advance(states)
         norm, head = self.output()
