@@ -1,6 +1,6 @@
-"""What vLLM says of a checkpoint: greedy tokens and log-probabilities for prompts of token ids, as JSON on the last line.
+"""What vLLM says of checkpoints: greedy tokens and log-probabilities for prompts of token ids, as a line of JSON for each.
 
-    python engine_vllm.py CHECKPOINT PROMPTS.json
+    python engine_vllm.py CHECKPOINT PROMPTS.json [CHECKPOINT PROMPTS.json ...]
 
 Run by `make engines` in an environment of its own, with vLLM's CPU build. kvfold is installed there for the checkpoints of its
 own layout; nothing here knows of it.
@@ -51,8 +51,7 @@ def under_load(llm: LLM, prompts: list[list[int]], new_tokens: int) -> dict[str,
     }
 
 
-def main() -> None:
-    checkpoint, asked = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
+def said_of(checkpoint: str, asked: dict[str, Any]) -> dict[str, Any]:
     llm = LLM(
         checkpoint,
         dtype="float32",
@@ -79,7 +78,12 @@ def main() -> None:
     }
     if asked.get("mixed"):
         said |= under_load(llm, asked["mixed"], asked["new_tokens"])
-    print(json.dumps(said))
+    return said
+
+
+def main() -> None:
+    for checkpoint, prompts in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        print(json.dumps(said_of(checkpoint, json.loads(Path(prompts).read_text()))), flush=True)
 
 
 if __name__ == "__main__":

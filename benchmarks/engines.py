@@ -1,21 +1,25 @@
 """Serve folded checkpoints in unmodified engines and compare with transformers, token by token.
 
-    python benchmarks/engines.py PYTHON [vllm] [llama_cpp] [plugin] [FOLDER ...]
+    python benchmarks/engines.py PYTHON [vllm] [llama_cpp] [plugin] [FOLDER ...] [--only WORDS] [--keep]
 
 PYTHON is the interpreter of an environment with the engines, vLLM's CPU build and llama-cpp-python (`make engines` makes it).
-The demo model and, where it lies at hand, stories260k are folded in several ways, unhealed, in float32; each checkpoint
-continues the same prompts greedily in transformers and in an engine. Prints a table: how many greedy tokens agree, and the
-largest difference of their log-probabilities; and, of GGUF files, how many texts are read as the same tokens. Exit code 1 when
-any differ.
+The demo model, random models of several families and, where it lies at hand, stories260k are folded in several ways, unhealed,
+in float32; each checkpoint continues the same prompts greedily in transformers and in an engine. Prints a table: how many
+greedy tokens agree, and the largest difference of their log-probabilities in millionths; and, of GGUF files, how many texts are
+read as the same tokens. Exit code 1 when any differ. `--only` takes the rows whose names hold these words; `--keep` puts what
+they say into docs/results/engines.json.
 
-`plugin` is our own layout in vLLM, by kvfold.serving. Of those checkpoints, and of any other FOLDER with one, the table also
-says how many of 64 requests of mixed lengths are continued alike at once and one by one, how many tokens of a shared beginning
-were not computed again, how many tokens the same memory holds against the source's, and how fast they go.
+`plugin` is our own layout in vLLM, by kvfold.serving. Of those checkpoints of the demo model, and of any other FOLDER with one,
+the table also says how many requests of mixed lengths (64, and 16 of a FOLDER) are continued alike at once and one by one, how
+many tokens of a shared beginning were not computed again, how many tokens the same memory holds against the source's, and how
+fast they go.
 """
 
+import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging
 
 from kvfold.convert.pipeline import convert
@@ -37,7 +41,20 @@ from kvfold.surgery.kvfold_attention import exchange
 
 NEW_TOKENS, TOLERANCE, MIXED = 32, 1e-3, 64
 STORIES = Path(os.environ.get("KVFOLD_SHARED", "../shared")) / "models/stories260k"
-FOLDS: dict[str, tuple[str, Path, dict[str, Any]]] = {
+KEPT = Path(__file__).parent.parent / "docs/results/engines.json"
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+RANDOM: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 100},
+    "phi3": {"pad_token_id": 0},
+    "qwen2": {},
+    "qwen3": {},
+    "mixtral": {"num_local_experts": 4, "sliding_window": None},
+    "qwen3_moe": EXPERTS,
+}
+"""Families of random models of three layers with 6 query and 6 key heads of 32, and what their configs say besides."""
+WIDE = {"to": "mla", "kv_rank": 60, "rope_dim": 12, "layout": "kvfold"}
+FOLDS: dict[str, tuple[str, Path | str, dict[str, Any]]] = {
     "gqa-4": ("vllm", MODEL, {"to": "gqa", "kv_heads": 4}),
     "mqa": ("vllm", MODEL, {"to": "mqa"}),
     "mla 256 + 32 stored as 512 + 64": ("vllm", MODEL, {"to": "mla", "kv_rank": 256, "rope_dim": 32, "pad_for": "vllm-cpu"}),
@@ -49,6 +66,11 @@ FOLDS: dict[str, tuple[str, Path, dict[str, Any]]] = {
     "mla 64, rebuilt keys": ("plugin", MODEL, {"to": "mla", "kv_rank": 64, "keys": "rebuilt"}),
     "mfa 24": ("plugin", MODEL, {"to": "mfa", "width": 24, "layout": "kvfold"}),
     "mfa-kr 48": ("plugin", MODEL, {"to": "mfa-kr", "width": 48}),
+    "mla 64 + 16, two of six layers": ("plugin", MODEL, {**WIDE, "kv_rank": 64, "rope_dim": 16, "layers": "1,4"}),
+    **{f"random {family}, gqa 2": ("vllm", family, {"to": "gqa", "kv_heads": 2}) for family in ("qwen3", "phi3", "mixtral")},
+    **{f"random {family}, mla 60 + 12": ("plugin", family, WIDE) for family in ("qwen2", "qwen3", "mixtral", "qwen3_moe")},
+    "random mistral, window of 100, mfa-kr 60": ("plugin", "mistral", {"to": "mfa-kr", "width": 60}),
+    "random llama, mla 60 + 12, queries of rank 24": ("plugin", "llama", {**WIDE, "q_rank": 24}),
     "mla 106 + 22": ("llama_cpp", MODEL, {"to": "mla", "kv_budget": "25%"}),
     "stories260k, mla 24 + 8": ("llama_cpp", STORIES, {"to": "mla", "kv_rank": 24, "rope_dim": 8}),
 }
@@ -67,15 +89,33 @@ def load(folder: Path, choice: dict[str, Any]) -> Any:
 
 @torch.no_grad()
 def in_transformers(model: Any, prompts: list[list[int]]) -> list[dict[str, Any]]:
+    """Greedy tokens, decoded with a cache, and their log-probabilities, worked out at once and without one."""
     found = []
     for prompt in prompts:
-        out = torch.tensor([prompt])
+        out, cache = torch.tensor([prompt]), DynamicCache(config=model.config)
         for _ in range(NEW_TOKENS):
-            out = torch.cat([out, model(out, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
-        logprobs = model(out).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            new = out[:, cache.get_seq_length() :]
+            out = torch.cat([out, model(new, past_key_values=cache).logits[:, -1:].argmax(-1)], dim=1)
+        logprobs = model(out, use_cache=False).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         tokens = out[0, len(prompt) :]
         found.append({"tokens": tokens.tolist(), "logprobs": logprobs.gather(1, tokens[:, None])[:, 0].tolist()})
     return found
+
+
+def random_model(family: str, folder: Path) -> Path:
+    """Heads attend far from uniformly, so that what is read wrongly shows; with the demo model's tokenizer."""
+    shape = {"hidden_size": 192, "intermediate_size": 256, "num_hidden_layers": 3, "max_position_embeddings": 512}
+    shape |= {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 32, "vocab_size": 2048}
+    config = AutoConfig.for_model(family, **shape, tie_word_embeddings=False, **RANDOM[family])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if "self_attn" in name:
+            parameter.data.uniform_(0.5, 2.0) if "_norm" in name else parameter.data.normal_(std=0.1)
+    model.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL / file, folder)
+    return folder
 
 
 def in_engine(engine: str, python: str, folder: Path, prompts: Path) -> dict[str, Any]:
@@ -90,7 +130,7 @@ def in_engine(engine: str, python: str, folder: Path, prompts: Path) -> dict[str
     return json.loads(ran.stdout.strip().splitlines()[-1])
 
 
-def asked(folder: Path, root: Path, mixed: bool) -> tuple[Path, list[list[int]], list[str]]:
+def asked(folder: Path, root: Path, mixed: int) -> tuple[Path, list[list[int]], list[str]]:
     """What a checkpoint is asked, in a file for the engine; the prompts, and the texts that they are cut from."""
     heldout = write_texts(root)[1]
     texts = [path.read_text() for path in sorted(heldout.iterdir())]
@@ -98,7 +138,7 @@ def asked(folder: Path, root: Path, mixed: bool) -> tuple[Path, list[list[int]],
     question = {"ids": windows, "new_tokens": NEW_TOKENS, "texts": texts}
     if mixed:
         ids, lengths = [i for window in windows for i in window], random.Random(0)
-        question["mixed"] = [ids[at : at + lengths.randint(1, 200)] for at in range(0, MIXED * 4, 4)]
+        question["mixed"] = [ids[at : at + lengths.randint(1, 200)] for at in range(0, mixed * 4, 4)]
     (root / "prompts.json").write_text(json.dumps(question))
     return root / "prompts.json", windows, texts
 
@@ -107,66 +147,113 @@ def asked(folder: Path, root: Path, mixed: bool) -> tuple[Path, list[list[int]],
 def of_source(python: str, source: Path) -> dict[str, Any]:
     """The source in vLLM, with the same prompts."""
     with tempfile.TemporaryDirectory() as scratch:
-        return in_engine("vllm", python, source, asked(source, Path(scratch), mixed=False)[0])
+        return in_engine("vllm", python, source, asked(source, Path(scratch), mixed=0)[0])
 
 
 def fold(name: str, root: Path) -> Path:
     """A row's checkpoint."""
     _, source, choice = FOLDS[name]
-    text = str(write_texts(root)[0]) if source == MODEL else f"{source}/tokens.safetensors:calibration"
+    source = source if isinstance(source, Path) else random_model(source, root / "source")
+    text = f"{source}/tokens.safetensors:calibration" if source == STORIES else str(write_texts(root)[0])
     convert(
         str(source),
         root / "fold",
-        ConvertSettings(**choice, calibrate=text, calibration_tokens=16384, heal_steps=0, dtype="float32"),
+        ConvertSettings(
+            **choice, calibrate=text, calibration_tokens=16384 if source == MODEL else 2048, heal_steps=0, dtype="float32"
+        ),
     )
     return root / "fold"
 
 
-def compare(name: str, engine: str, choice: dict[str, Any], python: str, out: Path, root: Path) -> bool:
-    """Ask both, print a row of the table; whether they agree."""
+def compare(name: str, engine: str, choice: dict[str, Any], python: str, out: Path, root: Path, mixed: int) -> dict[str, Any]:
+    """Ask both, and say of it what a row of the table says."""
     record = json.loads((out / "kvfold.json").read_text())
-    prompts, windows, texts = asked(out, root, engine == "plugin")
+    prompts, windows, texts = asked(out, root, mixed)
     ours, theirs = in_transformers(load(out, choice), windows), in_engine(engine, python, out, prompts)
     pairs = [
         (a, b, abs(x - y))
         for mine, other in zip(ours, theirs["found"], strict=True)
         for a, b, x, y in zip(mine["tokens"], other["tokens"], mine["logprobs"], other["logprobs"], strict=True)
     ]
-    same, apart = sum(a == b for a, b, _ in pairs), max(difference for _, _, difference in pairs)
-    agreed, cell = same == len(pairs) and apart <= TOLERANCE, ""
+    found = {
+        "architecture": record["target"]["architecture"],
+        "engine": engine,
+        "same_tokens": sum(a == b for a, b, _ in pairs),
+        "tokens": len(pairs),
+        "logprob_difference_millionths": max(difference for _, _, difference in pairs) * 1e6,
+    }
     if "texts" in theirs:
         tokenizer = load_tokenizer(out)
         mine = (tokenizer(text, verbose=False)["input_ids"] for text in texts)  # some are longer than the model's context
-        read = sum(ids == tokens for ids, tokens in zip(mine, theirs["texts"], strict=True))
-        agreed, cell = agreed and read == len(texts), f"{read} of {len(texts)}"
-    cells = [name, record["target"]["architecture"], engine, f"{same} of {len(pairs)}", f"{apart:.1e}", cell]
-    if engine == "plugin":
+        found["same_texts"] = sum(ids == tokens for ids, tokens in zip(mine, theirs["texts"], strict=True))
+        found["texts"] = len(texts)
+    if mixed:
         source = of_source(python, Path(record["source"]))
-        held, kept = source["capacity"] / theirs["capacity"], record["kv_budget"]
-        agreed &= theirs["alike"] == theirs["requests"] and theirs["reused"] > 0 and abs(held / kept - 1) <= 0.05
-        cells += [f"{theirs['alike']} of {theirs['requests']}", str(theirs["reused"]), f"{1 / held:.2f}× for {1 / kept:.2f}×"]
-        cells += [f"{theirs['tokens_per_second']:.0f} / {source['tokens_per_second']:.0f}"]
-    print(f"| {' | '.join(cells)} |", flush=True)
+        layers = json.loads((out / "config.json").read_text())["folded_layers"]
+        share = sum(widths is not None for widths in layers) / len(layers)
+        found |= {
+            "requests_alike": theirs["alike"],
+            "requests": theirs["requests"],
+            "tokens_reused": theirs["reused"],
+            "capacity_ratio": theirs["capacity"] / source["capacity"],
+            "capacity_ratio_asked": 1 / (1 - share + share * record["kv_budget"]),
+            "tokens_per_second": theirs["tokens_per_second"],
+            "source_tokens_per_second": source["tokens_per_second"],
+        }
+    return found
+
+
+def agrees(row: dict[str, Any]) -> bool:
+    """Whether a row says what it should."""
+    agreed = row["same_tokens"] == row["tokens"] and row["logprob_difference_millionths"] <= TOLERANCE * 1e6
+    agreed &= row.get("same_texts") == row.get("texts") and row.get("requests_alike") == row.get("requests")
+    if "requests" in row:
+        agreed &= row["tokens_reused"] > 0 and abs(row["capacity_ratio"] / row["capacity_ratio_asked"] - 1) <= 0.05
     return agreed
 
 
+def line(name: str, row: dict[str, Any]) -> str:
+    cells = [name, row["architecture"], row["engine"], f"{row['same_tokens']} of {row['tokens']}"]
+    cells += [f"{row['logprob_difference_millionths']:.1f}", f"{row['same_texts']} of {row['texts']}" if "texts" in row else ""]
+    if "requests" in row:
+        cells += [f"{row['requests_alike']} of {row['requests']}", str(row["tokens_reused"])]
+        cells += [f"{row['capacity_ratio']:.2f}× for {row['capacity_ratio_asked']:.2f}×"]
+        cells += [f"{row['tokens_per_second']:.0f} / {row['source_tokens_per_second']:.0f}"]
+    return f"| {' | '.join(cells)} |"
+
+
 def main() -> None:
-    python, *chosen = sys.argv[1:]
-    engines = [engine for engine in ("vllm", "llama_cpp", "plugin") if engine in chosen]
-    folders = [Path(folder) for folder in chosen if folder not in engines]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("python")
+    parser.add_argument("chosen", nargs="*", help="vllm, llama_cpp, plugin or folders")
+    parser.add_argument("--only", default="", help="rows whose names hold these words")
+    parser.add_argument("--keep", action="store_true", help="put the results into docs/results/engines.json")
+    args = parser.parse_args()
+    engines = [engine for engine in ("vllm", "llama_cpp", "plugin") if engine in args.chosen]
+    folders = [Path(folder) for folder in args.chosen if folder not in engines]
     engines = engines if engines or folders else ["vllm", "llama_cpp", "plugin"]
     logging.disable_progress_bar()
-    columns = ["checkpoint", "architecture", "engine", "greedy tokens that agree", "largest difference of log-probabilities"]
+    columns = ["checkpoint", "architecture", "engine", "greedy tokens that agree", "log-probabilities differ by, millionths"]
     columns += ["texts", "at once as alone", "tokens reused", "tokens held", "tokens/s, source's"]
     print(f"| {' | '.join(columns)} |\n|---|---|---|{'---:|' * 7}")
+    wanted = [
+        n for n, (engine, source, _) in FOLDS.items() if engine in engines and (source in RANDOM or Path(source).is_dir())
+    ]
+    rows: list[tuple[str, str, dict[str, Any], Path | None, int]] = [
+        (name, *FOLDS[name][::2], None, MIXED if FOLDS[name][:2] == ("plugin", MODEL) else 0)
+        for name in wanted
+        if args.only in name
+    ]
+    rows += [(folder.name, "plugin", {}, folder, MIXED // 4) for folder in folders]
     agreed = True
-    for name, (engine, source, choice) in FOLDS.items():
-        if engine in engines and source.is_dir():
-            with tempfile.TemporaryDirectory() as scratch:
-                agreed &= compare(name, engine, choice, python, fold(name, Path(scratch)), Path(scratch))
-    for folder in folders:
+    for name, engine, choice, folder, mixed in rows:
         with tempfile.TemporaryDirectory() as scratch:
-            agreed &= compare(folder.name, "plugin", {}, python, folder, Path(scratch))
+            row = compare(name, engine, choice, args.python, folder or fold(name, Path(scratch)), Path(scratch), mixed)
+        agreed &= agrees(row)
+        print(line(name, row), flush=True)
+        if args.keep:
+            kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+            KEPT.write_text(json.dumps({**kept, name: row}, indent=1) + "\n")
     sys.exit(not agreed)
 
 

@@ -272,9 +272,9 @@ class FoldedAttention(Attention):
         before = before.clone() if isinstance(before, Tensor) else before
         states, tokens = self.cached(states, cache), states.shape[2]
         cos, sin = self.tables(states)
-        last = states.shape[2] - tokens  # a sliding cache drops the oldest
-        first = before.clamp(max=last) if isinstance(before, Tensor) else min(before, last)
-        new = torch.arange(tokens, device=states.device) + first
+        latest = states.shape[2] - tokens  # a sliding cache drops the oldest
+        first = before.clamp(max=latest) if isinstance(before, Tensor) else min(before, latest)
+        new = first + torch.arange(tokens, device=states.device)
         return states, (cos[:, new], sin[:, new]), (cos, sin)
 
     def tables(self, states: Tensor) -> Rope:
