@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from kvfold.convert.planning.plan import ConversionPlan
+from kvfold.convert.planning.conversion_plan import ConversionPlan
 from kvfold.convert.source.checkpoint import CheckpointReader
 from kvfold.convert.source.stream import Block, HiddenStates, SourceModel, check_finite
 from kvfold.surgery import latent, norms

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvfold.convert.calibration import Observed
-from kvfold.convert.planning.plan import ConversionPlan
+from kvfold.convert.planning.conversion_plan import ConversionPlan
 from kvfold.convert.planning.widths import widths_to_try
 from kvfold.surgery import baselines, factorized, grouping, latent, norms, rebuilt
 from kvfold.surgery.attention import AttentionWeights

@@ -11,6 +11,7 @@ import pytest
 
 from kvfold.convert.families import AttentionSpec, Rope, family_of
 from kvfold.convert.planning.engines import LatentShape
+from kvfold.convert.planning.parameters import saved_at_least
 from kvfold.convert.planning.plan import cache_dtype, make_plan
 from kvfold.convert.planning.settings import ConvertSettings, normal_dtype, parse_budget, parse_settings, parse_size, unknown
 from kvfold.convert.planning.widths import widths_to_try
@@ -299,7 +300,7 @@ def test_our_own_layout_grows_by_a_tenth_by_default() -> None:
         plan = make_plan(LLAMA_2_7B, ConvertSettings(to="mla", kv_budget=budget))  # float16, so no deepseek_v3
         assert (plan.layout, plan.kv_rank, plan.rope_dim) == ("kvfold", *widths)
         assert "float16 cannot hold the scaled latents of deepseek_v3, --dtype bfloat16 can" in plan.note
-        assert -plan.parameters_saved_at_least / 6_738_415_616 == pytest.approx(growth, abs=1e-3)
+        assert -saved_at_least(plan) / 6_738_415_616 == pytest.approx(growth, abs=1e-3)
         assert ("the model grows by up to" in plan.note) == (growth > 0.1)
         assert all(rope <= widths[1] for _, rope in widths_to_try(plan))
     assert make_plan(LLAMA_2_7B, ConvertSettings(to="mla", kv_rank=1024, rope_dim=1024)).rope_dim == 1024
@@ -313,7 +314,7 @@ def test_parameters_of_measured_widths_are_a_bound(to: str) -> None:
     plan = make_plan(config, ConvertSettings(to=to, kv_budget="25%", layer_budgets="measured", layout="kvfold"))
     tried = [w for w in widths_to_try(plan) if sum(w)]
     total = int(plan.cache_numbers) * 4
-    bound = plan.parameters_saved_at_least
+    bound = saved_at_least(plan)
     for widths in itertools.combinations_with_replacement(tried, 4):
         if sum(map(sum, widths)) <= total:
             assert replace(plan, widths=widths).parameters_saved >= bound

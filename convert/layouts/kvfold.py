@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvfold.convert.layouts import modeling_kvfold
 from kvfold.convert.layouts.source import carried, in_place_of_attention
-from kvfold.convert.planning.plan import ConversionPlan
+from kvfold.convert.planning.conversion_plan import ConversionPlan
 from kvfold.convert.source.checkpoint import CheckpointReader, TensorSpec
 from kvfold.surgery import kvfold_attention
 from kvfold.surgery.designs import FoldedWeights, design, weights_of
