@@ -78,7 +78,8 @@ class Observed:
         """The layer without its norms of queries and keys, None where it has none."""
         if not self.plan.spec.key_norm:
             return None
-        return norms.Linear(self.weights.rooted(), self.moment, self.plan.design == "rebuilt-key")
+        sized = self.plan.settings.key_norm == "cached"
+        return norms.Linear(self.weights.rooted(), self.moment, self.plan.design == "rebuilt-key", sized)
 
     @cached_property
     def layer(self) -> Layer:

@@ -86,7 +86,8 @@ def _search(plan: ConversionPlan) -> tuple[Choice, Tries]:
         return rebuilt.START, rebuilt.TRIED
     # What is constant over linear keys is not over normed ones, and does not fall out of the softmax behind a soft cap; beside
     # a sink attention weights do not sum to one.
-    if plan.spec.sinks or ((plan.spec.key_norm or plan.spec.score_cap) and plan.settings.to != "mfa"):
+    sized = plan.spec.key_norm and plan.settings.key_norm == "cached"
+    if plan.spec.sinks or ((sized or plan.spec.score_cap) and plan.settings.to != "mfa"):
         started, tries = latent.FREE_START, latent.FREE
         if plan.settings.to != "mla":
             started, tries = factorized.START[plan.settings.to], factorized.TRIED[plan.settings.to]

@@ -43,7 +43,8 @@ def widths(plan: ConversionPlan, layer: int) -> dict[str, Any]:
         "rebuilt-key": {"rank": rank, "kv_heads": spec.kv_heads},
     }[plan.design]
     shared = {"heads": spec.heads, "value_dim": spec.head_dim, "q_rank": plan.q_rank, "query_bias": spec.qkv_bias}
-    norm = {"kv_heads": spec.kv_heads, "together": spec.key_norm == "whole", "eps": spec.norm_eps}
+    sized = 0 if plan.settings.key_norm == "mean" else spec.kv_heads
+    norm = {"kv_heads": sized, "together": spec.key_norm == "whole", "eps": spec.norm_eps}
     special = {
         "norm": norm if spec.key_norm else None,
         "cap": spec.score_cap,

@@ -4,7 +4,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from kvfold.convert.families import AttentionSpec
-from kvfold.convert.planning.widths import widths_to_try
+from kvfold.convert.planning.widths import kept_scalars, widths_to_try
 from kvfold.convert.source.config import resolve
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def source_parameters(config: dict[str, Any], spec: AttentionSpec) -> int:
 def grouped_parameters(spec: AttentionSpec, kv_heads: int) -> int:
     """Of one layer's attention with so many key heads."""
     rows, heads = 2 * kv_heads * spec.head_dim, spec.heads * spec.head_dim
-    norms = {"": 0, "head": 2 * spec.head_dim, "whole": heads + rows // 2}[spec.key_norm]
+    norms = {"": 0, "head": 2 * spec.head_dim}.get(spec.key_norm, heads + rows // 2)
     return norms + (heads + rows) * (spec.hidden_size + spec.qkv_bias) + spec.hidden_size * (heads + spec.o_bias)
 
 
@@ -89,7 +89,9 @@ def _latent_parameters(plan: "ConversionPlan", rank: int, rope: int) -> int:
         if plan.design == "rebuilt-key":
             total += (spec.heads + spec.kv_heads) * spec.head_dim
         else:
-            total += spec.heads * width * spec.head_dim + spec.kv_heads * spec.head_dim * (spec.hidden_size + spec.qkv_bias)
+            total += spec.heads * width * spec.head_dim
+            if kept_scalars(spec, plan.settings):
+                total += spec.kv_heads * spec.head_dim * (spec.hidden_size + spec.qkv_bias)
     total += (plan.settings.q_rank or 0) * spec.hidden_size
     total += (rank + rope) * (spec.hidden_size + 1) + spec.hidden_size * (spec.heads * spec.head_dim + 1)
     if plan.design == "latent":

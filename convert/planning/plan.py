@@ -24,6 +24,7 @@ from kvfold.convert.planning.widths import (
     baseline_widths,
     folded_layers,
     latent_widths,
+    refuse_key_norm,
     refuse_query_rank,
     target_heads,
     widest_rope,
@@ -44,6 +45,7 @@ BELONGS = {
     "q_rank": LATENT_TARGETS,
     "keys": ("mla",),
     "turned_keys": ("mla",),
+    "key_norm": LATENT_TARGETS,
     "layers": LATENT_TARGETS,
     "layer_budgets": LATENT_TARGETS,
     "layout": LATENT_TARGETS,
@@ -77,9 +79,10 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
             _refuse_published(spec, settings, folded, refusals)
         stored, note = stored_shape(said, spec, settings, layout, (rank, rope_dim), note, refusals)
         refuse_query_rank(spec, settings, stored, refusals)
+        refuse_key_norm(spec, settings, refusals)
     else:
         kv_heads = target_heads(spec, settings, refusals)
-        _refuse_ungrouped(family, settings, refusals)
+        _refuse_ungrouped(family, spec, settings, refusals)
     method = _method(settings, refusals)
     # The paper pools neighbours; the methods that align heads first gain from choosing who meets whom.
     grouping = settings.grouping or ("similar" if method in ("align", "pca") else "neighbours")
@@ -119,12 +122,13 @@ def _refuse_published(spec: AttentionSpec, settings: ConvertSettings, folded: tu
         refusals.append(f"--method {settings.method} expects RoPE in every layer, and here some have none: leave it out")
 
 
-def _refuse_ungrouped(family: Family, settings: ConvertSettings, refusals: list[str]) -> None:
+def _refuse_ungrouped(family: Family, spec: AttentionSpec, settings: ConvertSettings, refusals: list[str]) -> None:
     if not family.grouped and settings.to != "source":
-        refusals.append(
-            f"{family.architecture} has as many key heads as query heads, so --to {settings.to} is not possible: "
-            f"use --to {', '.join(LATENT_TARGETS[:-1])} or {LATENT_TARGETS[-1]}"
-        )
+        reason = f"{family.architecture} has as many key heads as query heads"
+        if spec.key_norm == "centred":
+            reason = "every head goes through a LayerNorm of its own (use_qk_norm), behind which heads cannot be merged"
+        others = f"{', '.join(LATENT_TARGETS[:-1])} or {LATENT_TARGETS[-1]}"
+        refusals.append(f"{reason}, so --to {settings.to} is not possible: use --to {others}")
 
 
 def _method(settings: ConvertSettings, refusals: list[str]) -> str:

@@ -52,6 +52,9 @@ class ConvertSettings(BaseModel):
     turned_keys: int | None = setting(
         None, TARGET, "Keys that turn whole beside the shared rotary one (mla, own layout). Default: 3; 0 decodes faster.", ge=0
     )
+    key_norm: Literal["cached", "mean"] = setting(
+        "cached", TARGET, "Sizes of normed keys: cached for each token, or the mean, which is not exact and costs no cache."
+    )
     layers: Annotated[str | None, BeforeValidator(lambda v: str(v) if isinstance(v, int) else v)] = setting(
         None,
         TARGET,

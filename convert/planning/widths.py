@@ -163,7 +163,8 @@ def widths_to_try(plan: "ConversionPlan", rotary: bool = True) -> list[Widths]:
 
 def kept_scalars(spec: AttentionSpec, settings: ConvertSettings) -> int:
     """Numbers cached per token for the sizes of normed keys: none where keys are whole when they are normed."""
-    return 0 if settings.to in ("gqa", "mqa") or rebuilds(settings) else spec.key_scalars
+    whole = settings.to in ("gqa", "mqa") or rebuilds(settings)
+    return 0 if whole or settings.key_norm == "mean" else spec.key_scalars
 
 
 def rebuilds(settings: ConvertSettings) -> bool:
@@ -205,6 +206,13 @@ def refuse_query_rank(spec: AttentionSpec, settings: ConvertSettings, stored: La
     full = min(spec.hidden_size, spec.heads * (stored.nope + stored.rope or spec.head_dim))
     if settings.q_rank is not None and settings.q_rank > full:
         refusals.append(f"--q-rank {settings.q_rank} is over the full rank {full} of the queries: the nearest is {full}")
+
+
+def refuse_key_norm(spec: AttentionSpec, settings: ConvertSettings, refusals: list[str]) -> None:
+    if settings.key_norm == "mean" and not spec.key_norm:
+        refusals.append("--key-norm mean belongs to models whose keys go through a norm: leave it out")
+    elif settings.key_norm == "mean" and rebuilds(settings):
+        refusals.append("--key-norm mean has nothing to save where keys are rebuilt and normed then: leave it out")
 
 
 def target_heads(spec: AttentionSpec, settings: ConvertSettings, refusals: list[str]) -> int:
