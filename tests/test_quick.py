@@ -24,7 +24,9 @@ from tests.test_plan import LLAMA_2_7B, LLAMA_31_8B, MISTRAL, QWEN, SMOLLM, TINY
 PUBLISHED = [LLAMA_2_7B, LLAMA_31_8B, TINYLLAMA, SMOLLM, MISTRAL, QWEN]
 BIASED = {name: {biases: True} for name, (_, biases) in GATED.items() if biases}
 FEW_HEADS: dict[str, Any] = {"num_key_value_heads": 2}
+FEW_SPARSE = {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
 TINY = [tiny_config(name, **more).to_dict() for name in GATED for more in ({}, BIASED.get(name, FEW_HEADS))]
+TINY.append(tiny_config("qwen3_moe", **FEW_SPARSE).to_dict())
 LINEAR = {"rope_scaling": {"type": "linear", "factor": 2.0}}
 REFUSED: list[dict[str, Any]] = [
     {**SMOLLM, "num_key_value_heads": 2},
@@ -39,6 +41,7 @@ REFUSED: list[dict[str, Any]] = [
     {**SMOLLM, "architectures": ["LlamaForSequenceClassification"]},
     {**SMOLLM, "sliding_window": "far"},
     {"model_type": "llama"},
+    {**tiny_config("qwen3_moe").to_dict(), "decoder_sparse_step": 0},
 ]
 FLAT = [config for config in TINY if "full_attention" not in config["rope_parameters"]]
 """Where transformers writes a RoPE for every kind of layer, the config is read with torch."""
@@ -93,8 +96,8 @@ def test_a_plan_of_a_real_config_is_the_same_without_torch(shared: Path) -> None
     if not raw:
         pytest.skip(f"no configs under {shared}: set KVFOLD_SHARED to run this")
     configs = [config for config in map(read_as, raw) if needs_no_torch(config)]
-    assert len(configs) == 100
-    assert len([config for config in configs if config.get("model_type") in GATED]) == 70
+    assert len(configs) == 104
+    assert len([config for config in configs if config.get("model_type") in GATED]) == 74
     for config, said in zip(configs, planned_without_torch(configs), strict=True):
         assert said == planned(config), config
 
@@ -135,7 +138,7 @@ def test_parameters_are_counted_without_the_model(config: dict[str, Any]) -> Non
 @pytest.mark.parametrize(
     "unusual",
     [
-        {"model_type": "mixtral"},
+        {"model_type": "phimoe"},
         {"hidden_act": "swoosh"},
         {"hidden_act": 3},
         {"torch_dtype": "bfloat17"},

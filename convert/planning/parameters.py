@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from kvfold.convert.families import AttentionSpec
 from kvfold.convert.planning.widths import kept_scalars, widths_to_try
 from kvfold.convert.source.config import resolve
+from kvfold.errors import UserError
 
 if TYPE_CHECKING:
     from kvfold.convert.planning.conversion_plan import ConversionPlan
@@ -13,12 +14,15 @@ if TYPE_CHECKING:
 GATED = {
     **dict.fromkeys(("llama", "granite", "seed_oss", "smollm3"), (2, "mlp_bias")),
     **dict.fromkeys(("mistral", "qwen2", "qwen3", "olmo2", "olmo3", "exaone4", "gemma", "phi3", "glm"), (2, None)),
+    **dict.fromkeys(("mixtral", "qwen3_moe"), (2, None)),
     **dict.fromkeys(("gemma2", "gemma3_text", "glm4"), (4, None)),
     **dict.fromkeys(("cohere", "cohere2"), (1, None)),
     "ernie4_5": (2, "use_bias"),
 }
-"""Families whose layers have attention, one gated MLP and norms without biases: how many norms, and the key of the config that
-gives the MLP biases."""
+"""Families whose layers have attention, a gated MLP or experts, and norms without biases: how many norms, and the key of the
+config that gives the MLP biases."""
+EXPERTS = {"mixtral": "intermediate_size", "qwen3_moe": "moe_intermediate_size"}
+"""Families with experts, and the key of the config that tells how wide these are."""
 
 
 def source_parameters(config: dict[str, Any], spec: AttentionSpec) -> int:
@@ -29,9 +33,21 @@ def source_parameters(config: dict[str, Any], spec: AttentionSpec) -> int:
         return build_on_meta(config).num_parameters()
     said, (norms, biased) = resolve(config), GATED[config["model_type"]]
     hidden, inner = spec.hidden_size, said["intermediate_size"]
-    mlp = 3 * hidden * inner + (2 * inner + hidden if biased and said[biased] else 0)
-    layer = grouped_parameters(spec, spec.kv_heads) + mlp + norms * hidden
-    return spec.vocab_size * hidden * (1 if spec.tied else 2) + spec.layers * layer + hidden  # one norm behind them
+    dense = 3 * hidden * inner + (2 * inner + hidden if biased and said[biased] else 0)
+    mlps = sum(_experts(config["model_type"], said, layer) or dense for layer in range(spec.layers))
+    layer = grouped_parameters(spec, spec.kv_heads) + norms * hidden
+    return spec.vocab_size * hidden * (1 if spec.tied else 2) + spec.layers * layer + mlps + hidden  # one norm behind them
+
+
+def _experts(model_type: str, said: dict[str, Any], layer: int) -> int:
+    """Of a layer's experts and their router, 0 for a layer without."""
+    step = said.get("decoder_sparse_step", 1)
+    if not step:
+        raise UserError("config.json: decoder_sparse_step is 0, which is no distance between layers: check that file")
+    if model_type not in EXPERTS or layer in said.get("mlp_only_layers", ()) or (layer + 1) % step:
+        return 0
+    count = next(said[key] for key in ("num_local_experts", "num_experts") if key in said)
+    return int(count * said["hidden_size"] * (3 * said[EXPERTS[model_type]] + 1))
 
 
 def grouped_parameters(spec: AttentionSpec, kv_heads: int) -> int:
