@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kvfold.convert.pipeline import convert
 from kvfold.convert.planning import cost
+from kvfold.convert.planning.parameters import source_parameters
 from kvfold.convert.planning.plan import make_plan
 from kvfold.convert.planning.settings import ConvertSettings, parse_settings
-from kvfold.convert.planning.widths import source_parameters
 from kvfold.convert.source.configfile import read_config
 
 SMOL = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}

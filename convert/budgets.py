@@ -16,7 +16,7 @@ from kvfold.convert.calibration import observe
 from kvfold.convert.conversion import Report
 from kvfold.convert.duration import spoken
 from kvfold.convert.methods import best_latent
-from kvfold.convert.planning.plan import ConversionPlan
+from kvfold.convert.planning.conversion_plan import ConversionPlan
 from kvfold.convert.planning.widths import Widths, widths_to_try
 from kvfold.convert.source.checkpoint import CheckpointReader
 from kvfold.convert.source.data import Windows

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from kvfold.convert.planning.plan import ConversionPlan
+from kvfold.convert.planning.conversion_plan import ConversionPlan
 from kvfold.convert.source.checkpoint import CheckpointReader
 from kvfold.convert.source.stream import Block, HiddenStates, SourceModel, check_finite
 from kvfold.surgery import latent, norms
@@ -78,7 +78,8 @@ class Observed:
         """The layer without its norms of queries and keys, None where it has none."""
         if not self.plan.spec.key_norm:
             return None
-        return norms.Linear(self.weights.rooted(), self.moment, self.plan.design == "rebuilt-key")
+        sized = self.plan.settings.key_norm == "cached"
+        return norms.Linear(self.weights.rooted(), self.moment, self.plan.design == "rebuilt-key", sized)
 
     @cached_property
     def layer(self) -> Layer:

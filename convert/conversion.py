@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from kvfold.convert.calibration import read_attention
 from kvfold.convert.layouts import Layout, layout_of
 from kvfold.convert.output.writer import CheckpointWriter
-from kvfold.convert.planning.plan import ConversionPlan
+from kvfold.convert.planning.conversion_plan import ConversionPlan
 from kvfold.convert.source.checkpoint import CheckpointReader
 from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.designs import FoldedWeights

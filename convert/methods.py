@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvfold.convert.calibration import Observed
-from kvfold.convert.planning.plan import ConversionPlan
+from kvfold.convert.planning.conversion_plan import ConversionPlan
 from kvfold.convert.planning.widths import widths_to_try
 from kvfold.surgery import baselines, factorized, grouping, latent, norms, rebuilt
 from kvfold.surgery.attention import AttentionWeights
@@ -86,7 +86,8 @@ def _search(plan: ConversionPlan) -> tuple[Choice, Tries]:
         return rebuilt.START, rebuilt.TRIED
     # What is constant over linear keys is not over normed ones, and does not fall out of the softmax behind a soft cap; beside
     # a sink attention weights do not sum to one.
-    if plan.spec.sinks or ((plan.spec.key_norm or plan.spec.score_cap) and plan.settings.to != "mfa"):
+    sized = plan.spec.key_norm and plan.settings.key_norm == "cached"
+    if plan.spec.sinks or ((sized or plan.spec.score_cap) and plan.settings.to != "mfa"):
         started, tries = latent.FREE_START, latent.FREE
         if plan.settings.to != "mla":
             started, tries = factorized.START[plan.settings.to], factorized.TRIED[plan.settings.to]

@@ -27,9 +27,9 @@ from kvfold.convert.output.partial import JOURNAL, Partial, refuse_existing, res
 from kvfold.convert.output.record import RECORD
 from kvfold.convert.output.writer import CheckpointWriter
 from kvfold.convert.planning.cost import refuse_too_little
+from kvfold.convert.planning.parameters import source_parameters
 from kvfold.convert.planning.plan import COPY, cache_dtype, make_plan
 from kvfold.convert.planning.settings import ConvertSettings, normal_dtype, parse_size
-from kvfold.convert.planning.widths import source_parameters
 from kvfold.convert.publishing.escape import visible
 from kvfold.convert.source.checkpoint import CheckpointReader, TensorSpec, read_json
 from kvfold.convert.source.data import calibration_windows

@@ -247,8 +247,9 @@ FIGURES: dict[str, tuple[Callable[[Data, dict[str, str]], Figure], str]] = {
 
 
 def figures(report: Data, colors: dict[str, str]) -> dict[str, Figure]:
-    """All figures that the report has numbers for."""
-    wanted = [name for name in FIGURES if report["source"].get(name, True)]
+    """All figures that the report has numbers for. Of one model there is no damage to compare."""
+    alone = len(report["models"]) == 1
+    wanted = [name for name in FIGURES if report["source"].get(name, True) and not (name == "damage" and alone)]
     return {name: FIGURES[name][0](report, colors) for name in wanted}
 
 

@@ -44,10 +44,10 @@ COLUMNS: list[Column] = [  # what matters first: a phone shows five
     ("bits/B", _number("bits_per_byte", ".3f")),
 ]
 LEGEND = (
-    "damage (NLL above the source's on the same tokens), KL (from the source) and NLL in nats per token. "
-    "kept: the share of the source's cache. top-1: how often both models' most likely token is the same. "
-    "cache: cached numbers per token per layer; bytes: of the whole cache per token, both measured from a generation's cache. "
-    "bits/B: bits per byte of text."
+    "Damage is the NLL above the source's on the same tokens, KL is from the source; both, and NLL, in nats per token. "
+    "Kept is the share of the source's cache, top-1 how often both models' most likely token is the same. "
+    "Cache is cached numbers per token per layer, bytes what the whole cache takes per token, both counted in a generation; "
+    "bits/B is bits per byte of text."
 )
 
 
@@ -120,7 +120,8 @@ def write(result: Row, folder: Path) -> list[Path]:
 
 
 def for_card(folder: Path, out: Path) -> tuple[Row, Row, str | None]:
-    """The report in `folder`, the row of `out` in it, and the path of the main plot in `out`, where it is copied to.
+    """The report in `folder`, the row of `out` in it, and the path of a plot in `out`, where it is copied to: damage against
+    the cache where there is something to compare, else by position.
 
     Raises:
         UserError: there is no readable report, or `out` is not in it.
@@ -133,7 +134,7 @@ def for_card(folder: Path, out: Path) -> tuple[Row, Row, str | None]:
     if len(found) != 1:
         names = ", ".join(m["path"] for m in result["models"])
         raise UserError(f"{folder / 'report.json'} has no results of {out}, only of {names}: measure it with kvfold evaluate")
-    plot = folder / PLOTS / "damage.png"
+    plot = folder / PLOTS / ("damage.png" if len(result["models"]) > 1 else "positions.png")
     if not plot.exists():
         return result, found[0], None
     (out / PLOTS).mkdir(exist_ok=True)
@@ -159,10 +160,10 @@ def _intervals(result: Row) -> Row:
     body = [
         [
             Path(m["path"]).name,
-            m["stage"],
             ends(m, "damage_interval", "+.4f"),
             ends(m, "kl_interval", ".4f"),
             ends(m, "top1_interval", ".1%"),
+            m["stage"],
             f"{m['perplexity']:.3f}",
             f"{m['parameters']:,}",
         ]
@@ -171,7 +172,7 @@ def _intervals(result: Row) -> Row:
     return {
         "title": "Intervals and parameters",
         "note": "95% bootstrap intervals of the mean over windows; damage and KL in nats per token.",
-        "header": ["model", "stage", "damage", "KL", "top-1", "perplexity", "parameters"],
+        "header": ["model", "damage", "KL", "top-1", "stage", "perplexity", "parameters"],
         "rows": body,
     }
 

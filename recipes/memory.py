@@ -3,7 +3,7 @@
 import psutil
 import torch
 
-from kvfold.convert.planning.plan import ConversionPlan
+from kvfold.convert.planning.conversion_plan import ConversionPlan
 from kvfold.errors import UserError
 from kvfold.recipes.model import Trainee
 from kvfold.recipes.recipe import Recipe

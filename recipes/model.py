@@ -20,7 +20,8 @@ from kvfold.convert.layouts import Layout, layout_of
 from kvfold.convert.layouts.source import within
 from kvfold.convert.output.record import RECORD, read_record
 from kvfold.convert.output.writer import CheckpointWriter
-from kvfold.convert.planning.plan import ConversionPlan, make_plan
+from kvfold.convert.planning.conversion_plan import ConversionPlan
+from kvfold.convert.planning.plan import make_plan
 from kvfold.convert.planning.settings import ConvertSettings, parse_settings
 from kvfold.convert.source.checkpoint import CheckpointReader, TensorSpec
 from kvfold.convert.source.configfile import refuse_adapter

@@ -2,8 +2,8 @@
 
 Shapes as in attention.py; `m` is the width of what queries read: `d`, or the rank of low-rank queries, or `D` behind a norm.
 Then `q_raw` (H, D, d) and `k_raw` (G, D, d), with their biases, are the source's queries and keys, whose sizes the norm takes,
-and `norm` is that of `AttentionWeights`. Where keys are rebuilt, queries and keys are the source's by themselves, and `q_norm`
-(H, D) and `k_norm` (G, D) the norms' weights.
+and `norm` is that of `AttentionWeights`; without `k_raw` every key has the mean size. Where keys are rebuilt, queries and keys
+are the source's by themselves, and `q_norm` (H, D) and `k_norm` (G, D) the norms' weights.
 
 The modules that run them are those of kvfold_attention.py, whose parameters carry the names under which a checkpoint of the
 `kvfold` layout stores them.

@@ -12,7 +12,7 @@ heals and trains. A module stands in the place of a transformers attention and i
 Where the source's queries and keys go through an RMSNorm, a normed key is a linear one times a scalar per token and key head.
 The scalars are cached beside the latent and multiply the scores, so that the rest stays as it is; `norm` says of it
 
-- `kv_heads`: key heads of the source, whose sizes are taken;
+- `kv_heads`: key heads of the source, whose sizes are taken; 0 where every key has the mean size and no scalar is cached;
 - `together`: whether one size counts for all heads, as in OLMo 2, or each has its own;
 - `eps`: what is added to the mean square.
 
@@ -201,9 +201,10 @@ class FoldedAttention(Attention):
         if norm is not None:
             self.q_proj = nn.Linear(hidden, heads * value_dim, bias=query_bias)
             if self.keeps_gains:
-                self.gains = 1 if norm["together"] else norm["kv_heads"]
+                self.gains = min(norm["kv_heads"], 1) if norm["together"] else norm["kv_heads"]
                 self.q_maps = nn.Parameter(torch.zeros(heads, query_width, value_dim))
-                self.sizing_proj = nn.Linear(hidden, norm["kv_heads"] * value_dim, bias=query_bias)
+                if self.gains:
+                    self.sizing_proj = nn.Linear(hidden, norm["kv_heads"] * value_dim, bias=query_bias)
             else:
                 self.q_norm = nn.Parameter(torch.ones(heads, value_dim))
                 self.k_norm = nn.Parameter(torch.ones(norm["kv_heads"], value_dim))

@@ -5,7 +5,8 @@ RoPE turns what stands behind the norm, and commutes with the scalars. So a fold
 scalars give them on average (`Linear`), and what it finds is put behind the exact scalars again (`Linear.restored`):
 
 - a design's queries are maps of the source's, `M_h q_h`, and the same maps read normed queries;
-- its keys are multiplied by `s`, token by token, when scores are made.
+- its keys are multiplied by `s`, token by token, when scores are made; or they keep the size that `s` has on average, which
+  is not exact and caches no scalars.
 
 In a design with a cache of a latent nothing may be left out of keys because it is constant over them: behind `s` it is not.
 GQA and MQA stay in the source's class, where a norm stands behind every kept head: `merged`.
@@ -34,10 +35,11 @@ class Linear:
         source: the layer with its norms.
         moment: E[z zᵀ] of the augmented input (d + 1, d + 1); None for white inputs.
         rebuilt: for a design that rebuilds its keys and norms them then: γ_k stands with the queries.
+        sized: whether a design with a latent caches the keys' scalars.
     """
 
-    def __init__(self, source: AttentionWeights, moment: Tensor | None, rebuilt: bool = False) -> None:
-        self.source = source.rooted()
+    def __init__(self, source: AttentionWeights, moment: Tensor | None, rebuilt: bool = False, sized: bool = True) -> None:
+        self.source, self.sized = source.rooted(), sized
         q, k, v = self.source.augmented()
         per, (eps, together) = source.heads // source.kv_heads, told(held(source.norm))
         self.query_gain, self.key_gain = (
@@ -73,8 +75,9 @@ class Linear:
         queries = torch.cat([getattr(folded, name) for name in names], 1)  # (H, E, d)
         column = queries.new_zeros(queries.shape[:2]) if folded.q_bias is None else folded.q_bias
         maps = torch.cat([queries, column[..., None]], -1) @ self.inverse  # (H, E, D)
-        per = source.heads // source.kv_heads
-        maps = maps * self.query_gain[:, None] / self.key_size.repeat_interleave(per)[:, None, None]
+        maps = maps * self.query_gain[:, None]
+        if self.sized:
+            maps = maps / self.key_size.repeat_interleave(source.heads // source.kv_heads)[:, None, None]
         parts = maps.split([getattr(folded, name).shape[1] for name in names], 1)
         return replace(
             folded,
@@ -82,8 +85,8 @@ class Linear:
             q_bias=None,
             q_raw=source.q,
             q_raw_bias=source.q_bias,
-            k_raw=source.k,
-            k_raw_bias=source.k_bias,
+            k_raw=source.k if self.sized else None,
+            k_raw_bias=source.k_bias if self.sized else None,
             norm=source.norm,
         )
 

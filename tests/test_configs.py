@@ -8,9 +8,9 @@ import pytest
 
 from kvfold.convert.families import FAMILIES
 from kvfold.convert.families.views import PART_OF, read_as
+from kvfold.convert.planning.parameters import source_parameters
 from kvfold.convert.planning.plan import make_plan
 from kvfold.convert.planning.settings import ConvertSettings
-from kvfold.convert.planning.widths import source_parameters
 from kvfold.errors import UserError
 from tests.helpers import invoke
 

@@ -40,9 +40,10 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((family, {"num_key_value_heads": 4}) for family in (*OTHERS, *SIMILAR)),
     ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}}),
     ("gpt_neox", {}),
+    ("cohere", {"num_key_value_heads": 4, "use_qk_norm": True}),
     *((family, {"num_key_value_heads": 4}) for family in MIXED),
 ]
-GROUPED = [(name, changes) for name, changes in VARIANTS if name == "llama3" or FAMILIES[name].grouped]
+GROUPED = [pair for pair in VARIANTS if pair[0] == "llama3" or family_of({"model_type": pair[0], **pair[1]}).grouped]
 """Those whose class can have fewer key heads."""
 IDS = torch.randint(128, (2, 40), generator=torch.Generator().manual_seed(9))
 

@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from kvfold.convert.methods import forms_tried
 from kvfold.convert.pipeline import convert
 from kvfold.convert.planning import cost
+from kvfold.convert.planning.parameters import source_parameters
 from kvfold.convert.planning.plan import make_plan
 from kvfold.convert.planning.settings import ConvertSettings
-from kvfold.convert.planning.widths import source_parameters
 from kvfold.convert.source.configfile import read_config
 from kvfold.errors import UserError
 from tests.helpers import invoke, save_model, save_tokens

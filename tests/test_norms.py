@@ -82,6 +82,32 @@ def test_the_source_and_every_design_at_full_width_are_the_formula(together: boo
             torch.testing.assert_close(getattr(again, name), tensor, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_keys_of_one_size_need_no_cached_scalars(together: bool) -> None:
+    """Inputs of one size through matrices that turn them: every key of a head is as large as its others."""
+    weights, x = normed(together), inputs()
+    x = x / x[..., :WIDTH].square().mean(-1, keepdim=True).sqrt()
+    generator = torch.Generator().manual_seed(5)
+    keys = torch.zeros_like(weights.k)
+    keys[:, :, :WIDTH] = torch.linalg.qr(torch.randn(KV_HEADS, WIDTH, WIDTH, dtype=torch.float64, generator=generator)).Q
+    even = replace(weights, k=keys * torch.arange(1.0, KV_HEADS + 1, dtype=torch.float64)[:, None, None])
+    folds: dict[str, tuple[float, float]] = {}
+    for name, source in (("one size", even), ("many sizes", weights)):
+        moment, phase, wanted = moment_of(x), phase_of(source, x), by_hand(source, x)
+        errors = []
+        for sized in (True, False):
+            linear = Linear(source, moment, sized=sized)
+            layer, plain = Layer(linear.weights, moment, phase), latent.Choice(0.0, 0.0, 0.3)
+            folded = linear.restored(latent.fold(layer, min(HIDDEN, 2 * KEYS), KEYS, plain))
+            module = design(folded)
+            assert module.gains == ((1 if together else KV_HEADS) if sized else 0)
+            assert (weights_of(module).k_raw is None) == (not sized)
+            errors.append(float((run(folded, x) - wanted).abs().max()))
+        folds[name] = errors[0], errors[1]
+    assert max(folds["one size"]) < 1e-5 and folds["many sizes"][0] < 1e-5
+    assert folds["many sizes"][1] > 1e-2
+
+
 def test_heads_that_differ_by_what_a_norm_allows_are_merged_exactly() -> None:
     """Keys of a group are one key turned by a phase per frequency, at different sizes; weights are even within pairs."""
     weights, x = normed(together=False), inputs()

@@ -73,12 +73,21 @@ def possible(sources: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[
     return [(family, *rest) for family, *rest in pairs if family not in NORMED or rest[-1] != "mla, low-rank queries"]
 
 
-FEW = [("gpt_neox", {}), *((family, {"num_key_value_heads": 4}) for family in (*SIMILAR, *MIXED) if family != "gpt_oss")]
+CENTRED: dict[str, Any] = {"num_key_value_heads": 4, "use_qk_norm": True, "attention_bias": True}
+FEW = [
+    ("gpt_neox", {}),
+    ("cohere", CENTRED),
+    *((family, {"num_key_value_heads": 4}) for family in (*SIMILAR, *MIXED) if family != "gpt_oss"),
+]
 
 
 @pytest.mark.parametrize(
     ("family", "changes", "design"),
-    [*possible(SOURCES), *((*source, design) for source in FEW for design in ("mla", "mfa-kr"))],
+    [
+        *possible(SOURCES),
+        *((*source, design) for source in FEW for design in ("mla", "mfa-kr")),
+        ("cohere", CENTRED, "mla, rebuilt keys"),
+    ],
     ids=str,
 )
 def test_full_width_is_the_source(family: str, changes: dict[str, Any], design: str, tmp_path: Path) -> None:
@@ -234,6 +243,22 @@ def test_cached_is_uncached_padded_is_unpadded_and_the_cache_is_small(
     numbers = plan.cache_numbers
     assert measure_cache(model, IDS[:1, :4], 4) == pytest.approx((numbers, numbers * 4 * plan.spec.layers))
     assert load(source).num_parameters() - plan.parameters_saved == model.num_parameters()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "olmo2"])
+def test_keys_of_the_mean_size_are_cached_without_it(family: str, tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", family, num_key_value_heads=4)
+    tokens = save_tokens(tmp_path / "t.safetensors", 8, 40)
+    settings = {**SMALL["mla"], "key_norm": "mean"}
+    record = fold(source, tmp_path / "out", **settings, calibrate=tokens, heal_steps=2, heal_batch_tokens=80)
+    model, plan = load(tmp_path / "out"), make_plan(CheckpointReader(source).config, ConvertSettings(**settings))
+    decoded_as_uncached(model)
+    assert plan.cache_numbers == record["cache_numbers_per_token_per_layer"] == 20 + 12
+    assert measure_cache(model, IDS[:1, :4], 4)[0] == 20 + 12
+    assert load(source).num_parameters() - plan.parameters_saved == model.num_parameters()
+    assert not [name for name in CheckpointReader(tmp_path / "out").entries if "sizing" in name]
+    model.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(logits(tmp_path / "again"), logits(tmp_path / "out"), atol=0, rtol=0)
 
 
 def test_mfa_kr_caches_its_key_before_the_rotation(tmp_path: Path) -> None:

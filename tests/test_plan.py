@@ -11,6 +11,7 @@ import pytest
 
 from kvfold.convert.families import AttentionSpec, Rope, family_of
 from kvfold.convert.planning.engines import LatentShape
+from kvfold.convert.planning.parameters import saved_at_least
 from kvfold.convert.planning.plan import cache_dtype, make_plan
 from kvfold.convert.planning.settings import ConvertSettings, normal_dtype, parse_budget, parse_settings, parse_size, unknown
 from kvfold.convert.planning.widths import widths_to_try
@@ -299,7 +300,7 @@ def test_our_own_layout_grows_by_a_tenth_by_default() -> None:
         plan = make_plan(LLAMA_2_7B, ConvertSettings(to="mla", kv_budget=budget))  # float16, so no deepseek_v3
         assert (plan.layout, plan.kv_rank, plan.rope_dim) == ("kvfold", *widths)
         assert "float16 cannot hold the scaled latents of deepseek_v3, --dtype bfloat16 can" in plan.note
-        assert -plan.parameters_saved_at_least / 6_738_415_616 == pytest.approx(growth, abs=1e-3)
+        assert -saved_at_least(plan) / 6_738_415_616 == pytest.approx(growth, abs=1e-3)
         assert ("the model grows by up to" in plan.note) == (growth > 0.1)
         assert all(rope <= widths[1] for _, rope in widths_to_try(plan))
     assert make_plan(LLAMA_2_7B, ConvertSettings(to="mla", kv_rank=1024, rope_dim=1024)).rope_dim == 1024
@@ -313,7 +314,7 @@ def test_parameters_of_measured_widths_are_a_bound(to: str) -> None:
     plan = make_plan(config, ConvertSettings(to=to, kv_budget="25%", layer_budgets="measured", layout="kvfold"))
     tried = [w for w in widths_to_try(plan) if sum(w)]
     total = int(plan.cache_numbers) * 4
-    bound = plan.parameters_saved_at_least
+    bound = saved_at_least(plan)
     for widths in itertools.combinations_with_replacement(tried, 4):
         if sum(map(sum, widths)) <= total:
             assert replace(plan, widths=widths).parameters_saved >= bound
@@ -538,6 +539,9 @@ def test_latent_budget_picks_rank_and_rotary_width() -> None:
         ({}, {}, "--to mla needs either --kv-rank"),
         ({}, {"kv_rank": 512, "kv_budget": "25%"}, "either --kv-rank"),
         ({}, {"kv_rank": 512, "kv_heads": 4}, "--kv-heads belongs to --to gqa or mqa, not mla: leave it out"),
+        ({}, {"kv_rank": 512, "key_norm": "mean"}, "--key-norm mean belongs to models whose keys go through a norm"),
+        ({}, {"to": "gqa", "kv_heads": 8, "key_norm": "mean"}, "--key-norm mean belongs to --to mla or mfa or mfa-kr, not gqa"),
+        ({"model_type": "qwen3"}, {"kv_rank": 9, "keys": "rebuilt", "key_norm": "mean"}, "--key-norm mean has nothing to save"),
         ({}, {"kv_rank": 512, "rope_dim": 63}, "--rope-dim 63 must be even and at most the source's 128: the nearest is 62"),
         ({}, {"kv_rank": 512, "rope_dim": 256, "layout": "deepseek_v3"}, "the nearest is 128"),
         ({}, {"kv_rank": 512, "rope_dim": 4098}, "the source's 4096: the nearest is 4096"),
@@ -771,3 +775,15 @@ def test_of_mixed_layers_those_that_attend_over_everything_are_folded_and_all_ar
 def test_layers_that_cannot_be_folded_are_refused(config: dict[str, Any], settings: dict[str, Any], reason: str) -> None:
     given = {"to": "mfa", "width": 64, **settings}
     assert any(reason in refusal for refusal in make_plan(config, ConvertSettings(**given)).refusals)
+
+
+def test_heads_behind_layernorms_are_not_merged() -> None:
+    """They cache a number for each key, and none of the mean size."""
+    config = {**LLAMA_31_8B, "model_type": "cohere", "architectures": ["CohereForCausalLM"], "use_qk_norm": True}
+    config = {key: value for key, value in config.items() if key not in ("rope_scaling", "rms_norm_eps")}
+    refusals = make_plan(config, ConvertSettings(to="gqa", kv_heads=4)).refusals
+    assert any("a LayerNorm of its own (use_qk_norm), behind which heads cannot be merged" in reason for reason in refusals)
+    assert make_plan({**config, "use_qk_norm": False}, ConvertSettings(to="gqa", kv_heads=4)).refusals == []
+    for key_norm, numbers in (("cached", 8), ("mean", 0)):
+        plan = make_plan(config, ConvertSettings(to="mla", kv_rank=448, rope_dim=64, key_norm=key_norm))
+        assert (plan.refusals, plan.cache_numbers) == ([], 512 + numbers)

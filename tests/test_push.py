@@ -73,7 +73,7 @@ def test_what_is_pushed_comes_back(hub: Hub, copy: Path, tmp_path: Path) -> None
     assert done.stdout.strip() == f"{hub.url}/{NAME}/commit/{repo.commits[-1][0]}"
     here = {p.relative_to(copy).as_posix(): p.read_bytes() for p in copy.rglob("*") if p.is_file()}
     assert repo.commits[-1][1] == here
-    assert {"model.safetensors.index.json", "README.md", "kvfold.json", "plots/damage.png"} <= set(here)
+    assert {"model.safetensors.index.json", "README.md", "kvfold.json", "plots/positions.png"} <= set(here)
     assert sum(request.startswith("PUT /lfs/") for request in hub.requests) >= 3
 
     script = (
@@ -113,7 +113,8 @@ def test_the_card_tells_what_was_measured(copy: Path) -> None:
     assert found["perplexity"] == pytest.approx(row["perplexity"], abs=1e-5)
     assert found["cache_bytes_per_token"] == 4 * 2 * 4 * 8 * 2
     assert f"{row['damage_nats']:+.4f}" in card.text
-    assert "plots/damage.png" in card.text
+    assert "![Damage by position in the context](plots/positions.png)" in card.text
+    assert f"| {NAME.split('/')[1]} | {row['damage_nats']:+.4f} |" in card.text
     assert "kv_heads 4, method align" in card.text
     assert "in windows of 40 (float32, cpu)" in card.text and "up to 39 tokens of context" in card.text
     assert "trust_remote_code" not in card.text

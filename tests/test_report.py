@@ -225,7 +225,11 @@ def test_damage_alone(measured: dict[str, Any], tmp_path: Path) -> None:
     assert result["source"]["needles"] is None and result["source"]["speed"] == []
     text = (tmp_path / "report.md").read_text()
     assert "## Damage by position" in text and "## Needles" not in text and "## Decoding" not in text
-    assert sorted(path.stem for path in (tmp_path / report.PLOTS).iterdir()) == ["damage", "layers", "positions"]
+    assert sorted(path.stem for path in (tmp_path / report.PLOTS).iterdir()) == ["layers", "positions"]
+    gqa = Path(measured["names"][0])
+    assert report.for_card(tmp_path, gqa)[2] == "plots/positions.png"
+    report.write(measured["result"], tmp_path)  # with something to compare
+    assert report.for_card(tmp_path, gqa)[2] == "plots/damage.png"
 
 
 def test_an_interrupted_evaluation_goes_on(measured: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -300,7 +300,9 @@ class DeepseekMoE(nn.Module):
         return mlp("shared_experts") + sum(kept[..., n : n + 1] * mlp(f"experts.{n}") for n in range(4))
 
 
-def test_deepseeks_experts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("within", [False, True])
+def test_deepseeks_experts(tmp_path: Path, within: bool) -> None:
+    """By themselves, and as the language model of DeepSeek-VL2."""
     model: Any = AutoModelForCausalLM.from_config(tiny_config("llama"))
     random = torch.Generator().manual_seed(3)
     shapes = {f"experts.{n}": 24 for n in range(4)} | {"shared_experts": 48}
@@ -313,8 +315,15 @@ def test_deepseeks_experts(tmp_path: Path) -> None:
         **{**PLAIN, "model_type": "deepseek", "num_key_value_heads": 8, "moe_intermediate_size": 24, "n_routed_experts": 4},
         **{"num_experts_per_tok": 2, "n_shared_experts": 2, "first_k_dense_replace": 1, "norm_topk_prob": False},
     }
-    theirs = write(tmp_path / "theirs", config, {**state, **{f"model.layers.1.mlp.{k}": v for k, v in moe.items()}})
-    assert invoke("convert", theirs, tmp_path / "out", "--to", "source")[0] == 0
+    tensors = {**state, **{f"model.layers.1.mlp.{k}": v for k, v in moe.items()}}
+    if within:
+        config = {"model_type": "deepseek_vl_v2", "language_config": {**config, "model_type": "deepseek_v2"}}
+        tensors = {**{f"language.{name}": t for name, t in tensors.items()}, "vision.x": torch.ones(2)}
+    theirs = write(tmp_path / "theirs", config, tensors)
+    code, said = invoke("plan", theirs, "--to", "mqa")
+    assert code == (2 if within else 0) and ("deepseek_vl_v2 is a model of several parts" in said) == within
+    part = ("--part", "language") if within else ()
+    assert invoke("convert", theirs, tmp_path / "out", "--to", "source", *part)[0] == 0
     with torch.no_grad():
         torch.testing.assert_close(logits(tmp_path / "out"), model(IDS).logits, atol=1e-5, rtol=1e-5)
 

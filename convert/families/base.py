@@ -80,9 +80,8 @@ class Family:
         experts: see `Experts`; None without.
         partial: whether the class turns only the first numbers of each head where the config says so.
         interleaved, tables: see `AttentionSpec`.
-        grouped: whether the class can have fewer key heads than query heads.
+        grouped: whether a fold can have fewer key heads in the class.
         renamed: what the class calls some tensors → what they are called on the disk.
-        refused: keys of a config that, where they are set, say what cannot be folded, and how that is told.
         beside: what its layers have beside attention that Llama's have not, in a few words; stock layouts with other attention
             are Llama's there.
     """
@@ -107,7 +106,6 @@ class Family:
     by_head: bool = False
     grouped: bool = True
     renamed: Mapping[str, str] = field(default_factory=dict)
-    refused: Mapping[str, str] = field(default_factory=dict)
     beside: str = ""
 
     def spec(self, config: dict[str, Any]) -> AttentionSpec:
@@ -117,8 +115,6 @@ class Family:
         """
         self._refuse_other(config)
         said = resolve(config)
-        if reasons := [reason for key, reason in self.refused.items() if said.get(key)]:
-            raise UserError(f"config.json describes a model that kvfold does not fold: {'; '.join(reasons)}")
         hidden, heads = said["hidden_size"], said["num_attention_heads"]
         kv_heads = said.get("num_key_value_heads") or heads
         head_dim = said.get("head_dim") or hidden // heads
@@ -231,13 +227,15 @@ class Family:
         wanted: dict[str, tuple[int, ...]] = {role: (n * spec.head_dim, spec.hidden_size) for role, n in heads.items()}
         wanted[FUSED] = (sum(heads.values()) * spec.head_dim, spec.hidden_size)
         wanted |= {f"{role}_bias": rows[:1] for role, rows in wanted.items()}
-        wanted |= {f"{role}_norm": (spec.head_dim * (n if spec.key_norm == "whole" else 1),) for role, n in heads.items()}
+        for role, n in heads.items():
+            shapes = {"whole": (n * spec.head_dim,), "centred": (n, spec.head_dim)}
+            wanted[f"{role}_norm"] = shapes.get(spec.key_norm, (spec.head_dim,))
         wanted |= {"o": (spec.hidden_size, spec.heads * spec.head_dim), "o_bias": (spec.hidden_size,)}
         wanted[SINKS] = (spec.heads,)
         for role, tensor in tensors.items():
             if tuple(tensor.shape) != wanted[role]:
                 raise UserError(f"the {role} tensor has shape {tuple(tensor.shape)}, but config.json means {wanted[role]}")
-        each = spec.key_norm == "head"  # then norms have no heads to be split into
+        each = spec.key_norm != "whole"  # then norms have no heads to be split into
         whole = ("o", "o_bias", SINKS, *(("q_norm", "k_norm") if each else ()))
         split = {role: t if role in whole else t.unflatten(0, (-1, spec.head_dim)) for role, t in tensors.items()}
         for end in {"", "_bias"} & {role.removeprefix(FUSED) for role in split}:
@@ -245,6 +243,8 @@ class Family:
         split["o"] = split["o"].unflatten(1, (-1, spec.head_dim)).permute(1, 0, 2)  # (d, H·D) → (H, d, D)
         for role in {"q_norm", "k_norm"} & split.keys():
             split[role] = (split[role] + self.norm_offset)[..., halves_first(spec)]
+        for role in {"q", "k", "q_bias", "k_bias"} & split.keys() if spec.key_norm == "centred" else ():
+            split[role] = split[role] - split[role].mean(1, keepdim=True)  # then a LayerNorm is an RMSNorm
         for role in {"q", "k", "q_bias", "k_bias"} & split.keys() if is_ordered(spec) else ():
             split[role] = split[role][:, halves_first(spec)]
         if spec.key_norm:

@@ -89,15 +89,10 @@ STABLELM = Family(
 )
 """StableLM: RoPE turns a quarter of each head."""
 PARALLEL = "attention and MLP of a layer read the same stream"
-COHERE = Family(
-    "cohere",
-    "CohereForCausalLM",
-    interleaved=True,
-    tables="pairs",
-    refused={"use_qk_norm": "queries and keys go through LayerNorms of each head's own (use_qk_norm)"},
-    beside=PARALLEL,
-)
+COHERE = Family("cohere", "CohereForCausalLM", interleaved=True, tables="pairs", beside=PARALLEL)
 """Command R and Aya: RoPE turns neighbouring numbers, attention and MLP stand side by side."""
+COHERE_NORMED = replace(COHERE, modules=NORMED, key_norm="centred", grouped=False)
+"""Command R+: every head of queries and keys goes through a LayerNorm of its own."""
 GLM = Family(
     "glm",
     "GlmForCausalLM",
@@ -166,7 +161,6 @@ COHERE2 = replace(
     architecture="Cohere2ForCausalLM",
     windows=windows_by_kind,
     turning=lambda said: [window is not None for window in windows_by_kind(said)],
-    refused={},
 )
 """Command R7B and Command A: three layers with a window for each that attends over everything, which has no RoPE."""
 SMOLLM3 = Family(
@@ -247,3 +241,5 @@ KNOWN = (
     *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, PHIMOE, GPT_OSS),
 )
 FAMILIES = {family.model_type: family for family in KNOWN}
+VARIANTS = {("cohere", "use_qk_norm"): COHERE_NORMED}
+"""What a family is where a key of its config is set."""

@@ -105,6 +105,6 @@ def unquantised(config: Config) -> str:
 
 
 def _in_transformers(model_type: Any) -> bool:
-    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return isinstance(model_type, str) and model_type in CONFIG_MAPPING

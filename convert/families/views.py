@@ -151,7 +151,7 @@ def _sizes(kind: str, inner: dict[str, Any]) -> dict[str, Any]:
     wanted = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
     if all(key in inner for key in wanted):
         return {}
-    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     default = CONFIG_MAPPING[kind]()
     return {key: getattr(default, key) for key in wanted}

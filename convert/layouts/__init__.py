@@ -9,7 +9,7 @@ if TYPE_CHECKING:  # `modeling_kvfold` is imported wherever transformers is, and
     import torch
     from torch import Tensor
 
-    from kvfold.convert.planning.plan import ConversionPlan
+    from kvfold.convert.planning.conversion_plan import ConversionPlan
     from kvfold.convert.source.checkpoint import CheckpointReader, TensorSpec
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kvfold.convert.layouts.source import in_place_of_attention, written_dtype
-from kvfold.convert.planning.plan import ConversionPlan
+from kvfold.convert.planning.conversion_plan import ConversionPlan
 from kvfold.convert.source.checkpoint import CheckpointReader, TensorSpec
 from kvfold.convert.source.config import resolve
 from kvfold.surgery.designs import LatentWeights

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvfold.convert.layouts import modeling_kvfold
 from kvfold.convert.layouts.source import carried, in_place_of_attention
-from kvfold.convert.planning.plan import ConversionPlan
+from kvfold.convert.planning.conversion_plan import ConversionPlan
 from kvfold.convert.source.checkpoint import CheckpointReader, TensorSpec
 from kvfold.surgery import kvfold_attention
 from kvfold.surgery.designs import FoldedWeights, design, weights_of
@@ -43,7 +43,8 @@ def widths(plan: ConversionPlan, layer: int) -> dict[str, Any]:
         "rebuilt-key": {"rank": rank, "kv_heads": spec.kv_heads},
     }[plan.design]
     shared = {"heads": spec.heads, "value_dim": spec.head_dim, "q_rank": plan.q_rank, "query_bias": spec.qkv_bias}
-    norm = {"kv_heads": spec.kv_heads, "together": spec.key_norm == "whole", "eps": spec.norm_eps}
+    sized = 0 if plan.settings.key_norm == "mean" else spec.kv_heads
+    norm = {"kv_heads": sized, "together": spec.key_norm == "whole", "eps": spec.norm_eps}
     special = {
         "norm": norm if spec.key_norm else None,
         "cap": spec.score_cap,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvfold.convert.families.views import PART_OF, TRANSLATED, WHOLE
-from kvfold.convert.planning.plan import ConversionPlan
+from kvfold.convert.planning.conversion_plan import ConversionPlan
 from kvfold.convert.source.checkpoint import CheckpointReader, TensorSpec
 from kvfold.convert.source.config import KERNELS
 from kvfold.convert.source.opening import UNREAD

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvfold.convert.layouts.deepseek_v3 import EMBEDDING, HEAD, LATENT, pad, with_output_embedding
 from kvfold.convert.layouts.source import in_place_of_attention, written_dtype
-from kvfold.convert.planning.plan import ConversionPlan
+from kvfold.convert.planning.conversion_plan import ConversionPlan
 from kvfold.convert.source.checkpoint import CheckpointReader, TensorSpec
 from kvfold.convert.source.config import resolve
 from kvfold.surgery.designs import LatentWeights

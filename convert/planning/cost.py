@@ -18,7 +18,7 @@ from kvfold.convert.heal_windows import WINDOW
 from kvfold.convert.methods import forms_tried
 from kvfold.convert.output.files import refuse_full_disk
 from kvfold.convert.planning import speed
-from kvfold.convert.planning.plan import ConversionPlan
+from kvfold.convert.planning.conversion_plan import ConversionPlan
 from kvfold.convert.planning.settings import DTYPE_BYTES
 from kvfold.convert.source.stream import FORWARD_TOKENS
 from kvfold.errors import UserError

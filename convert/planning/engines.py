@@ -102,3 +102,49 @@ def _shared_obstacles(said: dict[str, Any], spec: AttentionSpec, settings: Conve
         f"the source has MLP biases, which {layout} lacks": bool(said.get("mlp_bias")),
         f"float16 cannot hold the scaled latents of {layout}, --dtype bfloat16 can": dtype in ("float16", "fp16", "half"),
     }
+
+
+def layout_for(said: dict[str, Any], spec: AttentionSpec, settings: ConvertSettings, refusals: list[str]) -> tuple[str, str]:
+    """The layout and why: stock where it says all that there is to say, else ours."""
+    if settings.to != "mla":
+        if settings.layout == "deepseek_v3":
+            refusals.append(f"--layout deepseek_v3 belongs to --to mla, not {settings.to}: leave it out")
+        if settings.layout == "step3_text":
+            return "step3_text", ""
+        return "kvfold", f"transformers has no architecture with {settings.to}: its modelling file travels with the checkpoint"
+    obstacles = deepseek_v3_obstacles(said, spec, settings)
+    if settings.layout == "step3_text":
+        refusals.append("--layout step3_text belongs to --to mfa, not mla: leave it out")
+    if settings.layout == "deepseek_v3":
+        refusals += [f"{reason}: use --layout kvfold" for reason in obstacles]
+        return "deepseek_v3", ""
+    if settings.layout == "kvfold" or obstacles:
+        return "kvfold", f"not in deepseek_v3: {'; '.join(obstacles)}" if obstacles else "asked for"
+    return "deepseek_v3", ""
+
+
+def stored_shape(
+    said: dict[str, Any],
+    spec: AttentionSpec,
+    settings: ConvertSettings,
+    layout: str,
+    widths: tuple[int, int],
+    note: str,
+    refusals: list[str],
+) -> tuple[LatentShape, str]:
+    """A latent and a shared key of `widths` as the layout stores them, padded for an engine's kernels, and the note on it."""
+    rank, rope_dim = widths
+    stored = LatentShape(rank, rope_dim, 0 if settings.to == "mfa" else spec.head_dim, spec.head_dim)
+    pads = settings.pad_for not in (None, "none")
+    if layout == "deepseek_v3":
+        stored, note = padded_shape(stored, settings.pad_for)
+        if pads and not note.startswith("padded"):
+            remedy = "give --rope-dim 64 or less and --kv-rank 512 or less"
+            refusals.append(f"--pad-for {settings.pad_for} is not possible: {note}; {remedy}")
+    elif layout == "step3_text":
+        refusals += [f"{reason}: use --layout kvfold" for reason in step3_text_obstacles(said, spec, settings, rope_dim)]
+        if not refusals:
+            stored, note = padded_key(rope_dim, settings.pad_for)
+    elif pads:
+        refusals.append(f"--pad-for {settings.pad_for} pads for engines, and this is the kvfold layout ({note}): leave it out")
+    return stored, note

@@ -7,9 +7,8 @@ from kvfold.convert.families.views import RENAMED
 from kvfold.convert.families.wrappers import PARTS, WRAPPERS
 from kvfold.convert.planning.engines import deepseek_v3_obstacles
 from kvfold.convert.planning.parts import STAYING
-from kvfold.convert.planning.plan import LATENT_TARGETS
-from kvfold.convert.planning.settings import TARGETS, ConvertSettings
-from kvfold.convert.source.config import resolve
+from kvfold.convert.planning.settings import LATENT_TARGETS, TARGETS, ConvertSettings
+from kvfold.convert.source.config import resolve, silent
 
 
 def known() -> dict[str, list[dict[str, Any]]]:
@@ -29,9 +28,10 @@ def known() -> dict[str, list[dict[str, Any]]]:
 
 def _targets(family: Family) -> dict[str, str]:
     """Target → the layout of a model whose config leaves all to its class's defaults."""
-    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config = CONFIG_MAPPING[family.model_type]().to_dict()
+    with silent():
+        config = CONFIG_MAPPING[family.model_type]().to_dict()
     obstacles = deepseek_v3_obstacles(resolve(config), family.spec(config), ConvertSettings(to="mla"))
     found = dict.fromkeys(TARGETS, "source")
     found |= dict.fromkeys(LATENT_TARGETS, "kvfold")

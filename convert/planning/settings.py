@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from kvfold.errors import UserError
 
 TARGETS = ("gqa", "mqa", "mla", "mfa", "mfa-kr", "source")
+LATENT_TARGETS = ("mla", "mfa", "mfa-kr")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "f32": "float32", "half": "float16"}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -50,6 +51,9 @@ class ConvertSettings(BaseModel):
     )
     turned_keys: int | None = setting(
         None, TARGET, "Keys that turn whole beside the shared rotary one (mla, own layout). Default: 3; 0 decodes faster.", ge=0
+    )
+    key_norm: Literal["cached", "mean"] = setting(
+        "cached", TARGET, "Sizes of normed keys: cached for each token, or the mean, which is not exact and costs no cache."
     )
     layers: Annotated[str | None, BeforeValidator(lambda v: str(v) if isinstance(v, int) else v)] = setting(
         None,

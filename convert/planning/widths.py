@@ -3,52 +3,30 @@
 import math
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvfold.convert.families import AttentionSpec
 from kvfold.convert.planning.engines import LatentShape
-from kvfold.convert.planning.settings import TARGETS, ConvertSettings, parse_budget
-from kvfold.convert.source.config import resolve
+from kvfold.convert.planning.settings import LATENT_TARGETS, TARGETS, ConvertSettings, parse_budget
 from kvfold.errors import UserError
 from kvfold.surgery.names import REBUILT, full_rank, rotary_width
 
 if TYPE_CHECKING:
-    from kvfold.convert.planning.plan import ConversionPlan
+    from kvfold.convert.planning.conversion_plan import ConversionPlan
 
 SHARES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 3.0)
 """Multiples of the mean width that are measured where budgets differ."""
 SPLITS = (0.02, 0.0625, 0.125, 0.25, 0.375, 0.5)
 """Shares of MLA's cache that its rotary key may take."""
-LLAMA_SIZED = {
-    **dict.fromkeys(("llama", "granite", "seed_oss"), True),
-    **dict.fromkeys(("mistral", "qwen2", "qwen3", "olmo2", "gemma", "phi3"), False),
-}
-"""Families of as many parameters as Llama, and whether their MLPs may have biases."""
 Widths = tuple[int, int]
 MOST_GROWTH = 0.1
 """Share of its parameters by which a model may grow where nobody asked for a width."""
 
 
-def source_parameters(config: dict[str, Any], spec: AttentionSpec) -> int:
-    """Parameters of the source of a config.json, tied ones once. Raises UserError when transformers cannot build it."""
-    if config["model_type"] not in LLAMA_SIZED:
-        from kvfold.convert.source.model import build_on_meta
-
-        return build_on_meta(config).num_parameters()
-    said = resolve(config)
-    hidden, inner = spec.hidden_size, said["intermediate_size"]
-    attention = spec.heads * spec.head_dim * (2 * hidden + spec.qkv_bias) + spec.o_bias * hidden
-    attention += 2 * spec.kv_heads * spec.head_dim * (hidden + spec.qkv_bias)
-    attention += {"": 0, "head": 2 * spec.head_dim, "whole": (spec.heads + spec.kv_heads) * spec.head_dim}[spec.key_norm]
-    mlp = 3 * hidden * inner + (2 * inner + hidden) * (LLAMA_SIZED[config["model_type"]] and bool(said.get("mlp_bias")))
-    # two norms in each layer and one behind them
-    return spec.vocab_size * hidden * (1 if spec.tied else 2) + spec.layers * (attention + mlp + 2 * hidden) + hidden
-
-
 def folded_layers(spec: AttentionSpec, settings: ConvertSettings, refusals: list[str]) -> tuple[int, ...]:
     """The layers that are folded: where windowed ones and others mix, those that attend over everything."""
     every, full, asked = tuple(range(spec.layers)), spec.full_layers, settings.layers
-    if settings.to not in ("mla", "mfa", "mfa-kr") or asked == "all" or (asked is None and not full):
+    if settings.to not in LATENT_TARGETS or asked == "all" or (asked is None and not full):
         return every
     if asked in (None, "full"):
         if not full:
@@ -185,7 +163,8 @@ def widths_to_try(plan: "ConversionPlan", rotary: bool = True) -> list[Widths]:
 
 def kept_scalars(spec: AttentionSpec, settings: ConvertSettings) -> int:
     """Numbers cached per token for the sizes of normed keys: none where keys are whole when they are normed."""
-    return 0 if settings.to in ("gqa", "mqa") or rebuilds(settings) else spec.key_scalars
+    whole = settings.to in ("gqa", "mqa") or rebuilds(settings)
+    return 0 if whole or settings.key_norm == "mean" else spec.key_scalars
 
 
 def rebuilds(settings: ConvertSettings) -> bool:
@@ -227,6 +206,13 @@ def refuse_query_rank(spec: AttentionSpec, settings: ConvertSettings, stored: La
     full = min(spec.hidden_size, spec.heads * (stored.nope + stored.rope or spec.head_dim))
     if settings.q_rank is not None and settings.q_rank > full:
         refusals.append(f"--q-rank {settings.q_rank} is over the full rank {full} of the queries: the nearest is {full}")
+
+
+def refuse_key_norm(spec: AttentionSpec, settings: ConvertSettings, refusals: list[str]) -> None:
+    if settings.key_norm == "mean" and not spec.key_norm:
+        refusals.append("--key-norm mean belongs to models whose keys go through a norm: leave it out")
+    elif settings.key_norm == "mean" and rebuilds(settings):
+        refusals.append("--key-norm mean has nothing to save where keys are rebuilt and normed then: leave it out")
 
 
 def target_heads(spec: AttentionSpec, settings: ConvertSettings, refusals: list[str]) -> int:

@@ -65,7 +65,7 @@ class Facts:
         base_model: Hub id of the source, None when only a local folder is known.
         report: a report.json, with the row of this model in `model`.
         table: its main table in Markdown, with the source and this model alone, and `legend` that explains it.
-        plot: the main plot's path in the repository, None without one.
+        plot: a plot's path in the repository, None without one.
     """
 
     out: Path
@@ -240,7 +240,7 @@ def _summary(facts: Facts, record: dict[str, Any]) -> str:
     return (
         f"{base} with its attention folded into {record['target']['to'].upper()}{where}: the KV cache takes "
         f"{facts.model['cache_bytes_per_token']:,.0f} bytes per token in {facts.report['settings']['dtype']}, {kept:.1%} of "
-        f"the source's {source['cache_bytes_per_token']:,.0f}, at {facts.model['damage_nats']:+.4f} nats per token."
+        f"the source's {source['cache_bytes_per_token']:,.0f}, at a damage of {facts.model['damage_nats']:+.4f} nats per token."
     )
 
 
@@ -257,9 +257,8 @@ def _making(record: dict[str, Any], base_model: str | None) -> list[str]:
         lines.append(f"Calibration: {record['calibration_tokens']:,} tokens of {text}.")
         steps, size = settings.get("heal_steps", 0), settings.get("heal_batch_tokens", 0)
         whole = "output_kl" in (record.get("layers") or [{}])[0]
-        lines.append(
-            f"Healing: {steps} steps {'of all layers' if whole else 'per layer'} of {size} tokens." if steps else "No healing."
-        )
+        where = "of all layers" if whole else "per layer"
+        lines.append(f"Healing: {steps} steps {where} of {size:,} tokens." if steps else "No healing.")
     else:
         lines.append("No calibration text and no healing: each layer was folded from its weights alone.")
     lines += [_uptraining(run) for run in record.get("uptraining") or []]

@@ -5,6 +5,8 @@ kvfold takes that class's word for what a source is. What the class lets through
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -43,17 +45,26 @@ def config_of(config: dict[str, Any]) -> "PreTrainedConfig":
     Raises:
         UserError: a key is missing or of the wrong type, a number is impossible, or transformers does not take it.
     """
-    from transformers import CONFIG_MAPPING
-    from transformers.utils import logging
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     _check_sizes(config)
     told = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map", *KERNELS)}
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # what is wrong with it is told once, here
     try:
-        return CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(told))
+        with silent():
+            return CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(told))
     except Exception as error:  # checks of many kinds, of transformers and of the Hub's client alike
         raise UserError(f"transformers does not take config.json ({_line(error)}): check that file") from None
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Without what transformers would log of a config: what is wrong with it is told once, by kvfold."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
     finally:
         logging.set_verbosity(before)
 

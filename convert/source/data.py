@@ -19,7 +19,7 @@ from kvfold.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from kvfold.convert.planning.plan import ConversionPlan
+    from kvfold.convert.planning.conversion_plan import ConversionPlan
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".json", ".parquet")
 

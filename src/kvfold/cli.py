@@ -27,7 +27,6 @@ app.add_typer(recipes, name="recipes")
 
 Source = Annotated[str, typer.Argument(help="Local folder or Hub id of the source checkpoint.")]
 Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the result there as JSON; - for standard output.")]
-STDOUT = Path("-")
 FLOPS = "What it takes on a device that is not here, from its bfloat16 operations per second."
 
 
@@ -42,23 +41,10 @@ def plan(
 ) -> None:
     """What would change: geometry, cache, parameters, refusals; with --device also what it takes. Reads config.json only."""
     settings = parse_settings(ConvertSettings, flags)
-    from kvfold.convert.planning.plan import cache_dtype, make_plan
-    from kvfold.convert.planning.quick import hide_torch
-    from kvfold.convert.planning.widths import source_parameters
-    from kvfold.convert.source.fetch import fetch_config
+    from kvfold.convert.planning.told import tell
 
-    config = fetch_config(source, settings.revision)
-    if not (priced := "device" in flags or device_flops is not None):
-        hide_torch(config)
-    made = make_plan(config, settings)
-    dtype, parameters = cache_dtype(config, settings), source_parameters(config, made.spec)
-    record = made.record(batch, dtype, parameters)
-    if priced and not made.refusals:
-        from kvfold.convert.planning.cost import estimate
-
-        record["cost"] = estimate(made, parameters, dtype, device_flops)
-    console.write_json(json_path, record)
-    if json_path != STDOUT:
+    made, record = tell(source, settings, batch, "device" in flags or device_flops is not None, device_flops)
+    if console.in_words(json_path, record):
         console.print_plan(record)
     made.refuse()
 
@@ -69,8 +55,7 @@ def families(json_path: Json = None) -> None:
     from kvfold.convert.planning.listing import known
 
     found = known()
-    console.write_json(json_path, found)
-    if json_path != STDOUT:
+    if console.in_words(json_path, found):
         console.print_families(found)
 
 
@@ -94,19 +79,11 @@ def convert(
     """Fold a checkpoint into another one with a smaller KV cache."""
     settings = parse_settings(ConvertSettings, {**read_settings(settings_file), **flags})
     from kvfold.convert.pipeline import convert as run
-    from kvfold.convert.publishing.escape import visible
 
     with console.progress(f"{source} → {out}") as report:
         done = run(source, out, settings, resume, overwrite, report, verify)
-    console.write_json(json_path, done.record)
-    if json_path != STDOUT:
-        print(
-            f"{visible(out)}: {done.record['cache_numbers_per_token_per_layer']:g} numbers per token per layer, "
-            f"{done.record['kv_budget']:.1%} of the source's cache, in {done.record['seconds']:.0f} s"
-        )
-        console.print_left(done.left)
-        for note in done.notes:
-            print(visible(note))
+    if console.in_words(json_path, done.record):
+        console.print_folded(out, done)
 
 
 @app.command(epilog="Example: kvfold evaluate llama-mla --on Salesforce/wikitext:wikitext-2-raw-v1:test")
@@ -138,8 +115,7 @@ def evaluate(
     if not state().is_main_process:
         return
     paths = reports.write(result, folder)
-    console.write_json(json_path, result)
-    if json_path != STDOUT:
+    if console.in_words(json_path, result):
         console.print_report(result)
         print("report:", ", ".join(map(str, paths)))
         if len(paths) < 3:
@@ -229,13 +205,8 @@ def uptrain(
     entry = run(out, healed, teacher, settings, data, held_out, keep_adapter, resume, overwrite, log)
     if os.environ.get("RANK", "0") != "0":  # of several processes the first tells
         return
-    console.write_json(json_path, entry)
-    if json_path != STDOUT:
-        loss = entry["held_out_loss"]
-        print(
-            f"{healed}: held-out loss {loss['before']:.4f} → {loss['after']:.4f} nats per token, "
-            f"{entry['tokens']:,} tokens in {entry['seconds']:.0f} s"
-        )
+    if console.in_words(json_path, entry):
+        console.print_uptrained(healed, entry)
 
 
 @app.command()

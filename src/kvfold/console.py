@@ -8,12 +8,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from typer import BadParameter
 from typer.core import TyperGroup
 
 from kvfold.errors import ConversionError, Stopped, UserError, explain
+
+if TYPE_CHECKING:
+    from kvfold.convert.pipeline import Converted
 
 BYTES = {
     "disk": "disk",
@@ -133,11 +136,34 @@ def print_left(names: list[str]) -> None:
         print(f"left behind, not known to belong to a checkpoint: {', '.join(map(visible, names[:5]))}{more}")
 
 
-def write_json(path: Path | None, data: dict[str, Any]) -> None:
-    """To a file, to standard output for `-`, nowhere for None."""
+def in_words(path: Path | None, data: dict[str, Any]) -> bool:
+    """Write `data` as JSON to a file, to standard output for `-`, nowhere for None. Whether the verb shall say it in words,
+    too, which it does not where standard output has the JSON."""
     if path is not None:
         text = json.dumps(data, indent=2) + "\n"
         sys.stdout.write(text) if path == Path("-") else path.write_text(text)
+    return path != Path("-")
+
+
+def print_folded(out: Path, done: "Converted") -> None:
+    from kvfold.convert.publishing.escape import visible
+
+    record = done.record
+    print(
+        f"{visible(out)}: {record['cache_numbers_per_token_per_layer']:g} numbers per token per layer, "
+        f"{record['kv_budget']:.1%} of the source's cache, in {record['seconds']:.0f} s"
+    )
+    print_left(done.left)
+    for note in done.notes:
+        print(visible(note))
+
+
+def print_uptrained(healed: Path, entry: dict[str, Any]) -> None:
+    loss = entry["held_out_loss"]
+    print(
+        f"{healed}: held-out loss {loss['before']:.4f} → {loss['after']:.4f} nats per token, "
+        f"{entry['tokens']:,} tokens in {entry['seconds']:.0f} s"
+    )
 
 
 def print_report(result: dict[str, Any]) -> None:

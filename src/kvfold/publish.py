@@ -26,7 +26,7 @@ def facts_for(out: Path, repo: str, report_dir: Path, licence: str | None, base_
         licence=card.Licence(licence) if licence else hub.licence_of(out, source, base_model),
         report=report,
         model=model,
-        table=reports.markdown({**report, "models": [model]}),
+        table=reports.markdown({**report, "models": [{**model, "name": repo.split("/")[-1]}]}),
         legend=reports.LEGEND,
         plot=plot,
     )
