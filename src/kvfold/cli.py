@@ -1,6 +1,5 @@
 """The verbs. Thin: each takes its flags, imports what it needs, calls one function and prints what came of it."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Optional
@@ -91,13 +90,17 @@ def convert(
     ] = True,
     json_path: Json = None,
 ) -> None:
-    """Fold a checkpoint into another one with a smaller KV cache."""
+    """Fold a checkpoint into another one with a smaller KV cache. Also under `accelerate launch -m kvfold`."""
     settings = parse_settings(ConvertSettings, {**read_settings(settings_file), **flags})
+    from kvfold import processes
     from kvfold.convert.pipeline import convert as run
     from kvfold.convert.publishing.escape import visible
 
     with console.progress(f"{source} → {out}") as report:
         done = run(source, out, settings, resume, overwrite, report, verify)
+    processes.part()
+    if not console.is_first():
+        return
     console.write_json(json_path, done.record)
     if json_path != STDOUT:
         print(
@@ -227,7 +230,7 @@ def uptrain(
         print(line, file=sys.stderr, flush=True)
 
     entry = run(out, healed, teacher, settings, data, held_out, keep_adapter, resume, overwrite, log)
-    if os.environ.get("RANK", "0") != "0":  # of several processes the first tells
+    if not console.is_first():
         return
     console.write_json(json_path, entry)
     if json_path != STDOUT:
