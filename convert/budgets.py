@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from kvfold import processes
+from kvfold.convert import processes
 from kvfold.convert.calibration import observe
 from kvfold.convert.conversion import Report
 from kvfold.convert.duration import spoken

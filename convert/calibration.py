@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from kvfold import processes
+from kvfold.convert import processes
 from kvfold.convert.planning.plan import ConversionPlan
 from kvfold.convert.source.checkpoint import CheckpointReader
 from kvfold.convert.source.stream import Block, HiddenStates, SourceModel, check_finite

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvfold import processes
+from kvfold.convert import processes
 from kvfold.convert.calibration import read_attention
 from kvfold.convert.layouts import Layout, layout_of
 from kvfold.convert.output.writer import CheckpointWriter

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from kvfold import processes
+from kvfold.convert import processes
 from kvfold.convert.calibration import observe, refit_output
 from kvfold.convert.conversion import Conversion
 from kvfold.convert.methods import best

@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from kvfold import processes
+from kvfold.convert import processes
 from kvfold.convert.conversion import Conversion, Report
 from kvfold.convert.duration import announced, seconds_of, training_seconds
 from kvfold.convert.folding import OpenLayer, designs_of, fold_layer, packed, reopen_layer, unpacked
@@ -225,6 +225,7 @@ def _heal(
             begun=begun,
             keep=keep,
             rows=size,
+            total=processes.total,
         )
     except FloatingPointError as found:
         raise failed(settings, found) from None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold import processes
+from kvfold.convert import processes
 from kvfold.convert.conversion import Conversion, Report
 from kvfold.convert.duration import announced, training_seconds
 from kvfold.convert.folding import OpenLayer, designs_of, fold_layer, packed, reopen_layer, unpacked
@@ -161,8 +161,17 @@ def _heal(
 
     before, kept = processes.mean(folded.with_less(error), mine), [p.detach().clone() for p in parameters]
     try:
-        rate = settings.heal_lr or WINDOW_RATE
-        heal(blocks, designs, batches(), settings.heal_steps, rate, autocast=autocast_of(settings), report=report, rows=size)
+        heal(
+            blocks,
+            designs,
+            batches(),
+            settings.heal_steps,
+            settings.heal_lr or WINDOW_RATE,
+            autocast=autocast_of(settings),
+            report=report,
+            rows=size,
+            total=processes.total,
+        )
     except FloatingPointError as found:
         raise failed(settings, found, f"layer {layer}: ") from None
     after = processes.mean(folded.with_less(error), mine)

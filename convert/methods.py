@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvfold import processes
+from kvfold.convert import processes
 from kvfold.convert.calibration import Observed
 from kvfold.convert.planning.plan import ConversionPlan
 from kvfold.convert.planning.widths import widths_to_try

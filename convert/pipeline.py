@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import kvfold
-from kvfold import processes
+from kvfold.convert import processes
 from kvfold.convert.budgets import measured_widths
 from kvfold.convert.conversion import Conversion, Report
 from kvfold.convert.heal_whole import free_bytes
@@ -88,6 +88,8 @@ def convert(
         refuse_too_little(plan, parameters, cache_dtype(config, settings), out, free_bytes(device))
     holding = Partial(out, JOURNAL, resume, overwrite) if processes.is_main() else nullcontext()
     with holding as partial, resumable(partial_folder(out)):
+        for stale in partial.folder.glob("*.hidden") if partial is not None else ():
+            stale.unlink()  # of more processes than there are now
         if processes.from_main(lambda: partial is not None and partial.finished):
             return Converted(out, processes.from_main(lambda: read_json(out / RECORD)), [])
         folder = fetch_checkpoint(source, settings.revision)

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvfold import processes
-
 COARSE = 0.03
 """The relative error from which on healing takes full steps. What steps of a size break by themselves grows with its square."""
 QUIET = 1e-2
 """Of a projection's median input channel: channels quieter than that are taken to be as loud."""
 Loss = Callable[[Tensor, Tensor], Tensor]
+Total = Callable[..., list[Tensor]]
+"""Of tensors their sums over all processes."""
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
@@ -83,11 +83,11 @@ class RelativeAdam:
         for heard in self.heard.values():
             heard.zero_()
 
-    def measure(self) -> None:
+    def measure(self, total: Total) -> None:
         """Fix the sizes of steps, behind the forward passes of the first step and before it is done."""
         for hook in self.hooks:
             hook.remove()
-        for weight, heard in zip(self.heard, processes.total(*self.heard.values()), strict=True):
+        for weight, heard in zip(self.heard, total(*self.heard.values()), strict=True):
             if heard[-1] > 0:
                 loud = (heard[:-1] / heard[-1]).sqrt()
                 self.loudness[weight] = loud.clamp_min(float(loud.median()) * QUIET).clamp_min(1e-8)
@@ -151,6 +151,7 @@ def heal(
     begun: Progress | None = None,
     keep: Callable[[Progress], None] | None = None,
     rows: int | None = None,
+    total: Total = lambda *tensors: list(tensors),
 ) -> list[float]:
     """Train the modules `trained` in place so that the window maps each batch's input to its target; returns the losses.
 
@@ -165,7 +166,8 @@ def heal(
         report: called with the step and its loss.
         begun: where an interrupted run stood; the parameters must be those of then.
         keep: called behind every step with what `begun` wants, for whoever writes it down now and then.
-        rows: of a step, over all processes; None where each batch is a whole step.
+        rows: of a step, where `batches` give only those that this process has, maybe none; None where each is a whole step.
+        total: sums over the processes that have the others.
 
     Raises:
         FloatingPointError: the loss stopped being finite.
@@ -190,8 +192,8 @@ def heal(
             error = loss(output.to(wanted.dtype), wanted) * (len(part) / (rows or len(hidden)))
             value += float(error.detach())
             # Blocks may hold frozen weights; only what is trained needs a gradient.
-            for total, found in zip(gradients, torch.autograd.grad(error, optimizer.parameters), strict=True):
-                total += found
+            for gradient, found in zip(gradients, torch.autograd.grad(error, optimizer.parameters), strict=True):
+                gradient += found
         return value, gradients
 
     for step, (hidden, target) in zip(range(progress.steps, steps), batches, strict=False):
@@ -206,12 +208,12 @@ def heal(
             piece = size = size // 2  # behind the handler, whose exception holds on to what did not fit
             torch.cuda.empty_cache()
             optimizer.forget()
-        losses, *gradients = processes.total(torch.tensor(value, dtype=torch.float64), *gradients)
+        losses, *gradients = total(torch.tensor(value, dtype=torch.float64), *gradients)
         value = float(losses)
         if not math.isfinite(value):
             raise FloatingPointError(f"healing diverged at step {step + 1} of {steps}: loss {value}")
         if step == 0:
-            optimizer.measure()
+            optimizer.measure(total)
         progress.losses.append(value)
         rate = learning_rate * scale(progress.losses[0])
         optimizer.step(gradients, rate * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps))))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvfold import processes
+from kvfold.convert import processes
 from kvfold.convert.source.configfile import read_config
 from kvfold.convert.source.jsonfile import read_json
 from kvfold.convert.source.model import load_causal, refuse_code

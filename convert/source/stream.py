@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
-from kvfold import processes
+from kvfold.convert import processes
 from kvfold.convert.families import Family
 from kvfold.convert.source.checkpoint import CheckpointReader
 from kvfold.convert.source.model import build_on_meta, fill_buffers

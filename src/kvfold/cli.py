@@ -92,7 +92,7 @@ def convert(
 ) -> None:
     """Fold a checkpoint into another one with a smaller KV cache. Also under `accelerate launch -m kvfold`."""
     settings = parse_settings(ConvertSettings, {**read_settings(settings_file), **flags})
-    from kvfold import processes
+    from kvfold.convert import processes
     from kvfold.convert.pipeline import convert as run
     from kvfold.convert.publishing.escape import visible
 

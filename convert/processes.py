@@ -18,8 +18,8 @@ from torch import Tensor, distributed
 from kvfold.errors import ConversionError, UserError
 
 Result = TypeVar("Result")
-PATIENCE = timedelta(hours=24)
-"""How long processes wait for each other: the main one alone samples text, copies and verifies."""
+MEETING, PATIENCE = timedelta(minutes=10), timedelta(hours=24)
+"""How long processes wait for each other at the start, and later: the main one alone samples text, copies and verifies."""
 GO_ON = "repeat with --resume to go on"
 STOPPED = "stopped"
 """Where the first process that stops leaves its number and its reason."""
@@ -58,7 +58,7 @@ def join(device: str) -> str:
         The same, but `cpu` where the launcher has said so.
 
     Raises:
-        UserError: one GPU is named for several processes, or there are more of them than GPUs.
+        UserError: one GPU is named for several processes, there are more of them than GPUs, or they do not meet.
     """
     global _store
     size = int(os.environ.get("WORLD_SIZE", 1))
@@ -74,9 +74,16 @@ def join(device: str) -> str:
         if beside > gpus:
             raise UserError(f"there are {beside} processes and {gpus} GPUs here: start one for each GPU")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    _store, rank, size = next(distributed.rendezvous("env://", timeout=PATIENCE))
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    distributed.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=PATIENCE)
+    try:
+        _store, rank, size = next(distributed.rendezvous("env://", timeout=MEETING))
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        distributed.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"this is one of {size} processes (WORLD_SIZE), and it does not meet the others ({reason}): start them with "
+            "accelerate launch or torchrun"
+        ) from error
     return device
 
 
