@@ -171,15 +171,16 @@ def _heal(
     autocast = autocast_of(settings)
     begin = source.beginning()
     norm, head, cap = output
-    mine = processes.share(ids)
+    ids = processes.share(ids)
     blocks, designs = [item.block for item in layers], designs_of(layers)
 
     def batch(pick: Tensor | slice) -> tuple[Tensor, Tensor]:
-        return begin(mine[pick]), original.data[pick].to(source.device)
+        return begin(ids[pick]), original.data[pick].to(source.device)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for pick in drawn(rows - held_out, size, generator):
-            yield batch(processes.own(held_out + pick))
+            mine = processes.own(held_out + pick)
+            yield batch(mine) if len(mine) else (original.data[mine], original.data[mine])
 
     def loss(hidden: Tensor, target: Tensor) -> Tensor:
         return output_divergence(norm(hidden), norm(target), head, cap)

@@ -114,7 +114,8 @@ def _speaking() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = f"another process was killed or lost its connection; what is finished is kept, {GO_ON}"
+        said = " ".join(str(error).split())[:100]
+        reason = f"another process was killed or cannot be reached ({said}); what is finished is kept, {GO_ON}"
         with suppress(RuntimeError, ValueError):
             if _store is not None and _store.check([STOPPED]):
                 number, said = json.loads(_store.get(STOPPED))

@@ -34,7 +34,7 @@ MLA = (
     "--device",
     "cpu",
 )
-WINDOWS = (*MLA, "--heal-steps", 6, "--heal-batch-tokens", 128, "--heal-window", 2)
+WINDOWS = (*MLA, "--heal-steps", 6, "--heal-batch-tokens", 96, "--heal-window", 2)
 WHOLE = (*MLA, "--heal-steps", 20, "--heal-batch-tokens", 320, "--heal-window", "all", "--heal-lr", 0.02)
 WHOLE = (*WHOLE, "--token-weights", "nll", "--layer-budgets", "measured")
 Meddle = Callable[[int], None]
