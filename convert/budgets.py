@@ -6,12 +6,12 @@ widths of least summed error.
 """
 
 import time
-from functools import partial
 from math import inf
 from pathlib import Path
 
 import torch
 
+from kvfold.convert import processes
 from kvfold.convert.calibration import observe
 from kvfold.convert.conversion import Report
 from kvfold.convert.duration import spoken
@@ -38,6 +38,7 @@ def measured_widths(
     tokens = windows.ids.shape[1]
     ids = windows.ids[: max(1, WIDTH_TOKENS // tokens)]
     source = SourceModel(reader, plan.family, device, tokens)
+    scratch = processes.own_file(scratch)
     original = source.embed(ids, scratch)
     curves: list[Curve] = []
     for layer in range(plan.folded[-1] + 1):
@@ -47,7 +48,7 @@ def measured_widths(
             continue
         report(0.0, f"measuring layer {layer + 1}/{plan.spec.layers}")
         started = time.monotonic()
-        seen = original.with_less(partial(observe, plan, source, layer, block, original), lambda line: report(None, line))
+        seen = observe(plan, source, layer, block, original, lambda line: report(None, line))
         curve: Curve = {}
         for widths in widths_to_try(plan, plan.spec.turning[layer]):
             error = best_latent(plan, seen, *widths, search=False)[0]

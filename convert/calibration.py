@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from kvfold.convert import processes
 from kvfold.convert.planning.conversion_plan import ConversionPlan
 from kvfold.convert.source.checkpoint import CheckpointReader
 from kvfold.convert.source.stream import Block, HiddenStates, SourceModel, check_finite
@@ -59,7 +60,7 @@ class Observed:
         moment: E[z zᵀ] of the attention's augmented inputs (d + 1, d + 1), all tokens alike.
         attended: the same where tokens count by the attention that they receive, with a share of the plain one.
         phase: what each head's attention leaves of every frequency on average, (H, D/2) complex.
-        sample: some of the inputs (B, T, d).
+        sample: some of the inputs (B, T, d), those that this process holds.
         compare: the relative error behind the attention with other weights in its place.
         measure: the same behind the whole layer, which takes several times as long.
     """
@@ -88,41 +89,36 @@ class Observed:
         return Layer(weights, self.attended, self.phase.to(torch.complex128))
 
 
-def observe(plan: ConversionPlan, source: SourceModel, layer: int, block: Block, original: HiddenStates) -> Observed:
+def observe(
+    plan: ConversionPlan, source: SourceModel, layer: int, block: Block, original: HiddenStates, tell: Callable[[str], None]
+) -> Observed:
     """Read a layer's attention and run it over its inputs. The original stream stays before the layer."""
     attention = read_attention(plan, source.reader, layer).to(source.device, torch.float64)
-    plain, attended = (SecondMoment(plan.spec.hidden_size, source.device) for _ in range(2))
-    rope, lags = block.rope, torch.zeros(())
-    windows, tokens, _ = original.data.shape
-    for rows in original.batches():
-        counts = None if original.weights is None else original.weights[rows].to(source.device)
-        x = block.attention_input(original.data[rows].to(source.device))
-        plain.add(x, counts)
-        if rows.start * tokens >= ATTENTION_TOKENS:
-            continue
-        seen, received = latent.attention_seen(attention, x, rope, block.visible)
-        attended.add(x, received if counts is None else received * counts)
-        lags = lags.to(seen) + seen
-    measured = slice(0, max(1, compared(windows * tokens) // tokens))
-    before = original.data[measured].clone().to(source.device)  # the stream moves on in place
+    rope, tokens = block.rope, original.data.shape[1]
+    plain, attended, lags = original.with_less(lambda: _sums(attention, block, original), tell)
+    plain.total, attended.total, lags = processes.total(plain.total, attended.total, lags)
+    # The stream moves on in place. A process may hold no window of those that are compared.
+    before = original.first(max(1, compared(original.windows * tokens) // tokens)).clone().to(source.device)
+    inputs = after = behind = before
     with torch.no_grad():
-        inputs, after = block.attention_input(before), block(before)
-        behind = before + block.attend(inputs)
+        if len(before):
+            inputs, after = block.attention_input(before), block(before)
+            behind = before + block.attend(inputs)
     check_finite(after, f"source layer {layer}")
 
-    def error_of(output: Tensor, target: Tensor) -> float:
-        error = float(relative_error(output, target))
+    def error_of(output: Callable[[], Tensor], target: Tensor) -> float:
+        error = processes.mean(relative_error(output(), target) if len(target) else 0.0, len(target))
         return error if math.isfinite(error) else math.inf
 
     @torch.no_grad()
     def compare(folded: FoldedWeights) -> float:
         attention = design(folded.to(source.device, torch.float32))
-        return error_of(before + attention.o_proj(block.mix(attention, inputs)), behind)
+        return error_of(lambda: before + attention.o_proj(block.mix(attention, inputs)), behind)
 
     @torch.no_grad()
     def measure(folded: FoldedWeights) -> float:
         with block.attention(design(folded.to(source.device, torch.float32))):
-            return error_of(block(before), after)
+            return error_of(lambda: block(before), after)
 
     moment = plain.value()
     mixed = ATTENDED * attended.value() + (1 - ATTENDED) * moment
@@ -131,12 +127,38 @@ def observe(plan: ConversionPlan, source: SourceModel, layer: int, block: Block,
     return Observed(plan, attention, moment, mixed, phase, inputs, compare, measure)
 
 
-@torch.no_grad()
-def refit_output(folded: Folded, block: Block, original: HiddenStates, bias: bool) -> Folded:
+def _sums(attention: AttentionWeights, block: Block, original: HiddenStates) -> tuple[SecondMoment, SecondMoment, Tensor]:
+    """Of the windows that this process holds: the attention's inputs, all alike and by the attention that they receive, and how
+    much attention goes how far, (H, T)."""
+    tokens, hidden = original.data.shape[1:]
+    plain, attended = (SecondMoment(hidden, block.device) for _ in range(2))
+    lags = torch.zeros(attention.heads, tokens, device=block.device)
+    looked = processes.held(-(-ATTENTION_TOKENS // tokens))
+    for rows in original.batches():
+        counts = None if original.weights is None else original.weights[rows].to(block.device)
+        x = block.attention_input(original.data[rows].to(block.device))
+        plain.add(x, counts)
+        x = x[: max(0, looked - rows.start)]
+        if len(x):
+            seen, received = latent.attention_seen(attention, x, block.rope, block.visible)
+            attended.add(x, received if counts is None else received * counts[: len(x)])
+            lags += seen
+    return plain, attended, lags
+
+
+def refit_output(folded: Folded, block: Block, original: HiddenStates, bias: bool, tell: Callable[[str], None]) -> Folded:
     """`folded` with the output projection that brings it nearest to the source's attention on all calibration tokens.
 
     The block still has the source's attention, and `original` stands before it.
     """
+    regression = original.with_less(lambda: _regression(folded, block, original), tell)
+    regression.gram, regression.cross = processes.total(regression.gram, regression.cross)
+    return regression.solve(folded, bias)
+
+
+@torch.no_grad()
+def _regression(folded: FoldedWeights, block: Block, original: HiddenStates) -> OutputRegression:
+    """What the windows that this process holds say of it."""
     attention = design(folded.to(block.device, torch.float32))
     regression = OutputRegression(attention.o_proj.in_features, attention.o_proj.out_features, block.device)
     for rows in original.batches():
@@ -144,4 +166,4 @@ def refit_output(folded: Folded, block: Block, original: HiddenStates, bias: boo
         x = block.attention_input(hidden)
         wanted, heads = block.attend(x), block.mix(attention, x)
         regression.add(heads, wanted - attention.o_proj(heads), (hidden + wanted).square().sum(-1))
-    return regression.solve(folded, bias)
+    return regression

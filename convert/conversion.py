@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvfold.convert import processes
 from kvfold.convert.calibration import read_attention
 from kvfold.convert.layouts import Layout, layout_of
 from kvfold.convert.output.writer import CheckpointWriter
@@ -50,6 +51,10 @@ class Conversion:
     def read_written(self, layer: int) -> FoldedWeights:
         """The folded attention as it was written, rounding included."""
         return self.layout.lift({n: self.writer.read(n) for n in self.layout.names(layer, self.plan)}, self.plan)
+
+    def shared_written(self, layer: int) -> FoldedWeights:
+        """`read_written` for all processes."""
+        return processes.from_main(lambda: self.read_written(layer))
 
     def finished(self, layer: int) -> bool:
         return self.unit(layer) in self.writer.finished

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from kvfold.convert import processes
 from kvfold.convert.calibration import observe, refit_output
 from kvfold.convert.conversion import Conversion
 from kvfold.convert.methods import best
@@ -58,19 +59,24 @@ def designs_of(layers: Iterable[OpenLayer]) -> list[Design]:
 def fold_layer(job: Conversion, source: SourceModel, layer: int, original: HiddenStates) -> OpenLayer:
     """Fold a layer's attention by the candidate of least error, and move the original stream behind it."""
     block = source.block(layer)
-    seen = original.with_less(lambda: observe(job.plan, source, layer, block, original), job.tell)
+    seen = observe(job.plan, source, layer, block, original, job.tell)
     error, label, folded = best(job.plan, seen, layer)
     if error == math.inf:
         raise ConversionError(f"folding layer {layer} gave no finite result: check the source's weights there")
+    folded = _same(folded)
     if job.plan.method in REFITTED:
-        bias, before = job.plan.layout == "kvfold", folded
-        refitted = original.with_less(lambda: refit_output(before, block, original, bias), job.tell)
+        refitted = _same(refit_output(folded, block, original, job.plan.layout == "kvfold", job.tell))
         refitted_error = seen.measure(refitted)
         if refitted_error < error:
             error, folded = refitted_error, refitted
     block.advance(original)
     check_finite(original.data, f"source layer {layer}")
     return OpenLayer(block, folded, label, error)
+
+
+def _same(folded: FoldedWeights) -> FoldedWeights:
+    """The main process's: eigenvectors are free in sign, and need not come out alike on different machines."""
+    return folded.each(processes.same)
 
 
 def reopen_layer(
@@ -101,7 +107,11 @@ def packed(items: Iterable[tuple[int, OpenLayer]]) -> bytes:
 
 
 def unpacked(file: Path, layer: int) -> tuple[FoldedWeights, str, float] | None:
-    """What `packed` kept of `layer`, its weights, choice and error; None when it is not there."""
+    """What `packed` kept of `layer`, its weights, choice and error; None when it is not there. The main process reads it."""
+    return processes.from_main(lambda: _unpacked(file, layer))
+
+
+def _unpacked(file: Path, layer: int) -> tuple[FoldedWeights, str, float] | None:
     if not file.exists():
         return None
     with safe_open(spelled(file.parent) / file.name, "pt") as saved:

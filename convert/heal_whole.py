@@ -14,6 +14,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from kvfold.convert import processes
 from kvfold.convert.conversion import Conversion, Report
 from kvfold.convert.duration import announced, seconds_of, training_seconds
 from kvfold.convert.folding import OpenLayer, designs_of, fold_layer, packed, reopen_layer, unpacked
@@ -23,7 +24,7 @@ from kvfold.convert.source.data import Windows
 from kvfold.convert.source.stream import HiddenStates, SourceModel, logit_cap
 from kvfold.errors import ConversionError
 from kvfold.surgery.designs import weights_of
-from kvfold.surgery.healing import COARSE_KL, Progress, by_error, heal
+from kvfold.surgery.healing import COARSE_KL, Progress, by_error, drawn, heal
 from kvfold.surgery.output import output_divergence
 
 RATE = 0.1
@@ -54,7 +55,7 @@ def heals_whole(job: Conversion, source: SourceModel, windows: Windows) -> bool:
     if job.writer.finished:
         return _unit(job.plan.folded[0]) in job.writer.finished
     weights = sum(p.numel() for p in source.base.parameters()) + job.plan.spec.vocab_size * job.plan.spec.hidden_size
-    return worth_and_fits(job.plan, weights, windows.ids.shape[1], free_bytes(source.device))
+    return worth_and_fits(job.plan, weights, windows.ids.shape[1], min(processes.gathered(free_bytes(source.device))))
 
 
 def worth_and_fits(plan: ConversionPlan, weights: int, tokens: int, free: float) -> bool:
@@ -73,12 +74,15 @@ def needed_bytes(plan: ConversionPlan, weights: int, tokens: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """What this process may take of a device's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // processes.here()
 
 
 def fold_whole(job: Conversion, source: SourceModel, windows: Windows, report: Report) -> None:
     """Fold all layers, heal them together, write them. Raises ConversionError when something is not finite."""
-    file = job.writer.folder / "original.hidden"
+    file = processes.own_file(job.writer.folder / "original.hidden")
     original = source.embed(windows.ids, file)
     if job.plan.settings.token_weights == "nll":
         original.weights = SourceModel(job.reader, job.plan.family, source.device, windows.ids.shape[1]).surprise(windows.ids)
@@ -126,11 +130,13 @@ def _unit(layer: int) -> str:
 def _seconds(job: Conversion, source: SourceModel, output: Output, first: OpenLayer, original: HiddenStates) -> float:
     """What healing will take, from a pass of one layer and of the output over a piece of the tokens."""
     settings, tokens = job.plan.settings, original.data.shape[1]
-    hidden = original.data[: max(1, min(PIECE, settings.heal_batch_tokens) // tokens)].to(source.device)
+    together = min(PIECE * processes.count(), settings.heal_batch_tokens) // tokens
+    hidden = original.data[: max(1, processes.held(together))].to(source.device)
     norm, head, cap = output
     seconds = job.layers * training_seconds(first, hidden, autocast_of(settings))
     seconds += seconds_of(lambda: output_divergence(norm(hidden).requires_grad_(), norm(hidden), head, cap), source.device)
-    return settings.heal_steps * max(1, settings.heal_batch_tokens // hidden[..., 0].numel()) * seconds
+    pieces = settings.heal_batch_tokens // (processes.count() * hidden[..., 0].numel())
+    return settings.heal_steps * max(1, pieces) * seconds
 
 
 def autocast_of(settings: ConvertSettings) -> torch.dtype | None:
@@ -165,30 +171,30 @@ def _heal(
     autocast = autocast_of(settings)
     begin = source.beginning()
     norm, head, cap = output
+    ids = processes.share(ids)
     blocks, designs = [item.block for item in layers], designs_of(layers)
 
     def batch(pick: Tensor | slice) -> tuple[Tensor, Tensor]:
         return begin(ids[pick]), original.data[pick].to(source.device)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        while True:
-            order = held_out + torch.randperm(rows - held_out, generator=generator)
-            for pick in order[: len(order) // size * size].split(size):
-                yield batch(pick)
+        for pick in drawn(rows - held_out, size, generator):
+            mine = processes.own(held_out + pick)
+            yield batch(mine) if len(mine) else (original.data[mine], original.data[mine])
 
     def loss(hidden: Tensor, target: Tensor) -> Tensor:
         return output_divergence(norm(hidden), norm(target), head, cap)
 
     @torch.no_grad()
     def measure() -> float:
-        total, measured = 0.0, max(1, held_out)  # a text of one window has none to hold out
+        total, measured = 0.0, processes.held(max(1, held_out))  # a text of one window has none to hold out
         for row in range(measured):
             hidden, target = batch(slice(row, row + 1))
             with torch.autocast(source.device.type, autocast, enabled=autocast is not None):
                 for block in blocks:
                     hidden = block(hidden)
             total += float(loss(hidden.float(), target)) / measured
-        return total
+        return processes.mean(total, measured)
 
     def progress(step: int, value: float) -> None:
         report(step / settings.heal_steps, f"healing all layers, KL {value:.3f}")
@@ -200,7 +206,8 @@ def _heal(
 
     def keep(now: Progress) -> None:
         nonlocal last
-        if now.steps == settings.heal_steps or time.monotonic() - last > KEEP_SECONDS:
+        due = now.steps == settings.heal_steps or time.monotonic() - last > KEEP_SECONDS
+        if due and processes.is_main():
             _keep(job, now, designs, before)
             last = time.monotonic()
 
@@ -218,6 +225,8 @@ def _heal(
             report=progress,
             begun=begun,
             keep=keep,
+            rows=size,
+            total=processes.total,
         )
     except FloatingPointError as found:
         raise failed(settings, found) from None
@@ -252,7 +261,8 @@ def _kept(job: Conversion, designs: list[Any]) -> tuple[Progress | None, float]:
     units = [unit for unit in job.writer.finished if unit.startswith(HEALED)]
     if not units:
         return None, 0.0
-    saved = torch.load(job.writer.folder / _state(units[-1]), map_location="cpu", weights_only=True)
+    file = job.writer.folder / _state(units[-1])
+    saved = processes.from_main(lambda: torch.load(file, map_location="cpu", weights_only=True))
     with torch.no_grad():
         for p, value in zip((p for module in designs for p in module.parameters()), saved["parameters"], strict=True):
             p.copy_(value)

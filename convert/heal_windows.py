@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvfold.convert import processes
 from kvfold.convert.conversion import Conversion, Report
 from kvfold.convert.duration import announced, training_seconds
 from kvfold.convert.folding import OpenLayer, designs_of, fold_layer, packed, reopen_layer, unpacked
@@ -22,7 +23,7 @@ from kvfold.convert.planning.settings import ConvertSettings
 from kvfold.convert.source.data import Windows
 from kvfold.convert.source.stream import HiddenStates, SourceModel, check_finite
 from kvfold.surgery.designs import weights_of
-from kvfold.surgery.healing import heal, relative_error
+from kvfold.surgery.healing import drawn, heal, relative_error
 
 WINDOW, WINDOW_RATE = 2, 2e-2
 """Layers in a window, and the learning rate of its healing."""
@@ -45,7 +46,8 @@ def fold_on_stream(job: Conversion, device: torch.device, windows: Windows, repo
         fold_whole(job, source, windows, report)
         return
     report(0.0, "embedding")
-    files = [job.writer.folder / f"{name}.hidden" for name in ("original", "folded")][: 2 if settings.heal_steps else 1]
+    names = ("original", "folded") if settings.heal_steps else ("original",)
+    files = [processes.own_file(job.writer.folder / f"{name}.hidden") for name in names]
     streams = [source.embed(windows.ids, file, copies=len(files) - n) for n, file in enumerate(files)]
     if settings.token_weights == "nll":
         report(0.0, "weighing tokens")
@@ -83,7 +85,7 @@ def fold_on_stream(job: Conversion, device: torch.device, windows: Windows, repo
         if settings.heal_steps and layer < plan.folded[-1]:
             # The folded stream runs through what was written, rounding included: the next layer repairs that too.
             if current.design is not None:
-                current.set_weights(job.read_written(layer))
+                current.set_weights(job.shared_written(layer))
             current.block.advance(folded)
             check_finite(folded.data, f"folded layer {layer}")
         waiting.popleft()
@@ -93,8 +95,8 @@ def fold_on_stream(job: Conversion, device: torch.device, windows: Windows, repo
 
 def _seconds(job: Conversion, first: OpenLayer, original: HiddenStates, ahead: int) -> float:
     """What healing will take, from a pass of one layer over a batch."""
-    rows, tokens, _ = original.data.shape
-    hidden = original.data[: max(1, min(rows, job.plan.settings.heal_batch_tokens // tokens))].to(first.block.device)
+    tokens = original.data.shape[1]
+    hidden = original.data[: max(1, processes.held(job.plan.settings.heal_batch_tokens // tokens))].to(first.block.device)
     settings = job.plan.settings
     return settings.heal_steps * len(job.plan.folded) * ahead * training_seconds(first, hidden, autocast_of(settings))
 
@@ -104,7 +106,7 @@ def _open(job: Conversion, source: SourceModel, layer: int, original: HiddenStat
     if layer not in job.plan.folded:
         return reopen_layer(source, layer, original)
     if job.finished(layer):
-        return reopen_layer(source, layer, original, job.read_written(layer))
+        return reopen_layer(source, layer, original, job.shared_written(layer))
     last = max((n for n in job.plan.folded if job.finished(n)), default=-1)
     saved = unpacked(job.writer.folder / _waiting(last), layer)
     if saved is not None:
@@ -130,14 +132,14 @@ def _heal(
 
     Both are measured on the same tokens; where the error did not fall, the layers stay as they were.
     """
-    rows, tokens, _ = folded.data.shape
+    tokens = folded.data.shape[1]
     generator = torch.Generator().manual_seed(settings.seed * 100_003 + layer)
-    size = min(rows, max(1, settings.heal_batch_tokens // tokens))
+    size = min(folded.windows, max(1, settings.heal_batch_tokens // tokens))
+    mine = processes.held(size)  # of those on which the error is measured
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        while True:
-            for pick in torch.randperm(rows, generator=generator)[: rows // size * size].split(size):
-                yield folded.data[pick].to(device), original.data[pick].to(device)
+        for pick in map(processes.own, drawn(folded.windows, size, generator)):
+            yield folded.data[pick].to(device), original.data[pick].to(device)
 
     blocks = [item.block for item in waiting]
     designs = designs_of(waiting)
@@ -146,20 +148,31 @@ def _heal(
     @torch.no_grad()
     def error() -> float:
         total = 0.0
-        for pick in torch.arange(size).split(max(1, folded.forward_tokens // tokens)):
+        for pick in torch.arange(mine).split(max(1, folded.forward_tokens // tokens)):
+            if not len(pick):  # other processes have these windows
+                continue
             hidden = folded.data[pick].to(device)
             for block in blocks:
                 hidden = block(hidden)
             total += float(relative_error(hidden, original.data[pick].to(device))) * len(pick)
-        return total / size
+        return total / max(1, mine)
 
-    before, kept = folded.with_less(error), [p.detach().clone() for p in parameters]
+    before, kept = processes.mean(folded.with_less(error), mine), [p.detach().clone() for p in parameters]
     try:
-        rate = settings.heal_lr or WINDOW_RATE
-        heal(blocks, designs, batches(), settings.heal_steps, rate, autocast=autocast_of(settings), report=report)
+        heal(
+            blocks,
+            designs,
+            batches(),
+            settings.heal_steps,
+            settings.heal_lr or WINDOW_RATE,
+            autocast=autocast_of(settings),
+            report=report,
+            rows=size,
+            total=processes.total,
+        )
     except FloatingPointError as found:
         raise failed(settings, found, f"layer {layer}: ") from None
-    after = folded.with_less(error)
+    after = processes.mean(folded.with_less(error), mine)
     if not after < before:
         for parameter, value in zip(parameters, kept, strict=True):
             parameter.data.copy_(value)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from kvfold.convert import processes
 from kvfold.convert.calibration import Observed
 from kvfold.convert.planning.conversion_plan import ConversionPlan
 from kvfold.convert.planning.widths import widths_to_try
@@ -41,7 +42,8 @@ def best_latent(
         return folded if plan.q_rank is None else latent.low_rank_queries(folded, plan.q_rank, moment)
 
     if plan.method in baselines.METHODS:
-        offered = baselines.METHODS[plan.method](layer.weights, rank, rope_dim, moment, seen.sample)
+        sample = torch.cat(processes.gathered(seen.sample.cpu())).to(moment.device)
+        offered = baselines.METHODS[plan.method](layer.weights, rank, rope_dim, moment, sample)
         return _least(seen, ((label, thin(folded)) for label, folded in offered))
 
     def fold(choice: Choice) -> FoldedWeights:

@@ -8,6 +8,7 @@ import json
 import resource
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 import kvfold
+from kvfold.convert import processes
 from kvfold.convert.budgets import measured_widths
 from kvfold.convert.conversion import Conversion, Report
 from kvfold.convert.heal_whole import free_bytes
@@ -23,16 +25,17 @@ from kvfold.convert.layouts import layout_of
 from kvfold.convert.layouts.source import within
 from kvfold.convert.methods import alone
 from kvfold.convert.output.files import checksum_of_rows
-from kvfold.convert.output.partial import JOURNAL, Partial, refuse_existing, resumable
+from kvfold.convert.output.journal import differences
+from kvfold.convert.output.partial import JOURNAL, Partial, partial_folder, refuse_existing, resumable
 from kvfold.convert.output.record import RECORD
-from kvfold.convert.output.writer import CheckpointWriter
+from kvfold.convert.output.writer import Bystander, CheckpointWriter
 from kvfold.convert.planning.cost import refuse_too_little
 from kvfold.convert.planning.parameters import source_parameters
-from kvfold.convert.planning.plan import COPY, cache_dtype, make_plan
+from kvfold.convert.planning.plan import COPY, ConversionPlan, cache_dtype, make_plan
 from kvfold.convert.planning.settings import ConvertSettings, normal_dtype, parse_size
 from kvfold.convert.publishing.escape import visible
 from kvfold.convert.source.checkpoint import CheckpointReader, TensorSpec, read_json
-from kvfold.convert.source.data import calibration_windows
+from kvfold.convert.source.data import Windows, calibration_windows
 from kvfold.convert.source.fetch import fetch_checkpoint, fetch_config
 from kvfold.convert.source.opening import identity, open_source
 from kvfold.convert.source.sidefiles import side_files
@@ -53,6 +56,7 @@ class Converted:
     notes: list[str] = field(default_factory=list)
 
 
+@processes.stopping_together()
 def convert(
     source: str,
     out: Path,
@@ -63,6 +67,8 @@ def convert(
     check: bool = True,
 ) -> Converted:
     """Fold the checkpoint `source` (local folder or Hub id) into `out`, and with `check` verify it before it gets its name.
+
+    Of several processes, under `accelerate launch` or torchrun, all must call it; they share the calibration text.
 
     Raises:
         UserError: the plan refuses, `out` exists, or the source or the calibration text is unusable. Nothing is written.
@@ -76,52 +82,85 @@ def convert(
     config = fetch_config(source, settings.revision)
     plan = make_plan(config, settings)
     plan.refuse(converting=True)
-    device = pick_device(settings.device)
+    device = pick_device(processes.join(settings.device))
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # the stream stays float32, its products take their factors as TF32
     if not resume:
         parameters = source_parameters(config, plan.spec)
         refuse_too_little(plan, parameters, cache_dtype(config, settings), out, free_bytes(device))
-    with Partial(out, JOURNAL, resume, overwrite) as partial, resumable(partial.folder):
-        if partial.finished:
-            return Converted(out, read_json(out / RECORD), [])
+    holding = Partial(out, JOURNAL, resume, overwrite) if processes.is_main() else nullcontext()
+    with holding as partial, resumable(partial_folder(out)):
+        for stale in partial.folder.glob("*.hidden") if partial is not None else ():
+            stale.unlink()  # of more processes than there are now
+        if processes.from_main(lambda: partial is not None and partial.finished):
+            return Converted(out, processes.from_main(lambda: read_json(out / RECORD)), [])
         folder = fetch_checkpoint(source, settings.revision)
         reader, side = open_source(folder), side_files(folder)
         plan = make_plan(reader.config, settings)  # once more, for what the tensors say otherwise
         plan.refuse(converting=True)
         windows = calibration_windows(plan, folder, device, lambda line: report(0.0, line))
+        _refuse_disagreement(_asked(source, plan, reader, windows, times=False), windows)
         if plan.measures_widths and windows is not None:
-            scratch = partial.folder / "measured.hidden"
+            scratch = partial_folder(out) / "measured.hidden"
             plan = replace(plan, widths=measured_widths(plan, reader, device, windows, scratch, report))
         dtype = getattr(torch, name) if (name := normal_dtype(settings.dtype)) else None
         layout = layout_of(plan)
         specs = layout.tensor_specs(reader, plan, dtype)
         if plan.within:
             specs = within(specs, reader, dtype)
-        wanted = {"source": str(source), **settings.model_dump(), "widths": plan.widths}
-        asked = {
-            "version": kvfold.__version__,
-            "settings": {key: visible(value) if isinstance(value, str) else value for key, value in wanted.items()},
-            "source files": identity(reader),
-            "calibration text": None if windows is None else checksum_of_rows(windows.ids),
-        }
-        with CheckpointWriter(partial, specs, parse_size(settings.max_shard_size), asked) as writer:
+        asked = _asked(source, plan, reader, windows)
+        shard = parse_size(settings.max_shard_size)
+        with Bystander(partial_folder(out)) if partial is None else CheckpointWriter(partial, specs, shard, asked) as writer:
+            writer.finished = processes.from_main(lambda: writer.finished)
             job = Conversion(plan, reader, writer, report)
-            if windows is None:
-                fold_alone(job, device, report)
-            else:
+            if windows is not None:
                 fold_on_stream(job, device, windows, report)
-            _copy_rest(job, specs, report)
-            record = _record(source, job, 0 if windows is None else windows.ids.numel(), time.time() - started, device)
-            config = layout.config(reader.config, plan, dtype)
-            if check:
-                verify(job, config, None if windows is None else windows.ids, device, report)
-            if plan.within and reader.view is not None:
-                config = reader.view.whole(config)
-            files = {"config.json": json.dumps(config, indent=2) + "\n", RECORD: json.dumps(record, indent=2) + "\n"}
-            writer.commit({**side.texts, **layout.files(), **files}, side.copies)
+
+            def complete() -> dict[str, Any]:
+                if windows is None:
+                    fold_alone(job, device, report)
+                _copy_rest(job, specs, report)
+                record = _record(source, job, 0 if windows is None else windows.ids.numel(), time.time() - started, device)
+                config = layout.config(reader.config, plan, dtype)
+                if check:
+                    verify(job, config, None if windows is None else windows.ids, device, report)
+                if plan.within and reader.view is not None:
+                    config = reader.view.whole(config)
+                files = {"config.json": json.dumps(config, indent=2) + "\n", RECORD: json.dumps(record, indent=2) + "\n"}
+                writer.commit({**side.texts, **layout.files(), **files}, side.copies)
+                return record
+
+            record = processes.from_main(complete)
     report(1.0, "done")
     return Converted(out, record, side.left, _notes(reader, source))
+
+
+def _asked(
+    source: str, plan: ConversionPlan, reader: CheckpointReader, windows: Windows | None, times: bool = True
+) -> dict[str, Any]:
+    """What decides the result; `times` as `identity` takes it."""
+    wanted = {"source": str(source), **plan.settings.model_dump(), "widths": plan.widths}
+    return {
+        "version": kvfold.__version__,
+        "settings": {key: visible(value) if isinstance(value, str) else value for key, value in wanted.items()},
+        "source files": identity(reader, times),
+        "calibration text": None if windows is None else checksum_of_rows(windows.ids),
+    }
+
+
+def _refuse_disagreement(asked: dict[str, Any], windows: Windows | None) -> None:
+    """Raise UserError where processes were not started alike, or there are more of them than windows."""
+    first, *others = processes.gathered(asked)
+    for number, theirs in enumerate(others, 1):
+        if differ := differences(first, theirs):
+            raise UserError(
+                f"process {number} has {differ} than process 0: start all with the same command, files and version of kvfold"
+            )
+    if windows is not None and processes.count() > len(windows.ids):
+        raise UserError(
+            f"there are {processes.count()} processes and {len(windows.ids)} windows of calibration text: start no more "
+            "processes than there are windows, or give more text"
+        )
 
 
 def _record(source: str, job: Conversion, tokens: int, seconds: float, device: torch.device) -> dict[str, Any]:

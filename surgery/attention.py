@@ -3,6 +3,7 @@
 Shapes: `d` hidden size, `H` query heads, `G` key/value heads, `D` head width, `B` batch, `T` tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -35,9 +36,13 @@ class Weights:
         held = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: tensor for name, tensor in held.items() if tensor is not None}
 
+    def each(self: Kind, change: Callable[[Tensor], Tensor]) -> Kind:
+        """The same with `change` of every tensor."""
+        return replace(self, **{name: change(tensor) for name, tensor in self.tensors().items()})
+
     def to(self: Kind, *args: Any) -> Kind:
         """Every tensor through `Tensor.to`; integers keep their dtype."""
-        return replace(self, **{name: _moved(tensor, *args) for name, tensor in self.tensors().items()})
+        return self.each(lambda tensor: _moved(tensor, *args))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ window may also be the whole model, and the target the original's distribution o
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,8 @@ COARSE = 0.03
 QUIET = 1e-2
 """Of a projection's median input channel: channels quieter than that are taken to be as loud."""
 Loss = Callable[[Tensor, Tensor], Tensor]
+Total = Callable[..., list[Tensor]]
+"""Of tensors their sums over all processes."""
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
@@ -57,26 +59,39 @@ class RelativeAdam:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.parameters: list[nn.Parameter] = []
         self.loudness: dict[nn.Parameter, Tensor] = {}
+        self.heard: dict[Any, Tensor] = {}
         self.hooks = []
         for module in modules:
             self.parameters += module.parameters()
             for linear in module.modules():
                 if isinstance(linear, nn.Linear):
+                    heard = torch.zeros(linear.in_features + 1, device=linear.weight.device)
+                    self.heard[linear.weight] = heard
                     self.hooks.append(linear.register_forward_pre_hook(self._listen))
         self.adam = torch.optim.Adam([{"params": [p]} for p in self.parameters], lr=0.0, betas=(0.9, 0.99), eps=1e-12)
         self.sizes: list[float] = []
 
     def _listen(self, linear: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Take the root mean square of a projection's input channels from its first input: (in_features,)."""
+        """Add up the squares of a projection's input channels, and the tokens behind them: (in_features + 1,)."""
         weight: Any = linear.weight
-        if weight not in self.loudness:
-            loud = inputs[0].detach().float().square().flatten(0, -2).mean(0).sqrt()
-            self.loudness[weight] = loud.clamp_min(float(loud.median()) * QUIET).clamp_min(1e-8)
+        squares = inputs[0].detach().float().square().flatten(0, -2)
+        self.heard[weight][:-1] += squares.sum(0)
+        self.heard[weight][-1] += len(squares)
 
-    def measure(self) -> None:
-        """Fix the sizes of steps, behind the first forward pass and before the first step."""
+    def forget(self) -> None:
+        """What was heard, where a first step is begun again."""
+        for heard in self.heard.values():
+            heard.zero_()
+
+    def measure(self, total: Total) -> None:
+        """Fix the sizes of steps, behind the forward passes of the first step and before it is done."""
         for hook in self.hooks:
             hook.remove()
+        for weight, heard in zip(self.heard, total(*self.heard.values()), strict=True):
+            if heard[-1] > 0:
+                loud = (heard[:-1] / heard[-1]).sqrt()
+                self.loudness[weight] = loud.clamp_min(float(loud.median()) * QUIET).clamp_min(1e-8)
+        self.heard = {}
         self.sizes = [
             float((p.detach() * self.loudness.get(p, 1.0)).square().mean().sqrt().clamp_min(1e-8)) for p in self.parameters
         ]
@@ -110,6 +125,18 @@ class RelativeAdam:
         self.loudness = {p: loud.to(p.device) for p, loud in pairs if loud is not None}
 
 
+def drawn(rows: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """The rows (size,) of one step after the other, without end; each is drawn once before any is drawn again, but for those
+    that do not make a whole step.
+
+    A step has one row of every residue modulo `size`, so that processes of which each holds every n-th have as much to do.
+    """
+    while True:
+        strata = [torch.arange(first, rows, size) for first in range(size)]
+        orders = [rows_of[torch.randperm(len(rows_of), generator=generator)[: rows // size]] for rows_of in strata]
+        yield from torch.stack(orders, 1)
+
+
 def heal(
     window: Sequence[Callable[[Tensor], Tensor]],
     trained: Iterable[nn.Module],
@@ -123,6 +150,8 @@ def heal(
     report: Callable[[int, float], None] | None = None,
     begun: Progress | None = None,
     keep: Callable[[Progress], None] | None = None,
+    rows: int | None = None,
+    total: Total = lambda *tensors: list(tensors),
 ) -> list[float]:
     """Train the modules `trained` in place so that the window maps each batch's input to its target; returns the losses.
 
@@ -137,6 +166,8 @@ def heal(
         report: called with the step and its loss.
         begun: where an interrupted run stood; the parameters must be those of then.
         keep: called behind every step with what `begun` wants, for whoever writes it down now and then.
+        rows: of a step, where `batches` give only those that this process has, maybe none; None where each is a whole step.
+        total: sums over the processes that have the others.
 
     Raises:
         FloatingPointError: the loss stopped being finite.
@@ -152,19 +183,21 @@ def heal(
         """The loss and its gradients, `size` rows at a time."""
         value, gradients = 0.0, [torch.zeros_like(p) for p in optimizer.parameters]
         for part, wanted in zip(hidden.split(size), target.split(size), strict=True):
+            if not len(part):  # other processes have all rows of this step
+                continue
             with torch.autocast(part.device.type, autocast, enabled=autocast is not None):
                 output = part
                 for block in window:
                     output = block(output)
-            error = loss(output.to(wanted.dtype), wanted) * (len(part) / len(hidden))
+            error = loss(output.to(wanted.dtype), wanted) * (len(part) / (rows or len(hidden)))
             value += float(error.detach())
             # Blocks may hold frozen weights; only what is trained needs a gradient.
-            for total, found in zip(gradients, torch.autograd.grad(error, optimizer.parameters), strict=True):
-                total += found
+            for gradient, found in zip(gradients, torch.autograd.grad(error, optimizer.parameters), strict=True):
+                gradient += found
         return value, gradients
 
     for step, (hidden, target) in zip(range(progress.steps, steps), batches, strict=False):
-        size = min(piece or len(hidden), len(hidden))
+        size = max(1, min(piece or len(hidden), len(hidden)))
         while True:
             try:
                 value, gradients = slope(hidden, target, size)
@@ -174,10 +207,13 @@ def heal(
                     raise
             piece = size = size // 2  # behind the handler, whose exception holds on to what did not fit
             torch.cuda.empty_cache()
+            optimizer.forget()
+        losses, *gradients = total(torch.tensor(value, dtype=torch.float64), *gradients)
+        value = float(losses)
         if not math.isfinite(value):
             raise FloatingPointError(f"healing diverged at step {step + 1} of {steps}: loss {value}")
         if step == 0:
-            optimizer.measure()
+            optimizer.measure(total)
         progress.losses.append(value)
         rate = learning_rate * scale(progress.losses[0])
         optimizer.step(gradients, rate * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps))))

@@ -100,18 +100,22 @@ def refuse_other(folder: Path, begun: dict[str, Any], wanted: dict[str, Any]) ->
 
     A job is a dict of facts and of dicts of facts.
     """
-    wanted = json.loads(json.dumps(wanted))
+    if differ := differences(begun, wanted):
+        raise UserError(
+            f"{folder} was begun with {differ}: repeat it with the same, or start anew with --overwrite in place of --resume"
+        )
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """What differs between two jobs, in words; nothing where they are the same."""
+    one, other = (json.loads(json.dumps(job)) for job in (one, other))
     differ = []
-    for key in sorted(wanted.keys() | begun.keys()):
-        before, now = begun.get(key), wanted.get(key)
+    for key in sorted(one.keys() | other.keys()):
+        before, now = one.get(key), other.get(key)
         if before != now:
             names = _differing(before, now) if isinstance(before, dict) and isinstance(now, dict) else []
             differ.append(f"other {key} ({', '.join(names)})" if names else f"another {key}")
-    if differ:
-        raise UserError(
-            f"{folder} was begun with {' and '.join(differ)}: repeat it with the same, "
-            "or start anew with --overwrite in place of --resume"
-        )
+    return " and ".join(differ)
 
 
 def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:

@@ -230,6 +230,29 @@ class CheckpointWriter:
         self._open.clear()
 
 
+class Bystander(CheckpointWriter):
+    """The writer of a process that writes nothing, and keeps the same account of what is `finished` as the main one's."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.finished = folder, {}
+        self._open = {}
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        pass
+
+    def copy(self, name: str, reader: CheckpointReader, source: str | None = None, factor: float = 1.0) -> None:
+        pass
+
+    def keep(self, name: str, data: bytes | memoryview) -> None:
+        pass
+
+    def drop(self, name: str) -> None:
+        pass
+
+    def finish(self, unit: str, record: dict[str, Any]) -> None:
+        self.finished[unit] = record
+
+
 def _lay_down(path: Path, header: bytes, end: int) -> None:
     """Make a file of the right size with its header; what it holds behind that stays."""
     if path.is_symlink() or not path.is_file():

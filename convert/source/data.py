@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kvfold.convert import processes
 from kvfold.convert.source.configfile import read_config
 from kvfold.convert.source.jsonfile import read_json
 from kvfold.convert.source.model import load_causal, refuse_code
@@ -92,7 +93,8 @@ def calibration_windows(
         tokens = settings.calibration_tokens if not count else int(count) if re.fullmatch("[0-9]{1,15}", count) else 0
         if tokens < settings.window:
             raise UserError(f"--calibrate {settings.calibrate}: write self or self:N, N tokens of at least one --window")
-        return sample_from_source(folder, settings.window, tokens, device, settings.seed, report)
+        wanted = settings.window, tokens, device, settings.seed
+        return processes.from_main(lambda: sample_from_source(folder, *wanted, report))
     report("reading calibration text")
     windows = load_windows(settings.calibrate, folder, settings.window, settings.calibration_tokens, plan.spec.vocab_size)
     if windows.ids.shape[1] > plan.spec.max_positions:

@@ -86,14 +86,15 @@ def _same(reader: CheckpointReader, one: str, other: str) -> bool:
     return all(a == b for a, b in zip(reader.chunks(one), reader.chunks(other), strict=True))
 
 
-def identity(reader: CheckpointReader) -> dict[str, str]:
+def identity(reader: CheckpointReader, times: bool = True) -> dict[str, str]:
     """What tells without reading the weights whether a checkpoint is still the same.
 
-    config.json by its content, and every weight file by its size, its time and the content of its header.
+    config.json by its content, and every weight file by its size, its time and the content of its header; without `times` its
+    copy is the same.
     """
     found = {"config.json": checksum(reader.folder / "config.json")}
     for path in sorted({entry.file for entry in (*reader.entries.values(), *reader.beside.values())}):
         with path.open("rb") as file:
             header = 8 + int.from_bytes(file.read(8), "little")
-            found[path.name] = f"{stamp(path)} {checksum_of(file, 0, header)}"
+            found[path.name] = f"{stamp(path) if times else path.stat().st_size} {checksum_of(file, 0, header)}"
     return found

@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
+from kvfold.convert import processes
 from kvfold.convert.families import Family
 from kvfold.convert.source.checkpoint import CheckpointReader
 from kvfold.convert.source.model import build_on_meta, fill_buffers
@@ -31,21 +32,23 @@ FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm")
 
 
 class HiddenStates:
-    """Float32 activations (rows, T, d) of all calibration tokens: on the device where half of its free memory holds `copies` of
+    """Float32 activations (rows, T, d) of the calibration tokens: on the device where half of its free memory holds `copies` of
     them, else in the host's by the same measure, else in a mapped file.
 
-    `weights` (rows, T) say how much each token counts in second moments; None means all alike. `forward_tokens` go through a
-    layer at a time.
+    `shape` is that of all `windows` together, and `data` has those that this process holds. `weights` (rows, T) say how much
+    each token counts in second moments; None means all alike. `forward_tokens` go through a layer at a time.
     """
 
     forward_tokens = FORWARD_TOKENS
 
     def __init__(self, shape: tuple[int, int, int], device: torch.device, file: Path | None, copies: int = 1) -> None:
+        self.windows = shape[0]
+        shape = (processes.held(shape[0]), *shape[1:])
         size = torch.Size(shape).numel()
         self.weights: Tensor | None = None
         if device.type == "cuda" and 4 * copies * size <= torch.cuda.mem_get_info(device)[0] // 2:
             self.data = torch.empty(shape, device=device)
-        elif file is None or not self.needs_disk(shape, copies):
+        elif file is None or not size or not self.needs_disk(shape, copies):
             self.data = torch.empty(shape)
         else:
             file.unlink(missing_ok=True)
@@ -56,8 +59,12 @@ class HiddenStates:
 
     @staticmethod
     def needs_disk(shape: tuple[int, int, int], copies: int) -> bool:
-        """Whether `copies` of this shape would take more than half of the host's memory that is free now."""
-        return copies * 4 * torch.Size(shape).numel() > psutil.virtual_memory().available // 2
+        """Whether `copies` of this shape would take more than half of the host's memory that is free now for this process."""
+        return copies * 4 * torch.Size(shape).numel() > psutil.virtual_memory().available // processes.here() // 2
+
+    def first(self, windows: int) -> Tensor:
+        """What this process holds of the first so many of all windows."""
+        return self.data[: processes.held(windows)]
 
     def batches(self, begin: int = 0) -> Iterator[slice]:
         rows, tokens, _ = self.data.shape
@@ -244,12 +251,14 @@ class StreamedModel:
 
     @torch.no_grad()
     def embed(self, ids: Tensor, file: Path | None = None, copies: int = 1) -> HiddenStates:
-        """(rows, T) token ids → the hidden states before the first layer, of which there will be so many `copies`.
+        """(rows, T) token ids of all windows → the hidden states before the first layer of those that this process holds, of
+        which there will be so many `copies`.
 
         `file` holds those for which there is no memory.
         """
         begin = self.beginning()
         states = HiddenStates((*ids.shape, self.model.config.hidden_size), self.device, file, copies)
+        ids = processes.share(ids)
         for rows in states.batches():
             states.data[rows] = begin(ids[rows])
         set_module_tensor_to_device(self.base.get_input_embeddings(), "weight", "meta")
@@ -296,7 +305,8 @@ class SourceModel(StreamedModel):
 
     @torch.no_grad()
     def surprise(self, ids: Tensor) -> Tensor:
-        """The source's own NLL of the token behind each of `ids` (rows, T), over its mean: (rows, T), the last of a row 1.
+        """The source's own NLL of the token behind each of `ids` (rows, T), over its mean: (rows, T), the last of a row 1, for
+        the rows that this process holds.
 
         It runs through the layers, so that this source can be used for nothing else.
         """
@@ -304,15 +314,16 @@ class SourceModel(StreamedModel):
         for layer in range(len(self.base.layers)):
             self.block(layer).advance(states)
         norm, head = self.output()
+        ids = processes.share(ids)
         weights = torch.ones(ids.shape)
         for row, targets in enumerate(ids.to(self.device)):
             logits = capped(norm(states.data[row, :-1].to(self.device)) @ head.T, logit_cap(self.model.config))
             weights[row, :-1] = nn.functional.cross_entropy(logits, targets[1:], reduction="none").cpu()
-        weights[:, :-1] /= weights[:, :-1].mean()
+        weights[:, :-1] /= processes.mean(weights[:, :-1].mean(), len(ids))
         return weights
 
 
 def check_finite(hidden: Tensor, where: str) -> None:
-    """Raise ConversionError when hidden states are not finite: the weights or the arithmetic are broken there."""
-    if not torch.isfinite(hidden.sum()):
+    """Raise ConversionError when hidden states, of whatever process, are not finite: weights or arithmetic are broken there."""
+    if not torch.isfinite(*processes.total(hidden.sum().cpu())):
         raise ConversionError(f"hidden states behind {where} hold NaN or infinity: check the source's weights there")

@@ -1,6 +1,5 @@
 """The verbs. Thin: each takes its flags, imports what it needs, calls one function and prints what came of it."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Optional
@@ -76,12 +75,16 @@ def convert(
     ] = True,
     json_path: Json = None,
 ) -> None:
-    """Fold a checkpoint into another one with a smaller KV cache."""
+    """Fold a checkpoint into another one with a smaller KV cache. Also under `accelerate launch -m kvfold`."""
     settings = parse_settings(ConvertSettings, {**read_settings(settings_file), **flags})
+    from kvfold.convert import processes
     from kvfold.convert.pipeline import convert as run
 
     with console.progress(f"{source} → {out}") as report:
         done = run(source, out, settings, resume, overwrite, report, verify)
+    processes.part()
+    if not console.is_first():
+        return
     if console.in_words(json_path, done.record):
         console.print_folded(out, done)
 
@@ -203,7 +206,7 @@ def uptrain(
         print(line, file=sys.stderr, flush=True)
 
     entry = run(out, healed, teacher, settings, data, held_out, keep_adapter, resume, overwrite, log)
-    if os.environ.get("RANK", "0") != "0":  # of several processes the first tells
+    if not console.is_first():
         return
     if console.in_words(json_path, entry):
         console.print_uptrained(healed, entry)

@@ -107,9 +107,17 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def is_first() -> bool:
+    """Whether this process tells what several of them do, as `accelerate launch` numbers them."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[float | None, str], None]]:
     """A bar on standard error that takes the share done and a line on what is going on, or a line to print above it."""
+    if not is_first():
+        yield lambda share, line: None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
