@@ -72,6 +72,8 @@ FOLDS: dict[str, Json] = {
     "MFA 256": {"design": "latent", "rank": 256, "rope_dim": 256, "nope_dim": 0},
     "MFA-KR 512": {"design": "reused-key", "rope_dim": 512},
 }
+NAMES = ("what", "shape", "job", "recipe", "model", "context", "batch")
+"""What tells results apart."""
 PLACES = ((4096, 1), (4096, 16), (32768, 1), (32768, 16), (131072, 1), (131072, 4))
 """Contexts and batches of the decoding."""
 
@@ -98,9 +100,9 @@ def conversions(scratch: Path, shapes: dict[str, Json], tokens: int, steps: int,
                 "folding_seconds_per_layer": spent["folding"] / layers,
                 "healing_seconds_per_layer": healing * (2 * DEPTH - 1) / (2 * layers - 1) / DEPTH,
                 "other_seconds": spent.get("reading", 0.0) + spent.get("verifying", 0.0),
-                "peak_device_bytes": record.get("peak_cuda_memory_bytes"),
+                "peak_device_gib": record.get("peak_cuda_memory_bytes", 0) / 2**30,
                 "block_errors": [layer["block_error"] for layer in record["layers"]],
-                "whole_model_seconds": DEPTH * spent["folding"] / layers + healing * (2 * DEPTH - 1) / (2 * layers - 1),
+                "whole_model_minutes": (DEPTH * spent["folding"] / layers + healing * (2 * DEPTH - 1) / (2 * layers - 1)) / 60,
             }
 
 
@@ -116,7 +118,7 @@ def uptrainings(scratch: Path, shape: Json, device: str) -> Iterator[Json]:
         pairs += ["log_every=1", "eval_every=1000", f"eval_tokens={BATCH * window}", f"device={device}", "learning_rate=1e-5"]
         out = source.with_name(f"billion-{recipe}")
         found = trained(str(folded), out, str(source), recipe, pairs, f"{source}/text.safetensors:text")
-        yield {"what": "uptrain", "recipe": recipe, "shape": shape, "window": window, "batch": BATCH, **found}
+        yield {"what": "uptrain", "recipe": recipe, "window": window, "batch": BATCH, **found}
 
 
 def trained(folded: str, out: Path, source: str, recipe: str, pairs: list[str], data: str) -> Json:
@@ -132,7 +134,7 @@ def trained(folded: str, out: Path, source: str, recipe: str, pairs: list[str], 
         uptrain(folded, out, source if settings.kl_weight else None, settings, data, log=log)
     first, last = min(seen) + STEPS // 3, max(seen)
     rate = (last - first) * settings.batch * settings.window / (seen[last] - seen[first])
-    return {"tokens_per_second": rate, "peak_device_bytes": torch.cuda.max_memory_allocated() if CUDA else None}
+    return {"tokens_per_second": rate, "peak_device_gib": torch.cuda.max_memory_allocated() / 2**30 if CUDA else 0.0}
 
 
 def fresh_peak() -> None:
@@ -176,15 +178,14 @@ def table(found: list[Json]) -> str:
             "|---|---|---:|---:|---:|---:|",
         ]
         for r in rows:
-            peak = f"{r['peak_device_bytes'] / 2**30:.1f} GiB" if r["peak_device_bytes"] else ""
             seconds = f"{r['folding_seconds_per_layer']:.1f} | {r['healing_seconds_per_layer']:.1f}"
-            lines.append(f"| {r['shape']} | {r['job']} | {seconds} | {peak} | {r['whole_model_seconds'] / 60:.0f} min |")
+            whole = f"{r['peak_device_gib']:.1f} GiB | {r['whole_model_minutes']:.1f} min"
+            lines.append(f"| {r['shape']} | {r['job']} | {seconds} | {whole} |")
         lines.append("")
     if rows := [r for r in found if r["what"] == "uptrain"]:
         lines += ["| recipe | tokens per second | peak of the device |", "|---|---:|---:|"]
         for r in rows:
-            peak = f"{r['peak_device_bytes'] / 2**30:.1f} GiB" if r["peak_device_bytes"] else ""
-            lines.append(f"| `{r['recipe']}` | {r['tokens_per_second']:,.0f} | {peak} |")
+            lines.append(f"| `{r['recipe']}` | {r['tokens_per_second']:,.0f} | {r['peak_device_gib']:.1f} GiB |")
         lines.append("")
     if rows := [r for r in found if r["what"] == "decode"]:
         places = list(dict.fromkeys((r["context"], r["batch"]) for r in rows))
@@ -238,7 +239,8 @@ def main() -> None:
         if args.out:
             args.out.write_text("".join(json.dumps(r) + "\n" for r in found))
     if args.publish:
-        (RESULTS / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
+        named = {", ".join(str(r[key]) for key in NAMES if key in r): r for r in found}
+        (RESULTS / "gpu.json").write_text(json.dumps(named, indent=1) + "\n")
     print(f"{name}\n\n{table(found)}")
 
 
