@@ -2,7 +2,7 @@
 
 One pass over the source on the calibration tokens measures, for every layer alone, the error behind it at several splits of its
 cache between latent and rotary key (MLA) and, with `--layer-budgets measured`, at several totals; `allocate` then finds the
-widths of least summed error.
+widths of least summed error, or `alike` where a layout has the same in all layers.
 """
 
 import time
@@ -40,7 +40,7 @@ def measured_widths(
     source = SourceModel(reader, plan.family, device, tokens)
     scratch = processes.own_file(scratch)
     original = source.embed(ids, scratch)
-    curves: list[Curve] = []
+    measured: list[dict[Widths, float]] = []
     for layer in range(plan.folded[-1] + 1):
         block = source.block(layer)
         if layer not in plan.folded:
@@ -49,16 +49,28 @@ def measured_widths(
         report(0.0, f"measuring layer {layer + 1}/{plan.spec.layers}")
         started = time.monotonic()
         seen = observe(plan, source, layer, block, original, lambda line: report(None, line))
-        curve: Curve = {}
-        for widths in widths_to_try(plan, plan.spec.turning[layer]):
-            error = best_latent(plan, seen, *widths, search=False)[0]
-            curve[sum(widths)] = min(curve.get(sum(widths), (inf, widths)), (error, widths))
-        curves.append(curve)
+        tried = widths_to_try(plan, plan.spec.turning[layer])
+        measured.append({widths: best_latent(plan, seen, *widths, search=False)[0] for widths in tried})
         block.advance(original)
-        if len(curves) == 1:
+        if len(measured) == 1:
             report(None, f"measuring widths will take about {spoken((time.monotonic() - started) * len(plan.folded))}")
     scratch.unlink(missing_ok=True)
-    return allocate(curves, int(plan.width_numbers) * len(plan.folded))
+    if plan.layout == "deepseek_v3":
+        return (alike(measured),) * len(plan.folded)
+    return allocate([best_of_totals(errors) for errors in measured], int(plan.width_numbers) * len(plan.folded))
+
+
+def alike(measured: list[dict[Widths, float]]) -> Widths:
+    """Where all layers must have the same, the widths of least summed error."""
+    return min(measured[0], key=lambda widths: sum(errors[widths] for errors in measured))
+
+
+def best_of_totals(errors: dict[Widths, float]) -> Curve:
+    """Of one layer, what is best of every total."""
+    curve: Curve = {}
+    for widths, error in errors.items():
+        curve[sum(widths)] = min(curve.get(sum(widths), (inf, widths)), (error, widths))
+    return curve
 
 
 def allocate(curves: list[Curve], total: int) -> tuple[Widths, ...]:

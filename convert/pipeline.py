@@ -9,7 +9,7 @@ import resource
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from kvfold.convert.output.record import RECORD
 from kvfold.convert.output.writer import Bystander, CheckpointWriter
 from kvfold.convert.planning.cost import refuse_too_little
 from kvfold.convert.planning.parameters import source_parameters
-from kvfold.convert.planning.plan import COPY, ConversionPlan, cache_dtype, make_plan
+from kvfold.convert.planning.plan import COPY, ConversionPlan, cache_dtype, make_plan, settled
 from kvfold.convert.planning.settings import ConvertSettings, normal_dtype, parse_size
 from kvfold.convert.publishing.escape import visible
 from kvfold.convert.source.checkpoint import CheckpointReader, TensorSpec, read_json
@@ -102,7 +102,7 @@ def convert(
         _refuse_disagreement(_asked(source, plan, reader, windows, times=False), windows)
         if plan.measures_widths and windows is not None:
             scratch = partial_folder(out) / "measured.hidden"
-            plan = replace(plan, widths=measured_widths(plan, reader, device, windows, scratch, report))
+            plan = settled(plan, reader.config, measured_widths(plan, reader, device, windows, scratch, report))
         dtype = getattr(torch, name) if (name := normal_dtype(settings.dtype)) else None
         layout = layout_of(plan)
         specs = layout.tensor_specs(reader, plan, dtype)

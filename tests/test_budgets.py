@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
-from kvfold.convert.budgets import Curve, allocate
+from kvfold.convert.budgets import Curve, alike, allocate
 from kvfold.convert.pipeline import convert
 from kvfold.convert.planning.plan import make_plan
 from kvfold.convert.planning.settings import ConvertSettings
@@ -110,3 +111,19 @@ def test_resumed_with_measured_widths(tmp_path: Path, monkeypatch: pytest.Monkey
     assert json.loads((tmp_path / "out.partial" / "journal.jsonl").read_text().splitlines()[-1])["unit"] == "layer 0"
     convert(str(source), tmp_path / "out", settings, resume=True)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_layers_that_must_be_alike_get_the_split_of_least_summed_error(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", "llama", num_hidden_layers=3)
+    shape = {"to": "mla", "calibrate": save_tokens(tmp_path / "t.safetensors", 16, 40), "heal_steps": 0}
+    plan = make_plan(CheckpointReader(source).config, ConvertSettings(**shape, kv_budget="25%"))
+    assert plan.layout == "deepseek_v3" and plan.measures_widths
+    splits = widths_to_try(plan)
+    assert (plan.kv_rank, plan.rope_dim) in splits and all(rope <= plan.rope_dim for _, rope in splits)
+    measured = fold(source, tmp_path / "measured", **shape, kv_budget="25%")
+    config = AutoConfig.from_pretrained(tmp_path / "measured")
+    chosen = (measured["target"]["kv_rank"], measured["target"]["rope_dim"])
+    assert chosen in splits and sum(chosen) == plan.cache_numbers == measured["cache_numbers_per_token_per_layer"]
+    assert (config.kv_lora_rank, config.qk_rope_head_dim) == chosen
+    decoded_as_uncached(load(tmp_path / "measured"))
+    assert alike([{(3, 1): 0.5, (2, 2): 0.1}, {(3, 1): 0.1, (2, 2): 0.2}]) == (2, 2)

@@ -85,9 +85,10 @@ class ConversionPlan:
 
     @property
     def measures_widths(self) -> bool:
-        """Whether the layers' widths wait for the calibration text: their budgets, or how latent and rotary key share one."""
+        """Whether the layers' widths wait for the calibration text: their budgets, or how latent and rotary key share one. In
+        `deepseek_v3` all layers share it alike."""
         free = self.settings.kv_budget is not None and self.settings.rope_dim is None
-        shared = free and self.settings.to == "mla" and self.design == "latent" and self.layout == "kvfold"
+        shared = free and self.settings.to == "mla" and self.design == "latent"
         return self.settings.layer_budgets == "measured" or (shared and self.method == "kvfold")
 
     def layer_widths(self, layer: int) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from kvfold.convert.planning.settings import (
 )
 from kvfold.convert.planning.widths import (
     MOST_GROWTH,
+    Widths,
     baseline_widths,
     folded_layers,
     latent_widths,
@@ -101,6 +102,15 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
     if grown > MOST_GROWTH:
         plan = replace(plan, note=f"{plan.note}; the model grows by up to {grown:.0%}, which --q-rank makes less")
     return plan
+
+
+def settled(plan: ConversionPlan, config: dict[str, Any], widths: tuple[Widths, ...]) -> ConversionPlan:
+    """The plan with the widths of every folded layer that the calibration text has shown; in `deepseek_v3` all are the same."""
+    if plan.layout == "kvfold":
+        return replace(plan, widths=widths)
+    rank, rope_dim = widths[0]
+    asked = plan.settings.model_copy(update={"kv_budget": None, "kv_rank": rank, "rope_dim": rope_dim})
+    return replace(make_plan(config, asked), settings=plan.settings)
 
 
 def _refuse_misplaced(settings: ConvertSettings, refusals: list[str]) -> None:

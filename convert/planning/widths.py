@@ -141,7 +141,7 @@ def widths_to_try(plan: "ConversionPlan", rotary: bool = True) -> list[Widths]:
     """Every pair of widths that is measured, the plan's own among them; for a layer whose keys RoPE turns or not."""
     spec, mean = plan.spec, int(plan.width_numbers)
     full, widest = full_rank(spec.hidden_size, spec.kv_heads, spec.head_dim), spec.kv_heads * spec.head_dim
-    turning = plan.widest_rope
+    turning = plan.widest_rope if plan.layout == "kvfold" else plan.rope_dim
     step = {"mfa": 4, "mfa-kr": 2, "mla": 1}[plan.settings.to]
     shares = SHARES if plan.settings.layer_budgets == "measured" else (1.0,)
     totals = sorted({max(4, int(mean * share) // step * step) for share in shares})
