@@ -752,6 +752,7 @@ def test_of_mixed_layers_those_that_attend_over_everything_are_folded_and_all_ar
     assert plan.cache_bytes(32768, 1, "bfloat16") == ((22 * 512 + 4 * 32768) * 1024, 22 * 512 * 1024 + 4 * 32768 * 512)
     every = make_plan(GEMMA_3_1B, ConvertSettings(to="mla", kv_budget="50%", layers="all"))
     assert (every.refusals, every.folded, every.cache_numbers) == ([], tuple(range(26)), 256)
+    assert "the MLP's gelu_pytorch_tanh cannot be said" in every.note  # where Gemma calls it hidden_activation
     assert make_plan(GEMMA_3_1B, ConvertSettings(to="mla", kv_budget="50%", layers="5,10-11")).folded == (5, 10, 11)
     assert make_plan(MISTRAL, ConvertSettings(to="mfa", width=64)).folded == tuple(range(32))  # all have a window
 

@@ -89,7 +89,7 @@ def deepseek_v3_obstacles(said: dict[str, Any], spec: AttentionSpec, settings: C
 
 def _shared_obstacles(said: dict[str, Any], spec: AttentionSpec, settings: ConvertSettings, layout: str) -> dict[str, bool]:
     """What neither stock architecture has. `said` is the source's config with its defaults."""
-    dtype, act = settings.dtype or said.get("dtype"), said.get("hidden_act")
+    dtype, act = settings.dtype or said.get("dtype"), said.get("hidden_act") or said.get("hidden_activation")
     return {
         f"the source has a sliding window, which {layout} lacks": spec.sliding_window is not None,
         f"the MLP's {act} cannot be said in {layout}, which has silu": act != "silu",
