@@ -23,6 +23,7 @@ from kvfold.convert.layouts import layout_of
 from kvfold.convert.layouts.source import within
 from kvfold.convert.methods import alone
 from kvfold.convert.output.files import checksum_of_rows
+from kvfold.convert.output.journal import refuse_other
 from kvfold.convert.output.partial import JOURNAL, Partial, refuse_existing, resumable
 from kvfold.convert.output.record import RECORD
 from kvfold.convert.output.writer import CheckpointWriter
@@ -82,7 +83,10 @@ def convert(
         refuse_too_little(plan, parameters, cache_dtype(config, settings), out, free_bytes(device))
     with Partial(out, JOURNAL, resume, overwrite) as partial, resumable(partial.folder):
         if partial.finished:
-            return Converted(out, read_json(out / RECORD), [])
+            made = read_json(out / RECORD)
+            same = {"source": str(source), "settings": settings.model_dump()}
+            refuse_other(out, {key: made.get(key) for key in same}, same)
+            return Converted(out, made, [])
         folder = fetch_checkpoint(source, settings.revision)
         reader, side = open_source(folder), side_files(folder)
         plan = make_plan(reader.config, settings)  # once more, for what the tensors say otherwise
