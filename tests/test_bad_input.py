@@ -240,6 +240,10 @@ CONFIGS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "mamba": (with_config(model_type="mamba"), "model_type 'mamba' is not a family kvfold knows"),
     "quantised": (with_config(quantization_config={"bits": 4}), "fold the unquantised checkpoint"),
+    "a number that no float holds": (with_config(rope_parameters={"rope_theta": 10**400}), "a number of 401 digits"),
+    "labels that fill the memory": (with_config(num_labels=10**9), "num_labels is 1000000000"),
+    "keys of other meanings": (with_config(attribute_map={"hidden_size": "vocab_size"}), "attribute_map"),
+    "another model's config": (with_config(text_config={"hidden_size": 8}), "it holds the config of another model"),
     "unknown rope": (with_config(rope_parameters={"rope_type": "wavy", "rope_theta": 1e4}), "wavy"),
 }
 

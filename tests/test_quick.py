@@ -36,6 +36,7 @@ REFUSED: list[dict[str, Any]] = [
     {**SMOLLM, "quantization_config": {"bits": 4}},
     {**SMOLLM, "architectures": ["LlamaForSequenceClassification"]},
     {**SMOLLM, "sliding_window": "far"},
+    {**QWEN, "head_dim": None},
     {"model_type": "llama"},
 ]
 CONFIGS = [*PUBLISHED, *TINY, {**SMOLLM, **LINEAR}, *REFUSED]
