@@ -583,6 +583,16 @@ def test_evaluate_with_a_tensor_missing(tmp_path: Path, source: Path, folded: Pa
     assert f"{torn} lacks model.layers.1.self_attn.o_proj.weight: convert" in text
 
 
+def test_evaluate_with_a_tensor_too_many(tmp_path: Path, source: Path, folded: Path, tokens: str) -> None:
+    """transformers would leave it out and go on: with such a config, the model is another."""
+    other = Path(shutil.copytree(folded, tmp_path / "other"))
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_norm.weight"] = torch.ones(8)
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    text = refused(tmp_path / "report", "evaluate", other, "--against", source, "--on", tokens)
+    assert "'model.layers.1.self_attn.q_norm.weight', for which the model of its config.json has no place" in text
+
+
 def test_evaluate_on_ids_outside_the_vocabulary(tmp_path: Path, folded: Path) -> None:
     large = save_tokens(tmp_path / "large.safetensors", 4, 24, vocab=1000)
     text = refused(tmp_path / "report", "evaluate", folded, "--on", large, "--report", tmp_path / "report")
