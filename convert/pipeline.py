@@ -25,7 +25,7 @@ from kvfold.convert.layouts import layout_of
 from kvfold.convert.layouts.source import within
 from kvfold.convert.methods import alone
 from kvfold.convert.output.files import checksum_of_rows
-from kvfold.convert.output.journal import differences
+from kvfold.convert.output.journal import differences, refuse_other
 from kvfold.convert.output.partial import JOURNAL, Partial, partial_folder, refuse_existing, resumable
 from kvfold.convert.output.record import RECORD
 from kvfold.convert.output.writer import Bystander, CheckpointWriter
@@ -93,7 +93,10 @@ def convert(
         for stale in partial.folder.glob("*.hidden") if partial is not None else ():
             stale.unlink()  # of more processes than there are now
         if processes.from_main(lambda: partial is not None and partial.finished):
-            return Converted(out, processes.from_main(lambda: read_json(out / RECORD)), [])
+            made = processes.from_main(lambda: read_json(out / RECORD))
+            same = {"source": str(source), "settings": settings.model_dump()}
+            refuse_other(out, {key: made.get(key) for key in same}, same)
+            return Converted(out, made, [])
         folder = fetch_checkpoint(source, settings.revision)
         reader, side = open_source(folder), side_files(folder)
         plan = make_plan(reader.config, settings)  # once more, for what the tensors say otherwise

@@ -142,7 +142,10 @@ def uptrain(
             if partial is not None and not partial.finished:
                 begin(job, partial)
         if not (job.partial / RUN).exists():
-            return read_json(out / RECORD)["uptraining"][-1]
+            entry = read_json(out / RECORD)["uptraining"][-1]
+            made, wanted = {**entry, **entry["recipe"]}, job.asked()["settings"]
+            refuse_other(out, {"settings": {key: made.get(key) for key in wanted}}, {"settings": wanted})
+            return entry
         if partial is None:
             log = _silent
         model = load_teacher(job, processes)

@@ -240,6 +240,10 @@ CONFIGS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "mamba": (with_config(model_type="mamba"), "model_type 'mamba' is not a family kvfold knows"),
     "quantised": (with_config(quantization_config={"bits": 4}), "fold the unquantised checkpoint"),
+    "a number that no float holds": (with_config(rope_parameters={"rope_theta": 10**400}), "a number of 401 digits"),
+    "labels that fill the memory": (with_config(num_labels=10**9), "num_labels is 1000000000"),
+    "keys of other meanings": (with_config(attribute_map={"hidden_size": "vocab_size"}), "attribute_map"),
+    "another model's config": (with_config(text_config={"hidden_size": 8}), "it holds the config of another model"),
     "unknown rope": (with_config(rope_parameters={"rope_type": "wavy", "rope_theta": 1e4}), "wavy"),
 }
 
@@ -577,6 +581,16 @@ def test_evaluate_with_a_tensor_missing(tmp_path: Path, source: Path, folded: Pa
     save_file(tensors, torn / "model.safetensors", {"format": "pt"})
     text = refused(tmp_path / "report", "evaluate", torn, "--against", source, "--on", tokens)
     assert f"{torn} lacks model.layers.1.self_attn.o_proj.weight: convert" in text
+
+
+def test_evaluate_with_a_tensor_too_many(tmp_path: Path, source: Path, folded: Path, tokens: str) -> None:
+    """transformers would leave it out and go on: with such a config, the model is another."""
+    other = Path(shutil.copytree(folded, tmp_path / "other"))
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_norm.weight"] = torch.ones(8)
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    text = refused(tmp_path / "report", "evaluate", other, "--against", source, "--on", tokens)
+    assert "'model.layers.1.self_attn.q_norm.weight', for which the model of its config.json has no place" in text
 
 
 def test_evaluate_on_ids_outside_the_vocabulary(tmp_path: Path, folded: Path) -> None:

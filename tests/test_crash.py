@@ -228,6 +228,23 @@ def test_a_journal_that_does_not_say_its_job_is_refused(begun: Path, tmp_path: P
     assert f"{JOURNAL} is damaged: start anew with --overwrite in place of --resume" in text
 
 
+def test_what_is_finished_was_asked_for_so(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill behind the last rename leaves a whole checkpoint, which a resume with other settings does not pass for its own."""
+
+    def killed(_: Partial) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    for flags, (code, words) in (((), (0, "numbers per token")), (("--seed", 1), (2, "begun with other settings (seed)"))):
+        with monkeypatch.context() as patched:
+            patched.setattr(Partial, "discard", killed)
+            assert fold(begun, out, "--overwrite")[0] == 130
+        before = files(out)
+        got, text = fold(begun, out, "--resume", *flags)
+        assert (got, words in text) == (code, True), text
+        assert files(out) == before
+
+
 def negate(file: Path) -> None:
     save_file({name: -t if t.is_floating_point() else t.flip(0) for name, t in load_file(file).items()}, file, {"format": "pt"})
 

@@ -40,6 +40,7 @@ REFUSED: list[dict[str, Any]] = [
     {**SMOLLM, "quantization_config": {"bits": 4}},
     {**SMOLLM, "architectures": ["LlamaForSequenceClassification"]},
     {**SMOLLM, "sliding_window": "far"},
+    {**QWEN, "head_dim": None},
     {"model_type": "llama"},
     {**tiny_config("qwen3_moe").to_dict(), "decoder_sparse_step": 0},
 ]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from kvfold.convert.output.partial import Partial
 from kvfold.convert.pipeline import convert
 from kvfold.convert.planning.settings import ConvertSettings
 from kvfold.errors import ConversionError, Stopped, UserError
@@ -156,3 +157,26 @@ def test_a_full_disk_is_told_in_one_line(copied: Path, tmp_path: Path, monkeypat
             run(copied, "full")
     assert run(copied, "full", resume=True)["resumed_from_step"] == 0
     assert uptrained(copied / "full") == uptrained(copied / "whole")
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_is_finished_was_asked_for_so(copied: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """A kill behind the last rename leaves a whole checkpoint, which a resume with other settings does not pass for its own."""
+
+    discard = Partial.discard
+
+    def killed(partial: Partial) -> None:
+        if partial.out.name == "out":  # the folder in it is written in the same way
+            raise KeyboardInterrupt
+        discard(partial)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Partial, "discard", killed)
+        run(copied, "out", resume=True)
+    assert uptrained(copied / "out") == uptrained(copied / "whole")
+    how = str(copied / "fold"), copied / "out", None, load_recipe("distill-attention", [*SETTINGS, f"seed={seed}"])
+    if seed:
+        with pytest.raises(UserError, match=r"begun with other settings \(seed\)"):
+            uptrain(*how, f"{copied}/tokens.safetensors:calibration", resume=True)
+    else:
+        assert uptrain(*how, f"{copied}/tokens.safetensors:calibration", resume=True)["steps"] == 8

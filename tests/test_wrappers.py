@@ -234,3 +234,36 @@ def test_older_names_and_flat_configs_are_read_alike(tmp_path: Path) -> None:
     run("convert", source, tmp_path / "out", "--to", "gqa", "--kv-heads", "4")
     assert json.loads((tmp_path / "out/config.json").read_text())["num_key_value_heads"] == 4
     torch.testing.assert_close(logits(tmp_path / "out", whole=True), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_classes_of_others_stay_behind(tmp_path: Path) -> None:
+    source = save_wrapper(tmp_path / "source", "llava")
+    config = json.loads((source / "config.json").read_text())
+    code = {"AutoConfig": "someone/else--code.Config", "AutoModelForCausalLM": "someone/else--code.Model"}
+    config |= {"auto_map": code, "text_config": {**config["text_config"], "auto_map": code}}
+    (source / "config.json").write_text(json.dumps(config))
+    run("convert", source, tmp_path / "out", "--to", "mqa")
+    assert "auto_map" not in (tmp_path / "out/config.json").read_text()
+
+
+@pytest.mark.parametrize("nested", [[1], "x", None, {"model_type": "mistral3"}])
+def test_a_part_that_is_no_language_model_is_refused(tmp_path: Path, nested: Any) -> None:
+    config = {**TEXT, "model_type": "mistral3", "text_config": nested}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, said = invoke("plan", tmp_path, "--to", "mqa")
+    assert code == 2
+    assert "text_config is " in said and "which is no language model's config" in said
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_what_a_part_leaves_out_means_what_it_means_there(tmp_path: Path, kind: str) -> None:
+    """Qwen2.5-VL's language model by itself would be read with another eps and another base of its RoPE."""
+    source = save_wrapper(tmp_path / "source", kind)
+    config = json.loads((source / "config.json").read_text())
+    for key in ("rms_norm_eps", "model_type", "max_position_embeddings"):
+        config["text_config"].pop(key, None)
+    del config["text_config"]["rope_parameters"]["rope_theta"]
+    (source / "config.json").write_text(json.dumps(config))
+    whole = logits(source, whole=True)
+    run("convert", source, tmp_path / "out", "--to", "source", "--part", "language")
+    torch.testing.assert_close(logits(tmp_path / "out", whole=False), whole)

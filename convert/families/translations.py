@@ -12,6 +12,8 @@ from kvfold.errors import UserError
 def _dynamic(said: dict[str, Any]) -> dict[str, Any]:
     """InternLM writes its RoPE as `rotary`."""
     rotary = said.get("rotary") or {}
+    if rotary.get("type", "origin") not in ("origin", "dynamic"):
+        raise UserError(f"config.json: rotary is of type {rotary['type']!r:.40}, which no InternLM knows: check that file")
     kind = {"rope_theta": rotary["base"]} if rotary.get("base") else {}
     if rotary.get("type") == "dynamic":
         kind["rope_scaling"] = {"rope_type": "dynamic", "factor": rotary.get("scaling_factor", 1.0)}

@@ -56,17 +56,23 @@ class View:
 
     def whole(self, folded: dict[str, Any]) -> dict[str, Any]:
         """config.json of the whole model with its language model folded, which by itself has the config `folded`."""
-        text = WRAPPERS[self.raw["model_type"]].text
-        if text not in self.raw:
-            return _changed(self.raw, folded, ("num_key_value_heads", "dtype", "tie_word_embeddings"))
-        nested = _changed(self.raw[text], folded, ("num_key_value_heads", "dtype"))
-        return {**_changed(self.raw, folded, ("dtype", "tie_word_embeddings")), text: nested}
+        raw, text = _without_code(self.raw), WRAPPERS[self.raw["model_type"]].text
+        if text not in raw:
+            return _changed(raw, folded, ("num_key_value_heads", "dtype", "tie_word_embeddings"))
+        nested = _changed(raw[text], folded, ("num_key_value_heads", "dtype"))
+        return {**_changed(raw, folded, ("dtype", "tie_word_embeddings")), text: nested}
 
 
 def _changed(config: dict[str, Any], folded: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
     """A config with some keys as in another one, and no dtype under its old name."""
     old = ("torch_dtype",) if "dtype" in folded else ()
     return {**{k: v for k, v in config.items() if k not in old}, **{k: folded[k] for k in keys if k in folded}}
+
+
+def _without_code(config: dict[str, Any]) -> dict[str, Any]:
+    """A config and those of its parts without the classes that they name in files or repositories of others."""
+    parts = {key: _without_code(value) if isinstance(value, dict) else value for key, value in config.items()}
+    return {key: value for key, value in parts.items() if key != "auto_map"}
 
 
 _LANGUAGE_HEADS = ("ForConditionalGeneration", "ForCausalLM", "ChatModel", "MultiModalityCausalLM")
@@ -128,6 +134,10 @@ def _taken_out(config: dict[str, Any], wrapper: Wrapper) -> View | None:
     inner = {k: v for k, v in (nested if isinstance(nested, dict) else config).items() if k not in left}
     kind = str(inner.get("model_type") or wrapper.inner)
     inner["model_type"] = kind = wrapper.renamed.get(kind) or TEXT_TYPES.get(kind, kind)
+    theirs = f"{wrapper.model_type}_text"
+    inner = {**_defaults(theirs if theirs in TEXT_TYPES else kind, kind, inner), **inner}
+    if kind in WRAPPERS or not isinstance(nested, dict | None):
+        raise UserError(f"config.json: {wrapper.text} is {nested!r:.60}, which is no language model's config: check that file")
     for key in ("tie_word_embeddings", "quantization_config", "compression_config"):
         if config.get(key) is not None:
             inner[key] = config[key]
@@ -138,7 +148,7 @@ def _taken_out(config: dict[str, Any], wrapper: Wrapper) -> View | None:
     if view is None and kind not in FAMILIES:
         return None
     if view is None:
-        view = View({**_sizes(kind, inner), **inner, "architectures": [FAMILIES[kind].architecture]}, config)
+        view = View({**inner, "architectures": [FAMILIES[kind].architecture]}, config)
     named = config.get("architectures")
     if isinstance(named, list) and named and not str(named[0]).endswith(_LANGUAGE_HEADS):
         view.config["architectures"] = named  # refused by its name, as everywhere
@@ -146,15 +156,23 @@ def _taken_out(config: dict[str, Any], wrapper: Wrapper) -> View | None:
     return View({**view.config, PART_OF: config["model_type"], WHOLE: stays}, config, view.names, view.cuts, LANGUAGE)
 
 
-def _sizes(kind: str, inner: dict[str, Any]) -> dict[str, Any]:
-    """What a language model's config leaves to the defaults of its class, of what kvfold reads before it asks that class."""
-    wanted = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-    if all(key in inner for key in wanted):
+def _defaults(theirs: str, kind: str, inner: dict[str, Any]) -> dict[str, Any]:
+    """What a language model's config leaves to the class `theirs`, by which transformers reads it within the larger model.
+
+    That is the sizes that kvfold reads before it asks the class of `kind`, and all else that this class means otherwise.
+    """
+    wanted: tuple[str, ...] = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+    if theirs != kind:
+        wanted += ("intermediate_size", "num_key_value_heads", "rms_norm_eps", "max_position_embeddings")
+    missing = [key for key in wanted if key not in inner]
+    ropes = [inner, *(inner[key] for key in ("rope_scaling", "rope_parameters") if isinstance(inner.get(key), dict))]
+    turns = theirs == kind or any("rope_theta" in rope for rope in ropes)
+    if kind not in FAMILIES or (not missing and turns):
         return {}
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    default = CONFIG_MAPPING[kind]()
-    return {key: getattr(default, key) for key in wanted}
+    read = CONFIG_MAPPING[theirs]
+    return {key: getattr(read, key) for key in missing} | ({} if turns else {"rope_theta": read.default_theta})
 
 
 def _in_one_direction(rope: dict[str, Any]) -> dict[str, Any]:

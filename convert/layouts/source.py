@@ -11,7 +11,7 @@ from kvfold.convert.families.views import PART_OF, TRANSLATED, WHOLE
 from kvfold.convert.planning.conversion_plan import ConversionPlan
 from kvfold.convert.source.checkpoint import CheckpointReader, TensorSpec
 from kvfold.convert.source.config import KERNELS
-from kvfold.convert.source.opening import UNREAD
+from kvfold.convert.source.model import UNREAD
 from kvfold.surgery.attention import AttentionWeights
 
 

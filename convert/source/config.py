@@ -37,6 +37,7 @@ class ConfigFile(BaseModel):
     sliding_window: int | None = Field(None, ge=1)
     rms_norm_eps: float = Field(0.0, ge=0, allow_inf_nan=False)
     tie_word_embeddings: bool = False
+    num_labels: int | None = Field(None, ge=0, le=10**5)
 
 
 def config_of(config: dict[str, Any]) -> "PreTrainedConfig":
@@ -51,7 +52,9 @@ def config_of(config: dict[str, Any]) -> "PreTrainedConfig":
     told = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map", *KERNELS)}
     try:
         with silent():
-            return CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(told))
+            read = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(told))
+            _refuse_unread(read)
+            return read
     except Exception as error:  # checks of many kinds, of transformers and of the Hub's client alike
         raise UserError(f"transformers does not take config.json ({_line(error)}): check that file") from None
 
@@ -67,6 +70,16 @@ def silent() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+def _refuse_unread(config: "PreTrainedConfig") -> None:
+    """Raise ValueError for what the config class takes, and the model's class would stumble over or read otherwise."""
+    if config.attribute_map != type(config).attribute_map:
+        raise ValueError("attribute_map gives its keys other meanings")
+    if config.get_text_config() is not config:
+        raise ValueError("it holds the config of another model, as text_config or the like")
+    if getattr(config, "head_dim", 0) is None and not hasattr(type(config), "head_dim"):
+        raise ValueError("head_dim is null, where it has to be a number or left out")
 
 
 def resolve(config: dict[str, Any]) -> dict[str, Any]:

@@ -20,12 +20,19 @@ def read_json(path: Path, remedy: str = "download it again") -> dict[str, Any]:
             raise UserError(f"{path} is no file: {remedy}")
         if path.stat().st_size > MOST_BYTES:
             raise UserError(f"{path} has {path.stat().st_size:,} bytes, more than a file of its kind can have: {remedy}")
-        loaded = json.loads(path.read_text(encoding="utf-8"))
+        loaded = json.loads(path.read_text(encoding="utf-8"), parse_int=_integer)
         if not isinstance(loaded, dict):
             raise ValueError("no object in braces")
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): {remedy}") from None
     return loaded
+
+
+def _integer(digits: str) -> int:
+    """Raises ValueError for one beyond what floating-point arithmetic takes."""
+    if len(digits) > 100:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def checked(kind: type[Checked], data: Any, where: str, remedy: str) -> Checked:

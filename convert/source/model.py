@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+UNREAD = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+"""What old checkpoints carry and every model computes anew: frequencies, and GPT-NeoX's masks."""
+
 
 def build_on_meta(config: dict[str, Any]) -> "PreTrainedModel":
     """The model of a config.json with shapes and no numbers. Raises UserError when transformers cannot build it."""
@@ -43,7 +46,8 @@ def load_causal(folder: Path, **how: Any) -> tuple["PreTrainedModel", list[str]]
     """The model in `folder` with its weights, by transformers' own classes and no code of the folder's; what it lacks, by name.
 
     Raises:
-        UserError: it does not load, its weights are no safetensors, or an adapter beside them would be loaded in their place.
+        UserError: it does not load, its weights are no safetensors, its layers have tensors that its config does not mean, or
+            an adapter beside them would be loaded in their place.
     """
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
@@ -72,6 +76,11 @@ def load_causal(folder: Path, **how: Any) -> tuple["PreTrainedModel", list[str]]
         line = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{folder} does not load in transformers ({line}): check its config.json and weights") from None
     model, info = loaded
+    if strange := sorted(n for n in info["unexpected_keys"] if ".layers." in n and not n.endswith(UNREAD)):
+        raise UserError(
+            f"{folder} holds {strange[0]!r:.100}, for which the model of its config.json has no place: weights and config are "
+            "not of one model, get both again"
+        )
     return model, sorted(info["missing_keys"])
 
 

@@ -6,14 +6,11 @@ from typing import TYPE_CHECKING
 from kvfold.convert.families import Family, family_of
 from kvfold.convert.output.files import checksum, checksum_of, stamp
 from kvfold.convert.source.checkpoint import CheckpointReader, TensorEntry
-from kvfold.convert.source.model import build_on_meta
+from kvfold.convert.source.model import UNREAD, build_on_meta
 from kvfold.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-UNREAD = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
-"""What old checkpoints carry and every model computes anew: frequencies, and GPT-NeoX's masks."""
 
 
 def open_source(folder: Path) -> CheckpointReader:
