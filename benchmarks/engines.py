@@ -46,7 +46,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 RANDOM: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 100},
-    "phi3": {"pad_token_id": 0},
+    "phi3": {"pad_token_id": 0, "eos_token_id": 1},
     "qwen2": {},
     "qwen3": {},
     "mixtral": {"num_local_experts": 4, "sliding_window": None},

@@ -1,6 +1,7 @@
 """The decoding kernel: in Triton's interpreter on CPU, compiled in tests/test_serving_gpu.py."""
 
 import os
+import sys
 from typing import Any
 
 import pytest
@@ -56,3 +57,26 @@ def test_requests_that_decode_in_it_go_on_as_whole_sequences(shape: str, monkeyp
     for window in (None, 5):
         test_serving.test_pages_of_several_requests_give_what_whole_sequences_give(shape, window)
     assert called
+
+
+def test_without_a_kernel_that_is_right_a_line_says_what_serves(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a device")
+    assert selfcheck.kernel(Shape(8, 3000, 64), 16, torch.bfloat16, device) is None
+    monkeypatch.setattr(selfcheck, "error", lambda *_: float("nan"))
+    assert selfcheck.kernel(Shape(8, 300, 64), 16, torch.bfloat16, device) is None
+    monkeypatch.setattr(selfcheck, "error", lambda *_: 0.5)
+    assert selfcheck.kernel(Shape(8, 30, 64), 16, torch.bfloat16, device) is None
+    monkeypatch.setattr(selfcheck, "error", lambda *_: 0.005)
+    assert selfcheck.kernel(Shape(8, 20, 64), 16, torch.bfloat16, device) is kernel.attend
+    monkeypatch.setitem(sys.modules, "kvfold.serving.kernel", None)
+    assert selfcheck.kernel(Shape(8, 10, 64), 16, torch.bfloat16, device) is None
+    said = [record.message.removeprefix("kvfold: PyTorch's operations decode layers that cache ") for record in caplog.records]
+    assert said == [
+        "3064 numbers, for no tile of the kernel holds it",
+        "364 numbers, for the kernel is nan off on a device",
+        "94 numbers, for the kernel is 5.0e-01 off on a device",
+        "74 numbers, for Triton is not installed",
+    ]

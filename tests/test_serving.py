@@ -127,6 +127,7 @@ def test_requests_that_decode_attend_together_within_bounds() -> None:
         ),
         ({"folded_layers": None, "attention_design": "latent"}, "0.32.0", "convert the source again"),
         ({"folded_layers": [{"design": "another"}]}, "0.32.0", "convert the source again"),
+        ({"folded_layers": [{"design": "latent", "heads": 8, "depth": 2}]}, "0.32.0", "convert the source again"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "0.32.0", "type dynamic in vLLM, only default, linear, llama3, yarn"),
     ],
 )
