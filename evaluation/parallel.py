@@ -18,7 +18,8 @@ PATIENCE = timedelta(hours=24)
 
 def state() -> PartialState:
     """The processes of this run; alone without `accelerate launch`."""
-    return PartialState(timeout=PATIENCE)
+    # Unless it is told so, accelerate takes processes without a GPU for each its own run.
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
 
 
 def own_device(name: str) -> torch.device:

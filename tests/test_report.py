@@ -262,9 +262,10 @@ def test_an_interrupted_evaluation_goes_on(measured: dict[str, Any], tmp_path: P
 
 
 def test_two_processes_give_the_numbers_of_one(measured: dict[str, Any], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "kvfold", "evaluate"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    command += ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0", "-m", "kvfold", "evaluate"]
     command += [measured["names"][0], "--against", measured["names"][2], "--on", measured["tokens"], "--batch", "2", "--quick"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run([*command, "--report", str(tmp_path)], capture_output=True, text=True, env=environment, timeout=180)
     assert done.returncode == 0, done.stderr
     found, wanted = schema.read_report(tmp_path), measured["result"]
