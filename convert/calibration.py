@@ -100,25 +100,31 @@ def observe(
     # The stream moves on in place. A process may hold no window of those that are compared.
     before = original.first(max(1, compared(original.windows * tokens) // tokens)).clone().to(source.device)
     inputs = after = behind = before
+
+    def all_of(work: Callable[[slice], Tensor]) -> Tensor:
+        """What `work` makes of the windows that are compared, as many at a time as fit."""
+        return original.with_less(lambda: torch.cat([work(rows) for rows in original.batches(0, len(before))]), tell)
+
     with torch.no_grad():
         if len(before):
-            inputs, after = block.attention_input(before), block(before)
-            behind = before + block.attend(inputs)
+            inputs = all_of(lambda rows: block.attention_input(before[rows]))
+            after = all_of(lambda rows: block(before[rows]))
+            behind = before + all_of(lambda rows: block.attend(inputs[rows]))
     check_finite(after, f"source layer {layer}")
 
-    def error_of(output: Callable[[], Tensor], target: Tensor) -> float:
-        error = processes.mean(relative_error(output(), target) if len(target) else 0.0, len(target))
+    def error_of(output: Callable[[slice], Tensor], target: Tensor) -> float:
+        error = processes.mean(relative_error(all_of(output), target) if len(target) else 0.0, len(target))
         return error if math.isfinite(error) else math.inf
 
     @torch.no_grad()
     def compare(folded: FoldedWeights) -> float:
         attention = design(folded.to(source.device, torch.float32))
-        return error_of(lambda: before + attention.o_proj(block.mix(attention, inputs)), behind)
+        return error_of(lambda rows: before[rows] + attention.o_proj(block.mix(attention, inputs[rows])), behind)
 
     @torch.no_grad()
     def measure(folded: FoldedWeights) -> float:
         with block.attention(design(folded.to(source.device, torch.float32))):
-            return error_of(lambda: block(before), after)
+            return error_of(lambda rows: block(before[rows]), after)
 
     moment = plain.value()
     mixed = ATTENDED * attended.value() + (1 - ATTENDED) * moment

@@ -254,7 +254,6 @@ def test_hidden_states_on_disk_give_the_same_bytes(tmp_path: Path, monkeypatch: 
 def test_a_device_of_little_memory_takes_fewer_tokens_at_a_time(
     steps: int, window: int | str, tolerance: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvfold.convert.calibration.MEASURED_TOKENS", (32, 64))  # the candidates' forward pass
     source, said = save_model(tmp_path / "source", "llama"), []
     settings = {"to": "mqa", "calibrate": save_tokens(tmp_path / "t.safetensors", 8, 32), "heal_steps": steps}
     settings |= {"heal_window": window, "heal_dtype": "float32"}

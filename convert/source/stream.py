@@ -66,11 +66,11 @@ class HiddenStates:
         """What this process holds of the first so many of all windows."""
         return self.data[: processes.held(windows)]
 
-    def batches(self, begin: int = 0) -> Iterator[slice]:
+    def batches(self, begin: int = 0, end: int | None = None) -> Iterator[slice]:
         rows, tokens, _ = self.data.shape
-        step = max(1, self.forward_tokens // tokens)
-        for start in range(begin, rows, step):
-            yield slice(start, min(rows, start + step))
+        end, step = rows if end is None else end, max(1, self.forward_tokens // tokens)
+        for start in range(begin, end, step):
+            yield slice(start, min(end, start + step))
 
     def with_less(self, work: Callable[[], Result], tell: Callable[[str], None] = lambda line: None) -> Result:
         """`work()`, begun again with half the tokens in a forward pass as often as the device's memory is too small, down to
