@@ -11,9 +11,7 @@ from typing import Any
 from kvfold.convert.families import FAMILIES
 from kvfold.convert.planning.settings import DTYPE_BYTES
 from kvfold.convert.planning.widths import LLAMA_SIZED
-from kvfold.convert.source.config import KERNELS, plain_rope
-
-ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+from kvfold.convert.source.config import ACTIVATIONS, KERNELS, plain_rope
 
 
 def hide_torch(config: dict[str, Any]) -> None:
