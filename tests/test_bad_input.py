@@ -244,6 +244,7 @@ CONFIGS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "labels that fill the memory": (with_config(num_labels=10**9), "num_labels is 1000000000"),
     "keys of other meanings": (with_config(attribute_map={"hidden_size": "vocab_size"}), "attribute_map"),
     "another model's config": (with_config(text_config={"hidden_size": 8}), "it holds the config of another model"),
+    "scores over nothing": (with_config(model_type="granite", architectures=None, attention_multiplier=0.0), "above zero"),
     "unknown rope": (with_config(rope_parameters={"rope_type": "wavy", "rope_theta": 1e4}), "wavy"),
 }
 

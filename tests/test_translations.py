@@ -388,6 +388,8 @@ def test_a_translated_source_is_folded_healed_and_measured_like_any_other(tmp_pa
         ({"model_type": "deepseek", "n_shared_experts": 2}, "n_routed_experts"),
         ({"model_type": "internlm2", "architectures": ["InternLM2ForRewardModel"]}, "InternLM2ForRewardModel"),
         ({"model_type": "internlm3", "qkv_bias": True}, "qkv_bias"),
+        ({"model_type": "phi-msft", **GPT, "rotary_dim": float("inf")}, "no share of a head"),
+        ({"model_type": "exaone", "num_layers": 2, "activation_function": "swoosh"}, "no activation 'swoosh'"),
         ({"model_type": "internlm", "rotary": {"base": 10000, "type": "linear"}}, "rotary is of type 'linear'"),
         ({"model_type": "qwen", "quantization_config": {"quant_method": "gptq"}}, "quantised"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -123,6 +124,10 @@ class Family:
         rope = said["rope_parameters"]
         rope = rope.get("full_attention") or rope
         turning = rope.get("partial_rotary_factor") or 1.0
+        if not isinstance(turning, (int, float)) or not 0 < turning <= 1:
+            raise UserError(
+                f"config.json: partial_rotary_factor is {turning!r:.40}, which is no share of a head: check that file"
+            )
         if turning != 1.0 and not self.partial:
             raise UserError(
                 "config.json describes a model that kvfold does not fold: its RoPE turns a part of each head only "
@@ -145,8 +150,8 @@ class Family:
             tied=said["tie_word_embeddings"],
             rotary_dim=int(head_dim * turning),
             key_norm=self.key_norm,
-            score_scale=self.score_scale(said),
-            score_cap=self.score_cap(said),
+            score_scale=_above_zero(said, self.score_scale),
+            score_cap=_above_zero(said, self.score_cap),
             sinks=SINKS in self.modules,
             beside=self.beside,
             interleaved=self.interleaved,
@@ -272,6 +277,17 @@ class Family:
         held = {"q_norm": weights.q_norm, "k_norm": weights.k_norm}
         order = halves_first(spec).argsort()
         return {role: weight[..., order].flatten() - self.norm_offset for role, weight in held.items() if weight is not None}
+
+
+def _above_zero(said: dict[str, Any], read: Callable[[dict[str, Any]], float | None]) -> float | None:
+    """What scores are multiplied or capped by. Raises UserError where that is no number above zero."""
+    try:
+        value = read(said)
+        if value is None or 0 < value < math.inf:
+            return value
+    except (TypeError, ValueError, ZeroDivisionError):
+        value = None
+    raise UserError(f"config.json scales or caps scores by what is no number above zero ({value}): check that file")
 
 
 def _plain(architecture: str) -> str:

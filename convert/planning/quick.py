@@ -15,9 +15,8 @@ from typing import Any
 from kvfold.convert.families import FAMILIES
 from kvfold.convert.planning.parameters import GATED
 from kvfold.convert.planning.settings import DTYPE_BYTES
-from kvfold.convert.source.config import KERNELS, plain_rope
+from kvfold.convert.source.config import ACTIVATIONS, KERNELS, plain_rope
 
-ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 LISTING = ("transformers", "transformers.models")
 """The packages that list what they hold."""
 

@@ -21,6 +21,10 @@ KERNELS = ("_attn_implementation", "attn_implementation", "_attn_implementation_
 """What some configs say of whoever saved them: which kernels their machine had."""
 
 
+ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+"""The usual ones, which transformers has; whether it has another one cannot be asked without torch."""
+
+
 class ConfigFile(BaseModel):
     """Sizes that decide how much is allocated, far above those of any model, and numbers that would spoil every other."""
 
@@ -80,6 +84,12 @@ def _refuse_unread(config: "PreTrainedConfig") -> None:
         raise ValueError("it holds the config of another model, as text_config or the like")
     if getattr(config, "head_dim", 0) is None and not hasattr(type(config), "head_dim"):
         raise ValueError("head_dim is null, where it has to be a number or left out")
+    acts = (getattr(config, key, None) for key in ("hidden_act", "hidden_activation"))
+    for act in (act for act in acts if act is not None and act not in ACTIVATIONS):
+        from transformers.activations import ACT2FN
+
+        if act not in ACT2FN:
+            raise ValueError(f"it has no activation {act!r:.40}")
 
 
 def resolve(config: dict[str, Any]) -> dict[str, Any]:
