@@ -1,6 +1,5 @@
 """The decoding kernel: in Triton's interpreter on CPU, compiled in tests/test_serving_gpu.py."""
 
-import os
 import sys
 from typing import Any
 
@@ -13,7 +12,6 @@ from tests import test_serving
 
 if torch.cuda.is_available():
     pytest.skip("tests/test_serving_gpu.py compiles it", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel is defined
 kernel = pytest.importorskip("kvfold.serving.kernel", reason="Triton is not installed", exc_type=ImportError)
 
 SHAPES = {

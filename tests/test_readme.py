@@ -38,7 +38,7 @@ def test_the_block_on_the_demo_runs(tmp_path: Path) -> None:
 
 def test_every_flag_that_they_name_exists() -> None:
     ours = re.sub(r"accelerate launch .*?-m\s+kvfold", "kvfold", TEXT, flags=re.DOTALL)
-    ours = re.sub(r"(python benchmarks/|llama-quantize )[^`\n]*", "", ours)  # they have flags of their own
+    ours = re.sub(r"(python benchmarks/|python -m vllm|llama-quantize )[^`\n]*", "", ours)  # they have flags of their own
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours))
     helps = ""
     for verb in ("plan", "convert", "evaluate", "uptrain", "gguf", "push", "demo"):
