@@ -89,7 +89,8 @@ def conversions(scratch: Path, shapes: dict[str, Json], tokens: int, steps: int,
             fresh_peak()
             spent = run(str(source), str(out), values, "wall")["spent"]
             record = json.loads((out / "kvfold.json").read_text())
-            layers, healing = shape["num_hidden_layers"], spent.get("healing", 0.0)
+            layers = shape["num_hidden_layers"]
+            healing = spent.get("healing", 0.0) * (2 * DEPTH - 1) / (2 * layers - 1)  # of the whole model
             yield {
                 "what": "convert",
                 "shape": name,
@@ -98,11 +99,11 @@ def conversions(scratch: Path, shapes: dict[str, Json], tokens: int, steps: int,
                 "calibration_tokens": tokens,
                 "heal_steps": steps,
                 "folding_seconds_per_layer": spent["folding"] / layers,
-                "healing_seconds_per_layer": healing * (2 * DEPTH - 1) / (2 * layers - 1) / DEPTH,
+                "healing_seconds_per_layer": healing / DEPTH,
                 "other_seconds": spent.get("reading", 0.0) + spent.get("verifying", 0.0),
                 "peak_device_gib": record.get("peak_cuda_memory_bytes", 0) / 2**30,
                 "block_errors": [layer["block_error"] for layer in record["layers"]],
-                "whole_model_minutes": (DEPTH * spent["folding"] / layers + healing * (2 * DEPTH - 1) / (2 * layers - 1)) / 60,
+                "whole_model_minutes": (DEPTH * spent["folding"] / layers + healing) / 60,
             }
 
 

@@ -148,13 +148,11 @@ def _heal(
     @torch.no_grad()
     def error() -> float:
         total = 0.0
-        for pick in torch.arange(mine).split(max(1, folded.forward_tokens // tokens)):
-            if not len(pick):  # other processes have these windows
-                continue
-            hidden = folded.data[pick].to(device)
+        for rows in folded.batches(0, mine):
+            hidden = folded.data[rows].to(device)
             for block in blocks:
                 hidden = block(hidden)
-            total += float(relative_error(hidden, original.data[pick].to(device))) * len(pick)
+            total += float(relative_error(hidden, original.data[rows].to(device))) * len(hidden)
         return total / max(1, mine)
 
     before, kept = processes.mean(folded.with_less(error), mine), [p.detach().clone() for p in parameters]

@@ -102,7 +102,8 @@ def convert(
         plan = make_plan(reader.config, settings)  # once more, for what the tensors say otherwise
         plan.refuse(converting=True)
         windows = calibration_windows(plan, folder, device, lambda line: report(0.0, line))
-        _refuse_disagreement(_asked(source, plan, reader, windows, times=False), windows)
+        if processes.count() > 1:
+            _refuse_disagreement(_asked(source, plan, reader, windows, times=False), windows)
         if plan.measures_widths and windows is not None:
             scratch = partial_folder(out) / "measured.hidden"
             plan = settled(plan, reader.config, measured_widths(plan, reader, device, windows, scratch, report))

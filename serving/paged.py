@@ -79,7 +79,7 @@ class Step:
     @cached_property
     def singles(self) -> Singles | None:
         """The requests with one new token, None where there are none."""
-        rows = [r for r in range(len(self.lengths)) if self._count(r) == 1]
+        rows = self._single
         if not rows:
             return None
         device, lengths = self.table.device, [self.lengths[r] for r in rows]
@@ -87,17 +87,20 @@ class Step:
         table = self.table[chosen].to(torch.int32)
         return Singles(new, table, torch.tensor(lengths, dtype=torch.int32, device=device), max(lengths))
 
+    @cached_property
+    def _single(self) -> list[int]:
+        return [r for r in range(len(self.lengths)) if self._count(r) == 1]
+
     def _requests(self, window: int | None, singles: bool) -> list[list[int]]:
         several = [[r] for r in range(len(self.lengths)) if self._count(r) > 1]
         if not singles:
             return several
         found: list[list[int]] = [[]]
-        single = [r for r in range(len(self.lengths)) if self._count(r) == 1]
-        for request in sorted(single, key=lambda r: self._read(r, window)):
+        for request in sorted(self._single, key=lambda r: self._read(r, window)):
             if (len(found[-1]) + 1) * self._read(request, window) > AT_ONCE and found[-1]:
                 found.append([])
             found[-1].append(request)
-        return several + found if single else several
+        return several + found if self._single else several
 
     def _count(self, request: int) -> int:
         return self.starts[request + 1] - self.starts[request]
