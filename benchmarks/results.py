@@ -25,6 +25,7 @@ BEFORE = 9
 BASELINES = ("mean", "first", "random", "align")
 """Methods to fewer heads beside the default, which results are called by."""
 SETTINGS = ("calibration_tokens", "heal_steps", "heal_batch_tokens")
+RECIPE = ("train", "kl_weight", "ce_weight", "learning_rate", "window", "batch")
 KEYS = {"cache": "cache_numbers_per_token_per_layer", "cache kept": "kv_budget"}
 """Columns that say which results a row is of."""
 COLUMNS = {  # what stands at the head of a column → the fields that its numbers may be
@@ -50,7 +51,13 @@ def entries(data: dict[str, Json]) -> Iterator[tuple[str, dict[str, Json]]]:
             way.append(f"{target['kv_rank']}+{target['rope_dim']}")
         way += [target["method"]] if target["method"] in BASELINES else []
         way += [settings["layer_budgets"]] if settings["layer_budgets"] != "uniform" else []
-        steps = [f"{settings['heal_steps']}x{settings['heal_batch_tokens']}"] if stage != "closed form" else []
+        healed = stage != "closed form" and settings["heal_steps"] and settings.get("calibrate", True)
+        steps = [f"{settings['heal_steps']}x{settings['heal_batch_tokens']}"] if healed else []
+        trained = [
+            {**{key: entry["recipe"][key] for key in RECIPE}, **{key: entry[key] for key in ("tokens", "distinct_tokens")}}
+            for entry in result["conversion"].get("uptraining", [])
+        ]
+        steps += [f"{entry['train']}-{'kl' if entry['kl_weight'] else 'ce'}" for entry in trained]
         name = "-".join(map(str, [*way, f"{cache:g}", stage.replace(" ", "-"), *steps]))
         kept = ("nll", "damage_nats", "damage_interval", "kl", "kl_interval", "top1_agreement", "damage_by_position")
         yield (
@@ -60,6 +67,7 @@ def entries(data: dict[str, Json]) -> Iterator[tuple[str, dict[str, Json]]]:
                 "target": {key: target[key] for key in ("to", "layout", "kv_heads", "kv_rank", "rope_dim") if key in target},
                 "stage": stage,
                 **{key: settings[key] for key in SETTINGS},
+                **({"uptraining": trained} if trained else {}),
                 "cache_numbers_per_token_per_layer": cache,
                 "kv_budget": result["conversion"]["kv_budget"],
                 **{key: result[key] for key in kept},

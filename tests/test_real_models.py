@@ -7,7 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "real_models.py"
+from kvfold.convert.pipeline import convert
+from kvfold.convert.planning.settings import ConvertSettings
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARK = BENCHMARKS / "real_models.py"
+sys.path.insert(0, str(BENCHMARKS))
+import results  # noqa: E402
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def test_the_benchmark_measures_every_stage_once(shared: Path, tmp_path: Path) -> None:
@@ -22,8 +30,7 @@ def test_the_benchmark_measures_every_stage_once(shared: Path, tmp_path: Path) -
 
     def run(*more: Any) -> tuple[str, dict[str, Any]]:
         command = [sys.executable, str(BENCHMARK), *map(str, args), *more]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=1200, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout, json.loads((tmp_path / "results.json").read_text())
 
@@ -51,3 +58,25 @@ def test_the_benchmark_measures_every_stage_once(shared: Path, tmp_path: Path) -
     assert published[name]["damage_nats"] == healed["damage_nats"] and published[name]["tokens"] > 3000
     assert len(published) == 1 + len(found) and str(tmp_path) not in json.dumps(published)
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_uptraining_is_measured_beside_the_source_fine_tuned(shared: Path, tmp_path: Path) -> None:
+    """On two texts; without a teacher the source learns the text, and moves away from itself."""
+    source = shared / "models/stories260k"
+    tokens, fold = source / "tokens.safetensors", tmp_path / "gqa-2"
+    convert(str(source), fold, ConvertSettings(to="gqa", kv_heads=2, method="mean"))
+    texts = ["--data", f"{tokens}:uptraining", "--on", f"{tokens}:evaluation", "--second", f"{tokens}:calibration"]
+    pairs = ["tokens=8192", "eval_tokens=2048", "learning_rate=0.0003", "eval_every=1", "device=cpu"]
+    command = [sys.executable, BENCHMARKS / "uptraining.py", source, fold, *texts, "--out", tmp_path / "out"]
+    command += ["--max-tokens", "4096", "--set", *pairs]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT, timeout=1200, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in ("on", "second"):
+        results.keep(name, [tmp_path / "out" / f"{name}.json"], tmp_path)
+        kept = json.loads((tmp_path / f"{name}.json").read_text())
+        ways = ("32-closed-form", "32-uptrained-attention-kl", "64-uptrained-attention-ce")
+        closed, uptrained, tuned = (kept[f"gqa-source-None-mean-{way}"] for way in ways)
+        assert closed["damage_nats"] > uptrained["damage_nats"] and closed["kl"] > uptrained["kl"]
+        assert abs(tuned["damage_nats"]) < 0.005 and 0 < tuned["kl"] < 0.01
+        assert "uptraining" not in closed and uptrained["uptraining"][0]["tokens"] == 8224
+        assert tuned["cache_numbers_per_token_per_layer"] == 64 and tuned["uptraining"][0]["kl_weight"] == 0
