@@ -21,7 +21,7 @@ from kvfold.convert.layouts.source import within
 from kvfold.convert.output.record import RECORD, read_record
 from kvfold.convert.output.writer import CheckpointWriter
 from kvfold.convert.planning.conversion_plan import ConversionPlan
-from kvfold.convert.planning.plan import make_plan
+from kvfold.convert.planning.plan import make_plan, settled
 from kvfold.convert.planning.settings import ConvertSettings, parse_settings
 from kvfold.convert.source.checkpoint import CheckpointReader, TensorSpec
 from kvfold.convert.source.configfile import refuse_adapter
@@ -90,6 +90,8 @@ def open_folded(folder: Path, source: str | None) -> Folded:
     if any(len(pair) != 2 for pair in widths):
         raise UserError(f"{folder / RECORD} is damaged (target.widths are no pairs): convert again")
     plan = replace(make_plan(config, settings), widths=tuple((rank, rope) for rank, rope in widths))
+    if plan.measures_widths and plan.layout != "kvfold":  # one split for all layers, which the calibration text chose
+        plan = settled(plan, config, ((recorded["kv_rank"], recorded["rope_dim"]),))
     folded = Folded(reader, record, config, plan)
     missing = [n for i in plan.folded for n in folded.layout.names(i, plan) if n not in reader.entries]
     target = json.loads(json.dumps(plan.target()))

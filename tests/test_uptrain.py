@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from kvfold.convert.pipeline import convert
+from kvfold.convert.planning.plan import make_plan
 from kvfold.convert.planning.settings import ConvertSettings
 from kvfold.convert.source.checkpoint import CheckpointReader
 from kvfold.errors import ConversionError, Stopped, UserError
@@ -99,6 +100,25 @@ def test_what_learns_follows_from_the_recipe_and_the_design(folds: Path, name: s
         )
         assert len(adapted) == projections or name == "mfa"
         assert {n.replace(".base_layer.weight", ".lora_A.default.weight") for n in adapted} <= learns
+
+
+def test_a_fold_is_opened_with_the_split_that_its_calibration_text_chose(tmp_path: Path) -> None:
+    """In `deepseek_v3` that is one for all layers, and not the plan's own."""
+    source = save_model(tmp_path / "source", "llama", initializer_range=0.2)
+    tokens = save_tokens(tmp_path / "t.safetensors", 32, 32)
+    settings = ConvertSettings(to="mla", kv_budget="25%", calibrate=tokens, heal_steps=0)
+    record = convert(str(source), tmp_path / "fold", settings).record
+    assert record["target"]["layout"] == "deepseek_v3"
+    chosen = record["target"]["kv_rank"], record["target"]["rope_dim"]
+    own = make_plan(record["source_config"], settings)
+    assert chosen != (own.kv_rank, own.rope_dim) and sum(chosen) == own.kv_rank + own.rope_dim
+    folded = open_folded(tmp_path / "fold", None)
+    assert (folded.plan.kv_rank, folded.plan.rope_dim) == chosen
+    student = build(folded, load_recipe("distill-attention", []), None).student
+    ids = torch.randint(128, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "fold")(ids).logits
+        torch.testing.assert_close(student.causal(ids).logits, wanted, atol=2e-4, rtol=1e-4)
 
 
 def test_layers_with_experts_are_trained_around_them(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ class Target(_Kept):
     to: Literal["gqa", "mqa", "mla", "mfa", "mfa-kr", "source"]
     method: str
     layout: str = "source"
+    kv_rank: int = 0
+    rope_dim: int = 0
     widths: list[list[int]] | None = None
     folded_layers: list[int] | None = None
 
