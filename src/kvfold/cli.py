@@ -7,6 +7,7 @@ from typing import Annotated, Any, NoReturn, Optional
 import typer
 
 from kvfold import console
+from kvfold.allocator import hold_memory
 from kvfold.convert.planning.settings import ConvertSettings, parse_settings, read_settings
 from kvfold.errors import UserError
 from kvfold.evaluation.settings import EvaluateSettings
@@ -77,6 +78,8 @@ def convert(
 ) -> None:
     """Fold a checkpoint into another one with a smaller KV cache. Also under `accelerate launch -m kvfold`."""
     settings = parse_settings(ConvertSettings, {**read_settings(settings_file), **flags})
+    if settings.calibrate:  # without it a layer at a time is all that is held
+        hold_memory()
     from kvfold.convert import processes
     from kvfold.convert.pipeline import convert as run
 
@@ -108,6 +111,7 @@ def evaluate(
     if len(asked) + ("detail" in flags) > 1:
         raise UserError("--damage-only, --quick, --full and --detail exclude each other: give one of them")
     settings = parse_settings(EvaluateSettings, {**flags, **({"detail": asked[0]} if asked else {})})
+    hold_memory()
     from kvfold.evaluation import report as reports
     from kvfold.evaluation.evaluate import evaluate as run
     from kvfold.evaluation.parallel import state
@@ -200,6 +204,7 @@ def uptrain(
     settings = load_recipe(recipe, [*(overrides or []), *(f"{name}={value}" for name, value in flags.items())])
     if not data:
         raise UserError("--data is missing: give a text, a folder, a Hub dataset or tokens to train on")
+    hold_memory()
     from kvfold.recipes.uptrain import uptrain as run
 
     def log(line: str) -> None:
@@ -217,6 +222,7 @@ def demo(
     directory: Annotated[Path, typer.Argument(help="Folder for the checkpoints and the report.")] = Path("kvfold-demo"),
 ) -> None:
     """Fold the shipped demo model in several ways and show the damage. A few minutes on two cores."""
+    hold_memory()
     from kvfold.recipes.demo.demo import run_demo
 
     with console.progress("demo") as report:
