@@ -109,7 +109,9 @@ def attend(
         mask = torch.ones(tokens, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - tokens)
     if mask is not None:
         mask = mask if mask.ndim == 2 else mask[:, :, None]
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, torch.finfo(scores.dtype).min)
+        scores.add_(mask)  # scores are fresh, and a sum passes its gradient on as it is
     weights = with_sinks(scores, sinks).softmax(-1)[..., : k.shape[2]]
     return (weights.to(v.dtype).flatten(2, 3) @ v).unflatten(2, (-1, tokens)).flatten(1, 2)
 

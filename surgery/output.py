@@ -35,12 +35,12 @@ class _Divergence(torch.autograd.Function):
             rows = slice(start, start + size)
             logits, target = (capped((x[rows].to(head) @ head.T).float(), cap) for x in (hidden, reference))
             ours, wanted = logits.log_softmax(-1), target.log_softmax(-1)
-            probability = wanted.exp()
-            kl += (probability * (wanted - ours)).sum()
+            probability = wanted.exp()  # what follows works in place: passes over logits are most of the time here
+            kl += torch.dot(probability.flatten(), wanted.sub_(ours).flatten())
             if gradient is not None:
-                slope = (ours.exp() - probability) / len(hidden)
-                slope = slope if cap is None else slope * (1 - (logits / cap).square())  # tanh' = 1 - tanh²
-                gradient[rows] = slope.to(head) @ head
+                slope = ours.exp_().sub_(probability)
+                slope = slope if cap is None else slope.mul_(1 - (logits / cap).square())  # tanh' = 1 - tanh²
+                gradient[rows] = (slope.to(head) @ head).to(gradient).div_(len(hidden))
         ctx.save_for_backward(*([] if gradient is None else [gradient]))
         return kl / len(hidden)
 
