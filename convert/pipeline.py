@@ -5,7 +5,6 @@ healed on streams of hidden states: heal_windows.py.
 """
 
 import json
-import resource
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -27,7 +26,7 @@ from kvfold.convert.methods import alone
 from kvfold.convert.output.files import checksum_of_rows
 from kvfold.convert.output.journal import differences, refuse_other
 from kvfold.convert.output.partial import JOURNAL, Partial, partial_folder, refuse_existing, resumable
-from kvfold.convert.output.record import RECORD
+from kvfold.convert.output.record import RECORD, peak_memory
 from kvfold.convert.output.writer import Bystander, CheckpointWriter
 from kvfold.convert.planning.cost import refuse_too_little
 from kvfold.convert.planning.parameters import source_parameters
@@ -182,7 +181,7 @@ def _record(source: str, job: Conversion, tokens: int, seconds: float, device: t
         "calibration_tokens": tokens,
         "layers": [job.writer.finished[job.unit(i)] for i in plan.folded],
         "seconds": round(seconds, 2),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak_memory(),
     }
     if device.type == "cuda":
         record["peak_cuda_memory_bytes"] = torch.cuda.max_memory_allocated(device)

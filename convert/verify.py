@@ -18,6 +18,8 @@ from kvfold.errors import ConversionError, UserError
 from kvfold.surgery.designs import design
 
 TOKENS = 128
+LOGITS = 16
+"""Tokens, the last of these, whose logits are compared."""
 CHEAP = 512 << 20
 """Bytes of a layer in float32 up to which a fold without text is verified too: it takes little more than a copy, of which this
 would be the most in a large model."""
@@ -58,11 +60,13 @@ def verify(job: Conversion, config: dict[str, Any], ids: Tensor | None, device: 
         if layer in plan.folded:
             block.set_attention(design(job.read_written(layer).to(device, torch.float32)))
         after = block(states)
+        del block  # one layer at a time
         if not after.isfinite().all():
             kind = UserError if ids is None else ConversionError  # work that took hours is kept
             raise kind(f"layer {layer} gives NaN or infinity on some tokens: check the source's weights there")
         _refuse_other(target.block(layer)(states * scale) / scale - after, after - states, f"layer {layer}")
         states = after
+    states = states[:, -LOGITS:]
     wanted, got = _logits(source.outward(states), source.head()), _logits(target.outward(states * scale), target.head())
     _refuse_other(got - wanted, wanted, "the output embedding")
 

@@ -17,6 +17,7 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
 from kvfold.convert.layouts import Layout, layout_of
+from kvfold.convert.layouts.kvfold import refuse_other
 from kvfold.convert.layouts.source import within
 from kvfold.convert.output.record import RECORD, read_record
 from kvfold.convert.output.writer import CheckpointWriter
@@ -99,6 +100,8 @@ def open_folded(folder: Path, source: str | None) -> Folded:
     same = all(recorded[key] == target.get(key) for key in recorded if key != "note")
     if missing or not same:
         raise UserError(f"{folder} holds another design than {RECORD} says: convert again with this version of kvfold")
+    if plan.layout == "kvfold":
+        refuse_other(reader.config, plan, folder / "config.json")
     return folded
 
 

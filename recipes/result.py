@@ -1,7 +1,6 @@
 """What an uptraining leaves behind: a checkpoint or an adapter, and its entry in kvfold.json."""
 
 import json
-import resource
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from transformers.trainer_callback import TrainerState
 
 import kvfold
 from kvfold.convert.output.partial import JOURNAL, Partial
-from kvfold.convert.output.record import RECORD
+from kvfold.convert.output.record import RECORD, peak_memory
 from kvfold.convert.output.writer import CheckpointWriter
 from kvfold.convert.planning.settings import parse_size
 from kvfold.convert.source.sidefiles import side_files
@@ -50,7 +49,7 @@ def entry_of(recipe: Recipe, trainer: "Uptrainer") -> dict[str, Any]:
         "held_out_loss": {"before": held_out[0]["loss"], "after": state.best_metric},
         "held_out": held_out,
         "curve": [[log["step"] * tokens_per_step, log["loss"]] for log in state.log_history if "loss" in log],
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak_memory(),
     }
     if trainer.args.device.type == "cuda":
         entry["peak_cuda_memory_bytes"] = torch.cuda.max_memory_allocated(trainer.args.device)

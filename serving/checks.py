@@ -1,11 +1,9 @@
 """What can be served, and a refusal in one line for all else. Needs transformers, and vLLM for its version alone."""
 
 from importlib.metadata import PackageNotFoundError, version
-from inspect import signature
 from typing import Any
 
-from kvfold.convert.layouts.modeling_kvfold import KvfoldConfig
-from kvfold.surgery.kvfold_attention import DESIGNS, FoldedAttention
+from kvfold.convert.layouts.modeling_kvfold import KvfoldConfig, damage
 
 SERVED = {
     "llama": "LlamaForCausalLM",
@@ -34,27 +32,18 @@ def tested(vllm: str) -> bool:
 
 def obstacle(config: dict[str, Any], vllm: str) -> str | None:
     """Why a config.json of ours cannot be served by this version of vLLM, with what can be; None if it can."""
-    family, layers = config.get("source_model_type"), config.get("folded_layers")
+    family, layers = config.get("source_model_type"), config.get("folded_layers") or []
     if not tested(vllm):
         return f"kvfold serves with vLLM {TESTED}, and this is {vllm}: pip install 'kvfold[vllm]'"
-    if not isinstance(layers, list) or not all(w is None or _known(w) for w in layers):
-        return "config.json has no folded_layers that this version of kvfold knows; convert the source again"
-    if family not in SERVED:
+    if reason := damage(config):
+        return f"config.json has no folded_layers that this version of kvfold knows ({reason}); convert the source again"
+    if family not in SERVED or any("positions" in layer for layer in layers if layer):
         return f"kvfold cannot serve {family} in vLLM, only {', '.join(SERVED)}; transformers runs it"
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPES:
         return f"kvfold cannot serve RoPE of type {kind} in vLLM, only {', '.join(ROPES)}; transformers runs it"
     return None
-
-
-def _known(widths: dict[str, Any]) -> bool:
-    """Whether a layer is of a design that we have, and says nothing of it that we do not know."""
-    kind = DESIGNS.get(widths.get("design", ""))
-    if kind is None:
-        return False
-    taken = {name for known in (kind, FoldedAttention) for name in signature(known.__init__).parameters}
-    return widths.keys() - {"design"} <= taken
 
 
 def installed() -> str:

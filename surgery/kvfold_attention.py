@@ -44,6 +44,10 @@ def pick(rope: Rope, pairs: Tensor) -> Rope:
     return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
 
 
+POSITIONS = ("halves", "pairs", "once", "none")
+"""How models have their tables of angles: see `half_split`."""
+
+
 def half_split(rope: Rope, width: int, made: str = "halves") -> Rope:
     """A model's tables as those of `width` numbers, half-split: what does not turn stands last in each half.
 

@@ -243,6 +243,17 @@ CONFIGS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a number that no float holds": (with_config(rope_parameters={"rope_theta": 10**400}), "a number of 401 digits"),
     "labels that fill the memory": (with_config(num_labels=10**9), "num_labels is 1000000000"),
     "keys of other meanings": (with_config(attribute_map={"hidden_size": "vocab_size"}), "attribute_map"),
+    "a plan of numbers": (with_config(base_model_tp_plan=5), "base_model_tp_plan is 5, where LlamaConfig has something"),
+    "a plan of other parts": (with_config(base_model_pp_plan={"a": 5}), "base_model_pp_plan is {'a': 5}, where LlamaConfig"),
+    "a method": (with_config(to_dict=5), "to_dict is 5, where LlamaConfig has something of its own: take it out"),
+    "more dropout than all": (
+        with_config(attention_dropout=2.0),
+        "attention_dropout is 2.0, which is no share between 0 and 1",
+    ),
+    "dropout of NaN": (
+        with_config(model_type="phi3", architectures=None, pad_token_id=0, resid_pdrop=float("nan")),
+        "resid_pdrop is nan, which is no share between 0 and 1",
+    ),
     "another model's config": (with_config(text_config={"hidden_size": 8}), "it holds the config of another model"),
     "scores over nothing": (with_config(model_type="granite", architectures=None, attention_multiplier=0.0), "above zero"),
     "unknown rope": (with_config(rope_parameters={"rope_type": "wavy", "rope_theta": 1e4}), "wavy"),

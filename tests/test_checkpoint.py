@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -350,3 +352,12 @@ def test_resume_with_other_flags_says_which(source: Path, tmp_path: Path, monkey
     assert "with --overwrite" in text
     assert (tmp_path / "out.partial" / "journal.jsonl").exists()
     assert not (tmp_path / "out").exists()
+
+
+def test_peak_memory_is_this_process_s_own() -> None:
+    """A child of one that held 400 MiB does not count them, and counts its own 100."""
+    own = "from kvfold.convert.output.record import peak_memory as peak; a = peak(); b = b'x' * (100 << 20); print(a, peak())"
+    code = f"b = b'x' * (400 << 20)\ndel b\nimport subprocess, sys\nsubprocess.run([sys.executable, '-c', {own!r}], check=True)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = (int(part) / 2**20 for part in ran.stdout.split())
+    assert before < 200 and 95 < after - before < 105

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,13 @@ def decoded_as_uncached(model: Any) -> Any:
 
 def fold(source: Path, out: Path, **settings: Any) -> dict[str, Any]:
     return convert(str(source), out, ConvertSettings(**{"to": "gqa", "heal_steps": 0, **settings})).record
+
+
+def test_the_memory_of_a_layer_goes_with_its_block(tmp_path: Path) -> None:
+    reader = CheckpointReader(save_model(tmp_path / "source", "llama"))
+    source = SourceModel(reader, family_of(reader.config), torch.device("cpu"), 40)
+    held = [weakref.ref(source.block(layer).layer.mlp.up_proj.weight) for layer in range(2)]
+    assert [weight() for weight in held] == [None, None]
 
 
 def test_every_family_is_listed_here() -> None:

@@ -1,6 +1,9 @@
 """The kvfold layout: exact at full width for every family, and a real model of transformers with a small cache."""
 
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -12,6 +15,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, StaticCache
 
@@ -20,7 +24,10 @@ from kvfold.convert.layouts import step3_text
 from kvfold.convert.planning.plan import make_plan
 from kvfold.convert.planning.settings import ConvertSettings
 from kvfold.convert.source.checkpoint import CheckpointReader
+from kvfold.convert.source.model import load_causal
+from kvfold.errors import UserError
 from kvfold.evaluation.layers import measure_cache
+from kvfold.recipes.model import open_folded
 from kvfold.surgery import latent
 from kvfold.surgery.designs import design
 from kvfold.surgery.kvfold_attention import attention_of, exchange, rotate
@@ -355,6 +362,81 @@ def test_dtypes_and_eager_attention(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(eager(IDS).logits, logits(out), atol=1e-5, rtol=1e-4)
     decoded_as_uncached(eager)
+
+
+def in_layer(**changes: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda config: config["folded_layers"][1].update(changes)
+
+
+DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "cap": (in_layer(cap="30"), "folded_layers[1].cap is '30', and has to be a number that is not negative"),
+    "no cap": (in_layer(cap=0), "folded_layers[1].cap is 0, which nothing is divided by"),
+    "a cap without end": (in_layer(cap=float("inf")), "folded_layers[1].cap is inf, and has to be a number"),
+    "rank": (in_layer(rank=20.5), "folded_layers[1].rank is 20.5, and has to be a width"),
+    "a rank that fills the memory": (in_layer(q_rank=10**9), "folded_layers[1].q_rank is 1000000000, and has to be a width"),
+    "no rank": (lambda c: c["folded_layers"][1].pop("rank"), "folded_layers[1].rank is missing"),
+    "query_bias": (in_layer(query_bias=1), "folded_layers[1].query_bias is 1, and has to be true or false"),
+    "sinks": (in_layer(sinks="yes"), "folded_layers[1].sinks is 'yes', and has to be true or false"),
+    "design": (in_layer(design="evil"), "folded_layers[1].design is 'evil', and there are latent, reused-key, rebuilt-key"),
+    "another design": (in_layer(design="reused-key"), "folded_layers[1].nope_dim is nothing that reused-key takes"),
+    "positions": (in_layer(positions="evil"), "folded_layers[1].positions is 'evil', and there are halves, pairs, once, none"),
+    "norm": (in_layer(norm=5), "folded_layers[1].norm is 5, and has to be an object in braces"),
+    "eps": (in_layer(norm={"kv_heads": 8, "together": True, "eps": "x"}), "folded_layers[1].norm.eps is 'x', and has to be a"),
+    "together": (in_layer(norm={"kv_heads": 8, "eps": 1e-6}), "folded_layers[1].norm.together is None, and has to be true"),
+    "key heads": (
+        in_layer(norm={"kv_heads": 3, "together": True, "eps": 0.0}),
+        "folded_layers[1].heads is 8, which its kv_heads do not divide",
+    ),
+    "an odd width": (in_layer(rope_dim=11), "folded_layers[1].rope_dim is 11, an odd width"),
+    "what nobody knows": (in_layer(forward=5), "folded_layers[1].forward is nothing that latent takes"),
+    "a list": (lambda c: c.update(folded_layers=[[], None]), "folded_layers[0].design is None"),
+    "text": (lambda c: c.update(folded_layers="x"), "folded_layers is no list of 2 layers"),
+    "too few": (lambda c: c["folded_layers"].pop(), "folded_layers is no list of 2 layers"),
+    "source": (lambda c: c.update(source_model_type=["llama"]), "source_model_type is ['llama'], which is no language model"),
+    "itself": (lambda c: c.update(source_model_type="kvfold"), "source_model_type is 'kvfold', which is no language model"),
+}
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A fold in our own layout, and its source."""
+    source, out = folded(tmp_path_factory.mktemp("own"), "mla", "llama")
+    return out, source
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_config_is_refused_by_its_field(case: str, own: tuple[Path, Path], tmp_path: Path) -> None:
+    damage, words = DAMAGED[case]
+    out = shutil.copytree(own[0], tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    damage(config)
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=re.escape(words)):  # as whoever loads it without kvfold's verbs
+        AutoModelForCausalLM.from_pretrained(out)
+    for read in (load_causal, lambda folder: open_folded(folder, None)):
+        with pytest.raises(UserError, match=re.escape(f"{out / 'config.json'} is damaged ({words}")) as refused:
+            read(out)
+        assert "convert the source again" in str(refused.value)
+
+
+def test_what_no_config_says_is_refused_too(own: tuple[Path, Path], tmp_path: Path) -> None:
+    """Another attention than was folded, where the tensors fit, and frequencies that the source has not."""
+    out, source = shutil.copytree(own[0], tmp_path / "out"), own[1]
+    config = json.loads((out / "config.json").read_text())
+    in_layer(cap=5.0)(config)
+    (out / "config.json").write_text(json.dumps(config))
+    code, text = invoke("uptrain", out, tmp_path / "healed", "--data", source.parent / "t.safetensors")
+    assert code == 2 and "config.json has another attention in layer 1 than was folded: convert the source again" in text
+
+    shutil.copy(own[0] / "config.json", out)
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.layers.1.self_attn.rope_pairs"][0] = 5
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    wanted = "rope_pairs counts frequencies beyond the 4 of the source: convert it again"
+    code, text = invoke("evaluate", out, "--against", source, "--on", f"{source.parent}/t.safetensors:calibration")
+    assert code == 2 and wanted in text, text
+    with pytest.raises(UserError, match=wanted):
+        open_folded(out, None).attention(1, False)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ import torch
 from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM
 
+from kvfold import __version__
+from kvfold.convert.layouts import kvfold as kvfold_layout
 from kvfold.convert.pipeline import convert
 from kvfold.convert.planning.settings import ConvertSettings
 from kvfold.convert.publishing.card import hand_made, newer_of
@@ -122,8 +124,7 @@ def test_the_card_tells_what_was_measured(copy: Path) -> None:
 
 
 def test_remote_code_and_uptraining_are_told(copy: Path) -> None:
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}))
+    own_code(copy)
     record = json.loads((copy / "kvfold.json").read_text())
     recipe = {"train": "lora", "kl_weight": 1.0, "ce_weight": 0.0, "learning_rate": 0.01, "window": 512}
     run = {"recipe": recipe, "tokens": 123456, "distinct_tokens": 100000, "steps": 30, "curve": [[1, 2.0]]}
@@ -133,6 +134,50 @@ def test_remote_code_and_uptraining_are_told(copy: Path) -> None:
     assert f'from_pretrained("{NAME}", trust_remote_code=True)' in text
     assert "Uptraining: lora, 123,456 tokens, 100,000 of them distinct, 30 steps, window 512, weight of the KL" in text
     assert "No uptraining" not in text
+
+
+def own_code(copy: Path) -> None:
+    """Make it look like a checkpoint whose code travels along."""
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"auto_map": kvfold_layout.code()}))
+    for name, text in kvfold_layout.files().items():
+        (copy / name).write_text(text)
+
+
+CODE = {
+    "a file of ours that was changed": (
+        lambda out: (out / "kvfold_attention.py").open("a").write("\nimport os\n"),
+        "kvfold_attention.py is not as kvfold {} writes it, and whoever loads the checkpoint may run it: put kvfold's own",
+    ),
+    "one of the two is missing": (
+        lambda out: (out / "modeling_kvfold.py").unlink(),
+        "config.json names code that is not kvfold's",
+    ),
+    "another class": (
+        lambda out: edit(out / "config.json", auto_map={"AutoModelForCausalLM": "them/evil--modeling_kvfold.Model"}),
+        "config.json names code that is not kvfold's (auto_map)",
+    ),
+    "code for the tokenizer": (
+        lambda out: edit(out / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "them/evil--a.T"]}),
+        "tokenizer_config.json names code that is not kvfold's (auto_map), and whoever loads the checkpoint may run it: take",
+    ),
+}
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("case", CODE)
+def test_code_of_others_is_not_uploaded(copy: Path, case: str) -> None:
+    own_code(copy)
+    assert invoke("push", copy, NAME, "--dry-run")[0] == 0
+    (copy / "README.md").unlink()
+    change, words = CODE[case]
+    change(copy)
+    code, text = invoke("push", copy, NAME, "--dry-run")
+    assert code == 2 and words.format(__version__) in text, text
+    assert not (copy / "README.md").exists()
 
 
 def test_what_was_written_by_hand_stays(hub: Hub, copy: Path, tmp_path: Path) -> None:

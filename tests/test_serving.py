@@ -115,6 +115,9 @@ def test_requests_that_decode_attend_together_within_bounds() -> None:
     assert [group.pages.shape for group in step.together(1, 5)] == [(1, 40), (4, 5)]
 
 
+LAYER = {"design": "latent", "rank": 20, "rope_dim": 12, "nope_dim": 8, "heads": 8, "value_dim": 8}
+
+
 @pytest.mark.parametrize(
     ("changes", "version", "message"),
     [
@@ -126,14 +129,14 @@ def test_requests_that_decode_attend_together_within_bounds() -> None:
             "cannot serve gemma in vLLM, only llama, mistral, qwen2, qwen3, mixtral, qwen3_moe",
         ),
         ({"folded_layers": None, "attention_design": "latent"}, "0.32.0", "convert the source again"),
-        ({"folded_layers": [{"design": "another"}]}, "0.32.0", "convert the source again"),
-        ({"folded_layers": [{"design": "latent", "heads": 8, "depth": 2}]}, "0.32.0", "convert the source again"),
+        ({"folded_layers": [{"design": "another"}, None]}, "0.32.0", "convert the source again"),
+        ({"folded_layers": [{**LAYER, "depth": 2}, None]}, "0.32.0", "folded_layers[0].depth is nothing that latent takes"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "0.32.0", "type dynamic in vLLM, only default, linear, llama3, yarn"),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_a_line(changes: dict[str, Any], version: str, message: str | None) -> None:
-    layers = [{"design": "latent", "heads": 8}, None]
-    reason = obstacle({"source_model_type": "llama", "folded_layers": layers, **changes}, version)
+    said = {"source_model_type": "llama", "num_hidden_layers": 2, "folded_layers": [LAYER, None]}
+    reason = obstacle({**said, **changes}, version)
     assert reason is None if message is None else message in str(reason)
     assert "\n" not in str(reason)
 

@@ -15,9 +15,11 @@ from kvfold.convert.layouts import modeling_kvfold
 from kvfold.convert.layouts.source import carried, in_place_of_attention
 from kvfold.convert.planning.conversion_plan import ConversionPlan
 from kvfold.convert.source.checkpoint import CheckpointReader, TensorSpec
+from kvfold.convert.source.model import refuse_pairs
+from kvfold.errors import UserError
 from kvfold.surgery import kvfold_attention
 from kvfold.surgery.designs import FoldedWeights, design, weights_of
-from kvfold.surgery.kvfold_attention import DESIGNS, FoldedAttention
+from kvfold.surgery.kvfold_attention import DESIGNS, POSITIONS, FoldedAttention
 
 TRAVELLING = (Path(inspect.getfile(modeling_kvfold)), Path(inspect.getfile(kvfold_attention)))
 
@@ -65,6 +67,27 @@ def tensor_specs(reader: CheckpointReader, plan: ConversionPlan, dtype: torch.dt
     return in_place_of_attention(reader, plan, dtype, of_layer)
 
 
+def refuse_other(config: dict[str, Any], plan: ConversionPlan, file: Path) -> None:
+    """Raise UserError when a config.json, which lies in `file`, is damaged, or has another attention than the plan."""
+    remedy = "convert the source again, or get that file again"
+    if reason := modeling_kvfold.damage(config):
+        raise UserError(f"{file} is damaged ({reason}): {remedy}")
+    if config["source_model_type"] != plan.family.model_type:
+        raise UserError(f"{file} names source_model_type {config['source_model_type']}, not {plan.family.model_type}: {remedy}")
+    for layer, said in enumerate(config["folded_layers"]):
+        meant = widths(plan, layer) if layer in plan.folded else None
+        if whole(said) != whole(meant):
+            raise UserError(f"{file} has another attention in layer {layer} than was folded: {remedy}")
+
+
+def whole(widths: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A layer's design with what it takes by default."""
+    if widths is None:
+        return None
+    defaults = {name: parameter.default for name, parameter in modeling_kvfold.taken_by(widths["design"]).items()}
+    return {"positions": POSITIONS[0], **defaults, **widths}
+
+
 def blank(plan: ConversionPlan, layer: int) -> FoldedAttention:
     """The design of a layer with shapes and no numbers."""
     made = widths(plan, layer)
@@ -89,6 +112,7 @@ def lift(tensors: dict[str, Tensor], plan: ConversionPlan) -> FoldedWeights:
         for name, t in tensors.items()
     }
     module.load_state_dict(held, assign=True)
+    refuse_pairs(module, f"layer {layer}")
     return weights_of(module)
 
 

@@ -9,20 +9,25 @@ in kvfold_attention.py with its widths, or null where a layer stays as it is. Te
 """
 
 import inspect
+import math
 import shutil
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 try:
-    from .kvfold_attention import DESIGNS, fold_in
+    from .kvfold_attention import DESIGNS, POSITIONS, FoldedAttention, fold_in
 except ImportError:  # inside kvfold, where it has another home
-    from kvfold.surgery.kvfold_attention import DESIGNS, fold_in
+    from kvfold.surgery.kvfold_attention import DESIGNS, POSITIONS, FoldedAttention, fold_in
 
+MOST = 10**6
+"""No width of a model is larger; what is would only fill the memory."""
+NORM = {"kv_heads": int, "together": bool, "eps": float}
+"""What a layer says of its norm of queries and keys."""
 CODE = {"AutoConfig": "modeling_kvfold.KvfoldConfig", "AutoModelForCausalLM": "modeling_kvfold.KvfoldForCausalLM"}
 
 
@@ -33,7 +38,74 @@ class KvfoldConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Raises: ValueError, naming the field that no attention can be made of."""
+        if reason := damage(config_dict):
+            raise ValueError(f"config.json is damaged ({reason}): convert the source again, or get that file again")
         return classes(config_dict["source_model_type"])[0].from_dict(config_dict, **kwargs)
+
+
+def damage(config: dict[str, Any]) -> str | None:
+    """What in a config.json of model type `kvfold` no attention can be made of, by its field; None if all is well."""
+    source, layers = config.get("source_model_type"), config.get("folded_layers")
+    if not isinstance(source, str) or source not in CONFIG_MAPPING or CONFIG_MAPPING[source] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return f"source_model_type is {source!r:.40}, which is no language model of transformers"
+    count = config.get("num_hidden_layers")
+    if not isinstance(layers, list) or len(layers) != count:
+        return f"folded_layers is no list of {count!r:.40} layers"
+    reasons = (_damage_of_layer(layer) for layer in layers)
+    return next((f"folded_layers[{number}]{reason}" for number, reason in enumerate(reasons) if reason), None)
+
+
+def _damage_of_layer(widths: Any) -> str | None:
+    """The same of one layer, from the name of the field on."""
+    if widths is None:
+        return None
+    design = widths.get("design") if isinstance(widths, dict) else None
+    if not isinstance(design, str) or design not in DESIGNS:
+        return f".design is {design!r:.40}, and there are {', '.join(DESIGNS)}"
+    taken, norm = taken_by(design), widths.get("norm")
+    for name in sorted(widths.keys() - taken.keys() - {"design", "positions"}):
+        return f".{name} is nothing that {design} takes"
+    for name, parameter in taken.items():
+        if name not in widths and parameter.default is parameter.empty:
+            return f".{name} is missing"
+        if name in widths and (wrong := _unlike(widths[name], parameter.annotation)):
+            return f".{name} is {widths[name]!r:.40}, {wrong}"
+    for name, kind in NORM.items() if norm is not None else ():
+        if wrong := _unlike(norm.get(name), kind):
+            return f".norm.{name} is {norm.get(name)!r:.40}, {wrong}"
+    if (positions := widths.get("positions", POSITIONS[0])) not in POSITIONS:
+        return f".positions is {positions!r:.40}, and there are {', '.join(POSITIONS)}"
+    for name in (name for name in taken if name.endswith("_dim") and widths[name] % 2):
+        return f".{name} is {widths[name]}, an odd width"
+    heads, groups = widths["heads"], {widths.get("kv_heads"), (norm or {}).get("kv_heads")}
+    if any(heads % group for group in groups if group):
+        return f".heads is {heads}, which its kv_heads do not divide"
+    return ".cap is 0, which nothing is divided by" if widths.get("cap") == 0 else None
+
+
+@cache
+def taken_by(design: str) -> dict[str, inspect.Parameter]:
+    """What a design is made with, beside the hidden size."""
+    shared = inspect.signature(FoldedAttention.__init__).parameters.values()
+    own = inspect.signature(DESIGNS[design].__init__).parameters.values()
+    named = [p for p in shared if p.default is not p.empty] + [p for p in own if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return {p.name: p for p in named if p.name not in ("self", "hidden")}
+
+
+def _unlike(value: Any, kind: Any) -> str:
+    """What a value of a kind has to be, where it is not; the kinds are those of the designs' parameters."""
+    kinds = get_args(kind) if type(None) in get_args(kind) else (kind,)
+    if value is None and type(None) in kinds:
+        return ""
+    if int in kinds:
+        return "" if type(value) is int and 0 <= value <= MOST else "and has to be a width"
+    if bool in kinds:
+        return "" if isinstance(value, bool) else "and has to be true or false"
+    if float in kinds:
+        fits = type(value) in (int, float) and 0 <= value < math.inf
+        return "" if fits else "and has to be a number that is not negative"
+    return "" if isinstance(value, dict) else "and has to be an object in braces"
 
 
 class FoldedConfig:

@@ -1,5 +1,8 @@
 """kvfold.json: what is recorded of a conversion beside its weights, and its reading back."""
 
+import re
+import resource
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +57,17 @@ class Record(_Kept):
     seconds: float
     layers: list[dict[str, Any]] = []
     uptraining: list[Uptraining] = []
+
+
+def peak_memory() -> int:
+    """Bytes that this process has had in memory at once, files that it maps included.
+
+    Not getrusage's, which on Linux begins with what the process was started from had.
+    """
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def read_record(folder: Path, missing: str, damaged: str) -> dict[str, Any]:

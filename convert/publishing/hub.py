@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from huggingface_hub import HfApi
@@ -16,8 +17,10 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+import kvfold
 from kvfold.convert.output.files import write_whole
 from kvfold.convert.publishing.card import CARD, Licence, parse_card, read_card
+from kvfold.convert.source.jsonfile import read_json
 from kvfold.convert.source.sidefiles import is_needed, lies_inside
 from kvfold.errors import ConversionError, UserError
 
@@ -52,6 +55,29 @@ def files_of(out: Path) -> tuple[list[str], list[str]]:
     found = [path.relative_to(out).as_posix() for path in sorted(out.rglob("*")) if not path.is_dir()]
     uploaded = [n for n in found if (_UPLOADED.fullmatch(n) or is_needed(n)) and lies_inside(out / n, out)]
     return uploaded, [n for n in found if n not in uploaded and not n.startswith(".")]
+
+
+def refuse_code(out: Path) -> None:
+    """Raise UserError when what would be uploaded has whoever loads it run other code than kvfold's own."""
+    from kvfold.convert.layouts import kvfold as own
+
+    uploaded, codes = files_of(out)[0], own.files()
+    homes = {path.name: path for path in own.TRAVELLING}
+    for name in uploaded:
+        if name in codes and (out / name).read_text(encoding="utf-8", errors="replace") != codes[name]:
+            raise UserError(
+                f"{out / name} is not as kvfold {kvfold.__version__} writes it, and whoever loads the checkpoint may run it: "
+                f"put kvfold's own in its place (cp {quote(str(homes[name]))} {quote(str(out))}), or push with the version of "
+                "kvfold that wrote it"
+            )
+        if not name.endswith("config.json"):
+            continue
+        named = read_json(out / name, "get it again, or remove it").get("auto_map")
+        if named and not (name == "config.json" and named == own.code() and codes.keys() <= set(uploaded)):
+            raise UserError(
+                f"{out / name} names code that is not kvfold's (auto_map), and whoever loads the checkpoint may run it: take "
+                "auto_map out of that file, or convert the source again"
+            )
 
 
 def card_on_hub(repo_id: str, revision: str | None) -> str | None:

@@ -4,9 +4,11 @@ kvfold takes that class's word for what a source is. What the class lets through
 """
 
 import copy
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -56,7 +58,9 @@ def config_of(config: dict[str, Any]) -> "PreTrainedConfig":
     told = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map", *KERNELS)}
     try:
         with silent():
-            read = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(told))
+            kind = CONFIG_MAPPING[config["model_type"]]
+            _refuse_covered(told, kind)
+            read = kind.from_dict(copy.deepcopy(told))
             _refuse_unread(read)
             return read
     except Exception as error:  # checks of many kinds, of transformers and of the Hub's client alike
@@ -76,14 +80,24 @@ def silent() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
+def _refuse_covered(told: dict[str, Any], kind: type["PreTrainedConfig"]) -> None:
+    """Raise ValueError for a key that would cover what its class has beside its fields: methods, plans of devices, names."""
+    for key in told.keys() - {field.name for field in fields(kind)}:
+        held = inspect.getattr_static(kind, key, told[key])
+        if not isinstance(held, property) and getattr(kind, key, told[key]) != told[key]:
+            raise ValueError(f"{key} is {told[key]!r:.40}, where {kind.__name__} has something of its own: take it out")
+
+
 def _refuse_unread(config: "PreTrainedConfig") -> None:
     """Raise ValueError for what the config class takes, and the model's class would stumble over or read otherwise."""
-    if config.attribute_map != type(config).attribute_map:
-        raise ValueError("attribute_map gives its keys other meanings")
     if config.get_text_config() is not config:
         raise ValueError("it holds the config of another model, as text_config or the like")
     if getattr(config, "head_dim", 0) is None and not hasattr(type(config), "head_dim"):
         raise ValueError("head_dim is null, where it has to be a number or left out")
+    for name in (field.name for field in fields(config) if "drop" in field.name or field.name.endswith("_noise")):
+        share = getattr(config, name)
+        if share is not None and not 0 <= share <= 1:
+            raise ValueError(f"{name} is {share}, which is no share between 0 and 1")
     acts = (getattr(config, key, None) for key in ("hidden_act", "hidden_activation"))
     for act in (act for act in acts if act is not None and act not in ACTIVATIONS):
         from transformers.activations import ACT2FN

@@ -52,8 +52,12 @@ def load_causal(folder: Path, **how: Any) -> tuple["PreTrainedModel", list[str]]
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
+    from kvfold.convert.layouts.modeling_kvfold import damage
+
     refuse_adapter(folder)
     reader = CheckpointReader(folder)
+    if reader.config.get("model_type") == "kvfold" and (reason := damage(reader.config)):
+        raise UserError(f"{folder / 'config.json'} is damaged ({reason}): convert the source again, or get that file again")
     try:
         if reader.view is None:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -81,7 +85,20 @@ def load_causal(folder: Path, **how: Any) -> tuple["PreTrainedModel", list[str]]
             f"{folder} holds {strange[0]!r:.100}, for which the model of its config.json has no place: weights and config are "
             "not of one model, get both again"
         )
+    for name, module in model.named_modules():
+        refuse_pairs(module, f"{folder}: {name}")
     return model, sorted(info["missing_keys"])
+
+
+def refuse_pairs(module: Any, where: str) -> None:
+    """Raise UserError when a folded attention turns by frequencies that its source has not."""
+    pairs = getattr(module, "rope_pairs", None)
+    if pairs is None or pairs.is_meta or not len(pairs):
+        return
+    if not 0 <= pairs.min() <= pairs.max() <= module.head_dim // 2:
+        raise UserError(
+            f"{where}.rope_pairs counts frequencies beyond the {module.head_dim // 2} of the source: convert it again"
+        )
 
 
 def refuse_code(folder: Path, error: Exception, remedy: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import psutil
 import torch
@@ -231,7 +232,8 @@ class StreamedModel:
         self.model: Any = build_on_meta(config).eval().requires_grad_(False)
         fill_buffers(self.model, device)
         self.base: Any = self.model.base_model
-        self.names = {module: name for name, module in self.model.named_modules()}
+        # weakly: it would hold on to every layer that has been visited
+        self.names = WeakKeyDictionary({module: name for name, module in self.model.named_modules()})
         self.norm: nn.Module = next(getattr(self.base, name) for name in FINAL_NORMS if hasattr(self.base, name))
         self._fill(self.norm)
         nothing = torch.zeros(1, tokens, self.model.config.hidden_size, device=device)

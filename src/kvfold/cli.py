@@ -150,6 +150,7 @@ def push(
 
     hub.refuse_name(repo)
     facts = facts_for(out, repo, report_dir or out, licence, base_model)
+    hub.refuse_code(out)
     ours, theirs = card.read_card(out / card.CARD), None if dry_run else hub.card_on_hub(repo, revision)
     text = card.make_card(facts, card.newer_of(ours, theirs, out))
     if not dry_run:
