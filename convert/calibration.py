@@ -12,7 +12,7 @@ from torch import Tensor
 from kvfold.convert import processes
 from kvfold.convert.planning.conversion_plan import ConversionPlan
 from kvfold.convert.source.checkpoint import CheckpointReader
-from kvfold.convert.source.stream import Block, HiddenStates, SourceModel, check_finite
+from kvfold.convert.source.stream import Block, HiddenStates, SourceModel, check_finite, quickly
 from kvfold.surgery import latent, norms
 from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.designs import FoldedWeights, design
@@ -99,17 +99,20 @@ def observe(
     plain.total, attended.total, lags = processes.total(plain.total, attended.total, lags)
     # The stream moves on in place. A process may hold no window of those that are compared.
     before = original.first(max(1, compared(original.windows * tokens) // tokens)).clone().to(source.device)
-    inputs = after = behind = before
+    inputs = given = after = before
 
     def all_of(work: Callable[[slice], Tensor]) -> Tensor:
         """What `work` makes of the windows that are compared, as many at a time as fit."""
         return original.with_less(lambda: torch.cat([work(rows) for rows in original.batches(0, len(before))]), tell)
 
+    def passed() -> list[Tensor]:
+        pieces = [block.passed(before[rows]) for rows in original.batches(0, len(before))]
+        return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
+
     with torch.no_grad():
         if len(before):
-            inputs = all_of(lambda rows: block.attention_input(before[rows]))
-            after = all_of(lambda rows: block(before[rows]))
-            behind = before + all_of(lambda rows: block.attend(inputs[rows]))
+            inputs, given, after = original.with_less(passed, tell)
+    behind = before + given
     check_finite(after, f"source layer {layer}")
 
     def error_of(output: Callable[[slice], Tensor], target: Tensor) -> float:
@@ -152,24 +155,21 @@ def _sums(attention: AttentionWeights, block: Block, original: HiddenStates) -> 
     return plain, attended, lags
 
 
+@torch.no_grad()
 def refit_output(folded: Folded, block: Block, original: HiddenStates, bias: bool, tell: Callable[[str], None]) -> Folded:
     """`folded` with the output projection that brings it nearest to the source's attention on all calibration tokens.
 
-    The block still has the source's attention, and `original` stands before it.
+    The block still has the source's attention, and `original` moves behind it.
     """
-    regression = original.with_less(lambda: _regression(folded, block, original), tell)
-    regression.gram, regression.cross = processes.total(regression.gram, regression.cross)
-    return regression.solve(folded, bias)
-
-
-@torch.no_grad()
-def _regression(folded: FoldedWeights, block: Block, original: HiddenStates) -> OutputRegression:
-    """What the windows that this process holds say of it."""
     attention = design(folded.to(block.device, torch.float32))
     regression = OutputRegression(attention.o_proj.in_features, attention.o_proj.out_features, block.device)
-    for rows in original.batches():
-        hidden = original.data[rows].to(block.device)
-        x = block.attention_input(hidden)
-        wanted, heads = block.attend(x), block.mix(attention, x)
-        regression.add(heads, wanted - attention.o_proj(heads), (hidden + wanted).square().sum(-1))
-    return regression
+
+    def watch(hidden: Tensor, x: Tensor, wanted: Tensor) -> None:
+        with quickly(hidden):
+            heads = block.mix(attention, x)
+            missing = wanted - attention.o_proj(heads)
+        regression.add(heads, missing, (hidden + wanted).square().sum(-1))
+
+    block.advance(original, watch, tell)
+    regression.gram, regression.cross = processes.total(regression.gram, regression.cross)
+    return regression.solve(folded, bias)

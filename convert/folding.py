@@ -69,7 +69,8 @@ def fold_layer(job: Conversion, source: SourceModel, layer: int, original: Hidde
         refitted_error = seen.measure(refitted)
         if refitted_error < error:
             error, folded = refitted_error, refitted
-    block.advance(original)
+    else:
+        block.advance(original)
     check_finite(original.data, f"source layer {layer}")
     return OpenLayer(block, folded, label, error)
 

@@ -27,7 +27,7 @@ from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.designs import LatentWeights, RebuiltKeyWeights, ReusedKeyWeights
 from kvfold.surgery.kvfold_attention import Rope, rotate, with_sinks
 from kvfold.surgery.layer import Layer
-from kvfold.surgery.lowrank import gauge, leading_directions, left_singular, power_and_inverse, top_eigenvectors
+from kvfold.surgery.lowrank import gauge, leading_directions, left_singular, power_and_inverse, symmetric, top_eigenvectors
 from kvfold.surgery.names import full_rank
 from kvfold.surgery.rope import from_complex, to_complex
 
@@ -92,7 +92,7 @@ def attention_seen(weights: AttentionWeights, x: Tensor, rope: Rope, visible: Te
     (attention sinks, 2309.17453), and that mass says nothing of how far a head looks. `received` is the attention that all
     queries of all heads give each token.
     """
-    tokens = x.shape[1]
+    tokens, weights = x.shape[1], weights.to(x.dtype)
     places = torch.arange(tokens, device=x.device)
     distance = places[:, None] - places
     hidden = distance < 0 if visible is None else ~visible.to(x.device)
@@ -295,24 +295,28 @@ def weighted_latent(
             # Against the energy of the whole keys, so that a rest of nothing is given nothing.
             energy = (root @ layer.seen(whole, choice.centred)).square().sum().clamp_min(torch.finfo(rows.dtype).tiny)
             seen = layer.seen(moved)
-            return moved, energy, seen.mT @ seen if 2 * len(seen) > seen.shape[1] else seen[:0]
+            return moved, energy, symmetric(seen, seen.mT) if few else symmetric(seen.mT, seen)
 
         return layer.once(what, (root, rows, choice.centred), make)
 
+    few = 2 * values[..., 0].numel() <= len(layer.root)  # rows (2·G·D) of keys and values together
     moved_k, energy_k, gram_k = weighted("weighted keys", root_k, keys, k)
     moved_v, energy_v, gram_v = weighted("weighted values", root_v, values, v)
+    seen_k, seen_v = layer.seen(moved_k), layer.seen(moved_v)
     balance = (choice.balance * energy_v / energy_k).sqrt()
-    stacked = torch.cat([balance * moved_k, moved_v])  # (2·G·D, 2n)
-    if len(gram_k):
+    if few:
+        both = balance * layer.once("keys by values", (moved_k, moved_v), lambda: seen_k @ seen_v.mT)
+        gram = torch.cat([torch.cat([balance**2 * gram_k, both], 1), torch.cat([both.mT, gram_v], 1)])
+        basis = top_eigenvectors(gram, rank)  # (2·G·D, r)
+    else:
         near = layer.held.get("directions", ((), None))[1]
         directions = top_eigenvectors(balance**2 * gram_k + gram_v, rank, near)
         layer.held["directions"] = (), directions
-        basis = torch.linalg.qr(layer.seen(stacked) @ directions).Q  # (2·G·D, r)
-    else:
-        basis = left_singular(layer.seen(stacked), rank)
-    up_k, up_v = basis.unflatten(0, (2, -1, layer.weights.head_dim))  # (G, D, r) each
-    down = basis.mT @ stacked
+        basis = torch.linalg.qr(torch.cat([balance * (seen_k @ directions), seen_v @ directions])).Q
+    of_k, of_v = basis.chunk(2)
+    down = (balance * of_k).mT @ moved_k + of_v.mT @ moved_v
     level = gauge(layer.seen(down))
+    up_k, up_v = (part.unflatten(0, (-1, layer.weights.head_dim)) for part in (of_k, of_v))  # (G, D, r) each
     up_k = inverse_k @ up_k / (balance if choice.balance else 1.0)
     return down * level, up_k / level, inverse_v @ up_v / level
 
@@ -332,26 +336,30 @@ def assemble(
     """
     weights = layer.weights
     per, width, rope_dim = weights.heads // weights.kv_heads, weights.head_dim, 2 * len(slots.key)
-    queries, up_k = to_complex(layer.plain(layer.rows[0])), up_k.repeat_interleave(per, 0)
-    rotary = from_complex(queries[:, slots.pairs] * slots.gain.repeat_interleave(per, 0)[..., None])
-    if gain is None:
-        queries = queries * layer.phase[..., None]
-    else:
+    queries, up_k = layer.plain(layer.rows[0]), up_k.repeat_interleave(per, 0)
+    nope = width if position_free else 0
+    scale = ((nope + rope_dim) / width) ** 0.5  # scores are divided by the new width's root
+
+    def unturned() -> Tensor:
+        turned = queries if gain is not None else from_complex(to_complex(queries) * layer.phase[..., None])
+        return turned[:, :nope] * scale  # (H, N, n)
+
+    free = layer.once("free queries", (gain is None, nope, scale), unturned)
+    if gain is not None:
         up_k = from_complex(to_complex(up_k) * layer.phase.conj()[..., None])
-    free = from_complex(queries)[:, : width if position_free else 0]
-    scale = ((free.shape[1] + rope_dim) / width) ** 0.5  # scores are divided by the new width's root
-    heads = torch.cat([free, rotary], 1) * scale  # (H, N + R, n)
+    read = to_complex(queries[:, torch.cat([slots.pairs, slots.pairs + width // 2])])
+    rotary = from_complex(read * (scale * slots.gain.repeat_interleave(per, 0)[..., None]))  # (H, R, n)
     cached = layer.plain(torch.cat([down, from_complex(slots.key)]))  # (r + R, n)
     return LatentWeights(
-        q_nope=heads[:, : free.shape[1], :-1],
-        q_rope=heads[:, free.shape[1] :, :-1],
+        q_nope=free[..., :-1],
+        q_rope=rotary[..., :-1],
         down=cached[: len(down), :-1],
         k_rope=cached[len(down) :, :-1],
-        up_k=up_k[:, : free.shape[1]],
+        up_k=up_k[:, :nope],
         up_v=up_v.repeat_interleave(per, 0),
         o=weights.o,
         pairs=slots.pairs,
-        q_bias=None if weights.q_bias is None else heads[..., -1],
+        q_bias=None if weights.q_bias is None else torch.cat([free[..., -1], rotary[..., -1]], 1),
         kv_bias=cached[:, -1] if cached[:, -1].any() else None,
         o_bias=weights.o_bias,
         turned=None if gain is None else gain.repeat_interleave(per, 1),

@@ -17,7 +17,7 @@ class SecondMoment:
         """Take in tokens (..., d), each as often as `weights` (...) says, once without."""
         x = x.flatten(0, -2).to(torch.float64)
         counted = x if weights is None else x * weights.reshape(-1, 1).to(x)
-        self.total[:-1, :-1] += counted.T @ x
+        self.total[:-1, :-1] += symmetric(counted.T, x)
         self.total[-1, :-1] += counted.sum(0)
         self.total[:-1, -1] += counted.sum(0)
         self.total[-1, -1] += len(x) if weights is None else float(weights.sum())
@@ -27,6 +27,20 @@ class SecondMoment:
         if self.total[-1, -1] == 0:
             raise ValueError("no calibration tokens were seen")
         return self.total / self.total[-1, -1]
+
+
+STRIP = 512
+"""Rows of a symmetric product at a time."""
+
+
+def symmetric(left: Tensor, right: Tensor) -> Tensor:
+    """A product (m, n) @ (n, m) that is symmetric: what is above its diagonal is taken from below."""
+    found = left.new_empty(len(left), len(left))
+    for start in range(0, len(left), STRIP):
+        rows = slice(start, start + STRIP)
+        found[rows, : rows.stop] = left[rows] @ right[:, : rows.stop]
+        found[:start, rows] = found[rows, :start].T
+    return found
 
 
 def power_and_inverse(matrix: Tensor, power: float, floor: float = 1e-9) -> tuple[Tensor, Tensor]:
@@ -102,8 +116,8 @@ def square_root(moment: Tensor) -> Tensor:
 def left_singular(rows: Tensor, rank: int) -> Tensor:
     """The `rank` leading left singular vectors of (m, n) → (m, rank), from whichever Gram matrix is smaller."""
     if len(rows) <= rows.shape[1]:
-        return top_eigenvectors(rows @ rows.mT, rank)
-    return torch.linalg.qr(rows @ top_eigenvectors(rows.mT @ rows, rank)).Q
+        return top_eigenvectors(symmetric(rows, rows.mT), rank)
+    return torch.linalg.qr(rows @ top_eigenvectors(symmetric(rows.mT, rows), rank)).Q
 
 
 def gauge(down: Tensor, moment: Tensor | None = None) -> Tensor:

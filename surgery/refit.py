@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvfold.surgery.designs import FoldedWeights
+from kvfold.surgery.lowrank import symmetric
 
 Folded = TypeVar("Folded", bound=FoldedWeights)
 RIDGE = 1e-2
@@ -32,8 +33,9 @@ class OutputRegression:
         """Take in heads (..., m), what the present output lacks (..., d), and the squared norm of the hidden state (...)."""
         z = torch.cat([heads, torch.ones_like(heads[..., :1])], -1).flatten(0, -2).to(torch.float64)
         counted = z / energy.reshape(-1, 1).clamp_min(torch.finfo(energy.dtype).tiny).to(z)
-        self.gram += counted.T @ z
-        self.cross += counted.T @ missing.flatten(0, -2).to(torch.float64)
+        gram, cross = symmetric(counted.T, z), counted.T @ missing.flatten(0, -2).to(torch.float64)
+        self.gram += gram
+        self.cross += cross
 
     def solve(self, folded: Folded, bias: bool) -> Folded:
         """`folded` with the output projection `W_O + Δ` that minimises `E|missing - Δ heads|² / energy + ridge |Δ|²`.

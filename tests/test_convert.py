@@ -118,6 +118,20 @@ def test_the_stream_runs_the_model(family: str, changes: dict[str, Any], tmp_pat
         source.block(layer).advance(states)
 
 
+def test_a_wide_stream_is_as_exact_as_its_choices_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a CPU multiplies bfloat16: the same candidates, and block errors that are still measured in float32."""
+    source, settings = save_model(tmp_path / "source", "llama", num_hidden_layers=3), {"to": "mla", "kv_budget": 0.25}
+    tokens = save_tokens(tmp_path / "tokens.safetensors", 24, 32)
+    wanted = fold(source, tmp_path / "exact", calibrate=tokens, **settings)["layers"]
+    monkeypatch.setattr("kvfold.convert.source.stream.WIDE", 1)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    found = fold(source, tmp_path / "quick", calibrate=tokens, **settings)["layers"]
+    assert [layer["choice"] for layer in found] == [layer["choice"] for layer in wanted]
+    errors = [[layer["block_error"] for layer in layers] for layers in (found, wanted)]
+    assert errors[0] != errors[1]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+
+
 @pytest.mark.parametrize("calibrated", [False, True])
 @pytest.mark.parametrize(("family", "changes"), GROUPED)
 def test_identity_conversion_is_exact(family: str, changes: dict[str, Any], calibrated: bool, tmp_path: Path) -> None:

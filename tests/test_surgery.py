@@ -13,7 +13,7 @@ from kvfold.surgery import grouping
 from kvfold.surgery.attention import AttentionWeights, GroupedAttention
 from kvfold.surgery.healing import Progress, heal, relative_error
 from kvfold.surgery.kvfold_attention import Rope, rotate
-from kvfold.surgery.lowrank import SecondMoment, power_and_inverse
+from kvfold.surgery.lowrank import SecondMoment, power_and_inverse, symmetric
 from kvfold.surgery.output import output_divergence
 from kvfold.surgery.refit import RIDGE, OutputRegression
 from kvfold.surgery.rope import from_complex, to_complex
@@ -260,6 +260,15 @@ def test_second_moment_is_the_mean_outer_product() -> None:
     torch.testing.assert_close(parts.value(), whole.value())
     with pytest.raises(ValueError, match="no calibration tokens"):
         SecondMoment(3).value()
+
+
+@pytest.mark.parametrize("strip", [3, 4, 100])
+def test_a_symmetric_product_is_the_product(strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvfold.surgery.lowrank.STRIP", strip)
+    x = inputs().flatten(0, 1)
+    weighted = x * torch.arange(1.0, len(x) + 1, dtype=x.dtype)[:, None]
+    torch.testing.assert_close(symmetric(weighted.T, x), weighted.T @ x)
+    torch.testing.assert_close(symmetric(x[:11], x[:11].T), x[:11] @ x[:11].T)
 
 
 def test_healing_brings_a_broken_layer_back() -> None:

@@ -28,6 +28,9 @@ from kvfold.surgery.output import capped
 Result = TypeVar("Result")
 FORWARD_TOKENS = 8192
 """Tokens in one forward pass, where they fit into the device's memory."""
+WIDE = 1024
+"""Hidden size from which on bfloat16 pays where the CPU multiplies it."""
+Watch = Callable[[Tensor, Tensor, Tensor], None]
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm")
 """What models call the norm behind their last layer."""
 
@@ -90,6 +93,13 @@ class HiddenStates:
         if self.forward_tokens < before:
             tell(f"memory is short on the device: {self.forward_tokens:,} tokens go through a layer at a time from here on")
         return result
+
+
+def quickly(hidden: Tensor) -> torch.autocast:
+    """Around passes of all hidden states (..., d): a CPU that multiplies bfloat16 does so for wide layers, at three times the
+    speed. The stream itself stays float32, as CUDA's does beside TF32."""
+    multiplies = torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast("cpu", torch.bfloat16, hidden.device.type == "cpu" and hidden.shape[-1] >= WIDE and multiplies)
 
 
 class _Caught(Exception):
@@ -162,18 +172,43 @@ class Block:
             hook.remove()
         raise AssertionError("a decoder layer calls its attention")
 
+    def passed(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, d) → what the attention reads, what it gives, and what is behind the layer."""
+        seen: list[Tensor] = []
+
+        def keep(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: tuple[Tensor, ...]) -> None:
+            seen[:] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], output[0]
+
+        hook = attention_of(self.layer).register_forward_hook(keep, with_kwargs=True)
+        try:
+            after = self(hidden)
+        finally:
+            hook.remove()
+        read, given = seen
+        return read, given, after
+
     @torch.no_grad()
-    def advance(self, states: HiddenStates) -> None:
-        """Replace the hidden states before this layer by those behind it."""
+    def advance(
+        self, states: HiddenStates, watch: Watch = lambda *_: None, tell: Callable[[str], None] = lambda line: None
+    ) -> None:
+        """Replace the hidden states before this layer by those behind it.
+
+        `watch` sees of every batch the states before the layer, and what the attention reads and gives. Where memory is too
+        small, `tell` is told and `watch` sees half of the batch again, so it must add nothing up before it has room for all.
+        """
         done = 0
 
         def go_on() -> None:
             nonlocal done
             for rows in states.batches(done):
-                states.data[rows] = self(states.data[rows].to(self.device))
+                hidden = states.data[rows].to(self.device)
+                with quickly(hidden):
+                    read, given, after = self.passed(hidden)
+                watch(hidden, read, given)
+                states.data[rows] = after
                 done = rows.stop
 
-        states.with_less(go_on)
+        states.with_less(go_on, tell)
 
 
 @torch.no_grad()
