@@ -50,6 +50,7 @@ def entries(data: dict[str, Json]) -> Iterator[tuple[str, dict[str, Json]]]:
             way.append(f"{target['kv_rank']}+{target['rope_dim']}")
         way += [target["method"]] if target["method"] in BASELINES else []
         way += [settings["layer_budgets"]] if settings["layer_budgets"] != "uniform" else []
+        way += ["mean-sizes"] if settings.get("key_norm") == "mean" else []
         steps = [f"{settings['heal_steps']}x{settings['heal_batch_tokens']}"] if stage != "closed form" else []
         name = "-".join(map(str, [*way, f"{cache:g}", stage.replace(" ", "-"), *steps]))
         kept = ("nll", "damage_nats", "damage_interval", "kl", "kl_interval", "top1_agreement", "damage_by_position")
