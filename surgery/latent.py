@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.designs import LatentWeights, RebuiltKeyWeights, ReusedKeyWeights
-from kvfold.surgery.kvfold_attention import Rope, rotate, with_sinks
+from kvfold.surgery.kvfold_attention import Rope, with_sinks
 from kvfold.surgery.layer import Layer
 from kvfold.surgery.lowrank import gauge, leading_directions, left_singular, power_and_inverse, top_eigenvectors
 from kvfold.surgery.names import full_rank
@@ -103,7 +103,7 @@ def attention_seen(weights: AttentionWeights, x: Tensor, rope: Rope, visible: Te
     hidden = distance < 0 if visible is None else ~visible.to(x.device)
     lags, received = x.new_zeros(weights.heads, tokens), x.new_zeros(x.shape[:2])
     for row, z in enumerate(torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)):
-        q, k = (rotate(states, rope) for states in weights.states(z))
+        q, k = weights.states(z, rope)
         scores = q @ k.repeat_interleave(weights.heads // weights.kv_heads, 0).mT * weights.score_scale  # (H, T, T)
         scores = scores if weights.cap is None else weights.cap * (scores / weights.cap).tanh()
         scores = scores.masked_fill(hidden, -torch.inf).unflatten(0, (weights.kv_heads, -1))

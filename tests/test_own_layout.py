@@ -39,7 +39,7 @@ SOURCES: list[tuple[str, dict[str, Any]]] = [
     ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}}),
     ("gpt_oss", {"num_key_value_heads": 4}),
 ]
-NORMED = ("qwen3", "olmo2", "qwen3_moe", "gemma3_text", "olmo3", "exaone4")
+NORMED = ("hunyuan_v1_dense", "qwen3", "olmo2", "qwen3_moe", "gemma3_text", "olmo3", "exaone4")
 GROUPED_NORMED: list[tuple[str, dict[str, Any]]] = [("qwen3", {"num_key_value_heads": 4})]
 TABLES: list[tuple[str, dict[str, Any]]] = [("cohere", {}), ("gemma3_text", {})]
 """Families whose tables of angles are made in another way."""

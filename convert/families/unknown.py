@@ -47,7 +47,7 @@ _OBSTACLES: tuple[tuple[Callable[[Config], bool], str, str], ...] = (
     (_has("cross_attention_layers"), "some of its layers attend to an image", "8 bits"),
     (_has("blocksparse_block_size", "sparse_config", "index_topk"), "its attention leaves out most keys", "8 bits"),
     (
-        _is("hunyuan_v1_dense", "hunyuan_v1_moe"),
+        _is("hunyuan_v1_moe"),
         "norms stand behind the RoPE of its queries and keys, so that scores depend on more than the distance of positions",
         "8 bits",
     ),
