@@ -47,6 +47,15 @@ def pick(rope: Rope, pairs: Tensor) -> Rope:
     return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
 
 
+def moved(every: Rope, places: Rope, positions: Rope) -> Rope:
+    """The tables `every` (1, S, D), moved as the last of `places` is to the last of `positions` (·, T, D): by as many tokens as
+    are padding before a text."""
+    (a, b), (c, d) = ([table[..., -1:, :] for table in rope] for rope in (places, positions))
+    size = a.square() + b.square()
+    cos, sin = (a * c + b * d) / size, (a * d - b * c) / size
+    return every[0] * cos - every[1] * sin, every[1] * cos + every[0] * sin
+
+
 def half_split(rope: Rope, width: int, made: str = "halves") -> Rope:
     """A model's tables as those of `width` numbers, half-split: what does not turn stands last in each half.
 
@@ -276,7 +285,7 @@ class FoldedAttention(Attention):
     def extended(self, states: Tensor, rope: Rope, cache: Any) -> tuple[Tensor, Rope, Rope]:
         """New states (B, 1, T, E) → all of them (B, 1, S, E), the tables of the new ones and of all.
 
-        Their places in the cache turn them: RoPE knows distances only.
+        Their places in the cache turn them, for RoPE knows distances only. Behind a norm behind RoPE their positions do.
         """
         if cache is None:
             return states, rope, rope
@@ -287,7 +296,8 @@ class FoldedAttention(Attention):
         latest = states.shape[2] - tokens  # a sliding cache drops the oldest
         first = before.clamp(max=latest) if isinstance(before, Tensor) else min(before, latest)
         new = first + torch.arange(tokens, device=states.device)
-        return states, (cos[:, new], sin[:, new]), (cos, sin)
+        at_places = cos[:, new], sin[:, new]
+        return (states, rope, moved((cos, sin), at_places, rope)) if self.behind else (states, at_places, (cos, sin))
 
     def tables(self, states: Tensor) -> Rope:
         """The tables of every place of (B, 1, S, E), worked out once for all layers that share a rotary module."""
