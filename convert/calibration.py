@@ -15,6 +15,7 @@ from kvfold.convert.source.checkpoint import CheckpointReader
 from kvfold.convert.source.stream import Block, HiddenStates, SourceModel, check_finite, quickly
 from kvfold.surgery import latent, norms
 from kvfold.surgery.attention import AttentionWeights
+from kvfold.surgery.constant import constant_direction, off_one
 from kvfold.surgery.designs import FoldedWeights, design
 from kvfold.surgery.healing import relative_error
 from kvfold.surgery.layer import Layer
@@ -63,6 +64,8 @@ class Observed:
         sample: some of the inputs (B, T, d), those that this process holds.
         compare: the relative error behind the attention with other weights in its place.
         measure: the same behind the whole layer, which takes several times as long.
+        inconstancy: how far the inputs of the sample are from one in the direction in which the others are most nearly so, root
+            mean square; in that of all where there are no others.
     """
 
     plan: ConversionPlan
@@ -73,6 +76,7 @@ class Observed:
     sample: Tensor
     compare: Callable[[FoldedWeights], float]
     measure: Callable[[FoldedWeights], float]
+    inconstancy: Callable[[], float]
 
     @cached_property
     def linear(self) -> norms.Linear | None:
@@ -81,6 +85,12 @@ class Observed:
             return None
         sized = self.plan.settings.key_norm == "cached"
         return norms.Linear(self.weights.rooted(), self.moment, self.plan.design == "rebuilt-key", sized)
+
+    @cached_property
+    def constant(self) -> Tensor:
+        """The direction (d,) in which the inputs are most nearly one. Weighing tokens by the attention that they receive leaves
+        less to tell it from, and fits other text worse."""
+        return constant_direction(self.moment)
 
     @cached_property
     def layer(self) -> Layer:
@@ -129,11 +139,19 @@ def observe(
         with block.attention(design(folded.to(source.device, torch.float32))):
             return error_of(lambda rows: block(before[rows]), after)
 
+    def inconstancy() -> float:
+        sampled = SecondMoment(inputs.shape[-1], source.device)
+        sampled.add(inputs, None if original.weights is None else original.weights[: len(inputs)])
+        (total,) = processes.total(sampled.total)
+        others = plain.total - total
+        found = others if others[-1, -1] > 1e-6 * total[-1, -1] else total
+        return off_one(constant_direction(found / found[-1, -1]), total / total[-1, -1])
+
     moment = plain.value()
     mixed = ATTENDED * attended.value() + (1 - ATTENDED) * moment
     phase = latent.coherence(lags, rope)
     phase = phase if plan.spec.turning[layer] else torch.ones_like(phase)
-    return Observed(plan, attention, moment, mixed, phase, inputs, compare, measure)
+    return Observed(plan, attention, moment, mixed, phase, inputs, compare, measure, inconstancy)
 
 
 def _sums(attention: AttentionWeights, block: Block, original: HiddenStates) -> tuple[SecondMoment, SecondMoment, Tensor]:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -26,15 +27,14 @@ REFITTED = ("kvfold", "pca")
 
 @dataclass
 class OpenLayer:
-    """A layer that has been folded but not written: its block, and what there is to say of it.
+    """A layer that has been folded but not written: its block, and the record that kvfold.json will have of it.
 
     `design` is None in a layer that stays as it is.
     """
 
     block: Block
     weights: InitVar[FoldedWeights | None]
-    choice: str = ""
-    error: float = 0.0
+    record: dict[str, Any] = field(default_factory=dict)
     design: Design | None = field(default=None, init=False)
 
     def __post_init__(self, weights: FoldedWeights | None) -> None:
@@ -71,8 +71,11 @@ def fold_layer(job: Conversion, source: SourceModel, layer: int, original: Hidde
             error, folded = refitted_error, refitted
     else:
         block.advance(original)
+    record = {"choice": label, "block_error": error}
+    if job.plan.settings.biases == "regressed":
+        record["inconstancy"] = seen.inconstancy()
     check_finite(original.data, f"source layer {layer}")
-    return OpenLayer(block, folded, label, error)
+    return OpenLayer(block, folded, record)
 
 
 def _same(folded: FoldedWeights) -> FoldedWeights:
@@ -85,13 +88,12 @@ def reopen_layer(
     layer: int,
     original: HiddenStates,
     weights: FoldedWeights | None = None,
-    choice: str = "",
-    error: float = 0.0,
+    record: dict[str, Any] | None = None,
 ) -> OpenLayer:
     """A layer that was folded before an interruption, or that stays as it is; the original stream moves behind it."""
     block = source.block(layer)
     block.advance(original)
-    return OpenLayer(block, weights, choice, error)
+    return OpenLayer(block, weights, record or {})
 
 
 def packed(items: Iterable[tuple[int, OpenLayer]]) -> bytes:
@@ -103,16 +105,16 @@ def packed(items: Iterable[tuple[int, OpenLayer]]) -> bytes:
             continue
         held = weights_of(item.design)
         tensors |= {f"{layer}.{name}": t.cpu().contiguous() for name, t in held.tensors().items()}
-        notes[str(layer)] = json.dumps([type(held).__name__, item.choice, item.error])
+        notes[str(layer)] = json.dumps([type(held).__name__, item.record])
     return save(tensors, notes)
 
 
-def unpacked(file: Path, layer: int) -> tuple[FoldedWeights, str, float] | None:
-    """What `packed` kept of `layer`, its weights, choice and error; None when it is not there. The main process reads it."""
+def unpacked(file: Path, layer: int) -> tuple[FoldedWeights, dict[str, Any]] | None:
+    """What `packed` kept of `layer`, its weights and record; None when it is not there. The main process reads it."""
     return processes.from_main(lambda: _unpacked(file, layer))
 
 
-def _unpacked(file: Path, layer: int) -> tuple[FoldedWeights, str, float] | None:
+def _unpacked(file: Path, layer: int) -> tuple[FoldedWeights, dict[str, Any]] | None:
     if not file.exists():
         return None
     with safe_open(spelled(file.parent) / file.name, "pt") as saved:
@@ -121,5 +123,5 @@ def _unpacked(file: Path, layer: int) -> tuple[FoldedWeights, str, float] | None
             return None
         mine = [name for name in saved.keys() if name.startswith(f"{layer}.")]  # noqa: SIM118 — no mapping
         held = {name.split(".")[1]: saved.get_tensor(name) for name in mine}
-    kind, choice, error = json.loads(notes[str(layer)])
-    return WEIGHTS[kind](**held), choice, error
+    kind, record = json.loads(notes[str(layer)])
+    return WEIGHTS[kind](**held), record

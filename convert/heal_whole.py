@@ -107,7 +107,7 @@ def fold_whole(job: Conversion, source: SourceModel, windows: Windows, report: R
     for layer, item in enumerate(layers):
         if item.design is not None and not job.finished(layer):
             job.write(weights_of(item.design), layer)
-            job.writer.finish(job.unit(layer), {"choice": item.choice, "block_error": item.error, **record})
+            job.writer.finish(job.unit(layer), {**item.record, **record})
 
 
 def _open(job: Conversion, source: SourceModel, layer: int, original: HiddenStates) -> OpenLayer:

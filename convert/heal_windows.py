@@ -9,7 +9,6 @@ Where the whole model fits into memory it is healed at once instead: heal_whole.
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +67,7 @@ def fold_on_stream(job: Conversion, device: torch.device, windows: Windows, repo
                 report(None, announced(folding, _seconds(job, waiting[-1], original, ahead) if settings.heal_steps else 0.0))
         current = waiting[0]
         if current.design is not None and not job.finished(layer):
-            record: dict[str, Any] = {"choice": current.choice, "block_error": current.error}
+            record = dict(current.record)
             if settings.heal_steps:
 
                 def progress(step: int, loss: float, share: float = share, title: str = title) -> None:

@@ -13,6 +13,7 @@ from kvfold.convert.planning.conversion_plan import ConversionPlan
 from kvfold.convert.planning.widths import widths_to_try
 from kvfold.surgery import baselines, factorized, grouping, latent, norms, rebuilt
 from kvfold.surgery.attention import AttentionWeights
+from kvfold.surgery.constant import without_biases
 from kvfold.surgery.designs import FoldedWeights
 from kvfold.surgery.latent import Choice, Queried, Tries
 
@@ -53,7 +54,8 @@ def best_latent(
             return thin(factorized.mfa_kr(layer, rope_dim, choice))
         if plan.settings.to == "mfa":
             return thin(factorized.mfa(layer, rope_dim, choice))
-        return thin(latent.fold(layer, rank, rope_dim, choice, turned=plan.turned_keys(rank, rope_dim)))
+        folded = thin(latent.fold(layer, rank, rope_dim, choice, turned=plan.turned_keys(rank, rope_dim)))
+        return without_biases(folded, seen.constant) if plan.settings.biases == "regressed" else folded
 
     start, tries = _search(plan)
     if plan.design == "latent" and not rope_dim:
@@ -98,6 +100,8 @@ def _search(plan: ConversionPlan) -> tuple[Choice, Tries]:
         return factorized.STOCK_START, factorized.STOCK
     if plan.settings.to != "mla":
         return factorized.START[plan.settings.to], factorized.TRIED[plan.settings.to]
+    if plan.settings.biases == "regressed":
+        return latent.BIASED_START, latent.BIASED
     return (latent.START, latent.STOCK) if plan.layout == "deepseek_v3" else (latent.FREE_START, latent.FREE)
 
 

@@ -26,7 +26,7 @@ from kvfold.convert.methods import alone
 from kvfold.convert.output.files import checksum_of_rows
 from kvfold.convert.output.journal import differences, refuse_other
 from kvfold.convert.output.partial import JOURNAL, Partial, partial_folder, refuse_existing, resumable
-from kvfold.convert.output.record import RECORD, peak_memory
+from kvfold.convert.output.record import RECORD, peak_memory, said_of_biases
 from kvfold.convert.output.writer import Bystander, CheckpointWriter
 from kvfold.convert.planning.cost import refuse_too_little
 from kvfold.convert.planning.parameters import source_parameters
@@ -135,7 +135,7 @@ def convert(
 
             record = processes.from_main(complete)
     report(1.0, "done")
-    return Converted(out, record, side.left, _notes(reader, source))
+    return Converted(out, record, side.left, _notes(reader, source, record))
 
 
 def _asked(
@@ -188,10 +188,11 @@ def _record(source: str, job: Conversion, tokens: int, seconds: float, device: t
     return record
 
 
-def _notes(reader: CheckpointReader, source: str) -> list[str]:
-    if reader.view is None or (reader.folder / "tokenizer.json").exists():
-        return []
-    return [f"there is no tokenizer.json: its tokenizer may need the code of {source}"]
+def _notes(reader: CheckpointReader, source: str, record: dict[str, Any]) -> list[str]:
+    notes = [said] if (said := said_of_biases(record["layers"])) else []
+    if reader.view is not None and not (reader.folder / "tokenizer.json").exists():
+        notes.append(f"there is no tokenizer.json: its tokenizer may need the code of {source}")
+    return notes
 
 
 def pick_device(name: str) -> torch.device:

@@ -52,7 +52,8 @@ class AttentionWeights(Weights):
     `q` (H, D, d), `k` (G, D, d), `v` (G, D, d), `o` (H, d, D); biases (H, D), (G, D), (G, D), (d,) or None.
 
     Where queries and keys go through an RMSNorm before they are rotated, `q_norm` and `k_norm` are its weights, (D,) for all
-    heads or (H, D) and (G, D), and `norm` (2,) holds its eps and 1 where one size counts for all heads together, else 0.
+    heads or (H, D) and (G, D), and `norm` (3,) holds its eps, 1 where one size counts for all heads together, else 0, and 1
+    where it stands behind their rotation, else 0.
     Scores are multiplied by `scale` (), 1/√D where it is None.
     """
 
@@ -96,12 +97,10 @@ class AttentionWeights(Weights):
         changed: dict[str, Any] = {name: getattr(self, name) * factor for name in names}
         return replace(self, scale=None, **changed)
 
-    def states(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries (H, T, D) and keys (G, T, D) before their rotation, of augmented inputs (T, d + 1)."""
+    def states(self, z: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Queries (H, T, D) and keys (G, T, D) as they meet, of augmented inputs (T, d + 1)."""
         q, k, _ = self.augmented()
-        pairs = (z @ q.to(z).mT, self.q_norm), (z @ k.to(z).mT, self.k_norm)
-        q, k = (states if weight is None else normed(states, weight.to(z), self.norm) for states, weight in pairs)
-        return q, k
+        return turned(z @ q.to(z).mT, rope, self.q_norm, self.norm), turned(z @ k.to(z).mT, rope, self.k_norm, self.norm)
 
     def augmented(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v with their biases as a last input column, for the input `[x; 1]`: (·, D, d + 1)."""
@@ -151,10 +150,10 @@ class GroupedAttention(Attention):
 
     def heads(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
         q, k, v = (per_head(proj(x), self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if self.norm is not None:
-            q, k = normed(q, self.q_norm, self.norm), normed(k, self.k_norm, self.norm)
+        weights = (None, None) if self.norm is None else (self.q_norm, self.k_norm)
+        q, k = (turned(states, rope, weight, self.norm).to(v) for states, weight in zip((q, k), weights, strict=True))
         cap = None if self.cap is None else float(self.cap)
-        return attend(rotate(q, rope).to(v), rotate(k, rope).to(v), v, mask, self.scale, None, cap, self.sinks)
+        return attend(q, k, v, mask, self.scale, None, cap, self.sinks)
 
     def weights(self) -> AttentionWeights:
         """The canonical form of the current parameters, detached: the inverse of the constructor."""
@@ -185,6 +184,13 @@ def normed(states: Tensor, weight: Tensor, norm: Tensor | None) -> Tensor:
     """The RMSNorm of `AttentionWeights` on (..., heads, T, D)."""
     assert norm is not None
     return states * inverse_size(states, *told(norm)).to(states) * weight.to(states).unsqueeze(-2)
+
+
+def turned(states: Tensor, rope: Rope, weight: Tensor | None, norm: Tensor | None) -> Tensor:
+    """Queries or keys (..., heads, T, D) rotated to their positions, and through their norm where there is one."""
+    if weight is None or norm is None:
+        return rotate(states, rope)
+    return normed(rotate(states, rope), weight, norm) if norm[2] else rotate(normed(states, weight, norm), rope)
 
 
 def told(norm: Tensor) -> tuple[float, bool]:

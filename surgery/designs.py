@@ -2,8 +2,9 @@
 
 Shapes as in attention.py; `m` is the width of what queries read: `d`, or the rank of low-rank queries, or `D` behind a norm.
 Then `q_raw` (H, D, d) and `k_raw` (G, D, d), with their biases, are the source's queries and keys, whose sizes the norm takes,
-and `norm` is that of `AttentionWeights`; without `k_raw` every key has the mean size. Where keys are rebuilt, queries and keys
-are the source's by themselves, and `q_norm` (H, D) and `k_norm` (G, D) the norms' weights.
+and `norm` is that of `AttentionWeights`; without `k_raw` every key has the mean size. Behind RoPE `q_gains` (2, H, D) are what
+the products of both norms' weights have in common for the two numbers of a pair, and the rest. Where keys are rebuilt, queries
+and keys are the source's by themselves, and `q_norm` (H, D) and `k_norm` (G, D) the norms' weights.
 
 The modules that run them are those of kvfold_attention.py, whose parameters carry the names under which a checkpoint of the
 `kvfold` layout stores them.
@@ -44,6 +45,7 @@ class LatentWeights(Weights):
     k_raw: Tensor | None = None
     k_raw_bias: Tensor | None = None
     norm: Tensor | None = None
+    q_gains: Tensor | None = None
     kv_bias: Tensor | None = None
     o_bias: Tensor | None = None
     turned: Tensor | None = None
@@ -72,6 +74,7 @@ class ReusedKeyWeights(Weights):
     k_raw: Tensor | None = None
     k_raw_bias: Tensor | None = None
     norm: Tensor | None = None
+    q_gains: Tensor | None = None
     k_bias: Tensor | None = None
     o_bias: Tensor | None = None
 
@@ -124,7 +127,7 @@ def design(weights: FoldedWeights) -> Design:
     if weights.norm is not None:
         raw = weights.up_k if isinstance(weights, RebuiltKeyWeights) else weights.k_raw
         (eps, together), kv_heads = told(weights.norm), 0 if raw is None else len(raw)
-        widths["norm"] = {"kv_heads": kv_heads, "together": together, "eps": eps}
+        widths["norm"] = {"kv_heads": kv_heads, "together": together, "eps": eps, "behind": bool(weights.norm[2])}
         if not isinstance(weights, RebuiltKeyWeights):
             widths["query_bias"] = weights.q_raw_bias is not None
     module: FoldedAttention
@@ -157,6 +160,7 @@ def _stored(weights: LatentWeights | ReusedKeyWeights | RebuiltKeyWeights) -> di
     elif weights.q_raw is not None:
         held = {
             "q_maps": queries,
+            "q_norm": weights.q_gains,
             "q_proj.weight": weights.q_raw.flatten(0, 1),
             "q_proj.bias": flat(weights.q_raw_bias),
             "sizing_proj.weight": flat(weights.k_raw, 1),
@@ -221,10 +225,10 @@ def weights_of(module: nn.Module) -> FoldedWeights:
         "cap": None if module.cap is None else torch.tensor(module.cap, dtype=torch.float64),
     }
     if module.norm is not None:
-        eps, together = module.norm["eps"], float(module.norm["together"])
-        shared["norm"] = torch.tensor([eps, together], dtype=torch.float64)
+        norm = module.norm["eps"], module.norm["together"], module.behind
+        shared["norm"] = torch.tensor(norm, dtype=torch.float64)
     if "q_maps" in held:
-        queries = held["q_maps"]
+        queries, shared["q_gains"] = held["q_maps"], held.get("q_norm")
         raw = {"q_raw": "q_proj.weight", "q_raw_bias": "q_proj.bias", "k_raw": "sizing_proj.weight"}
         shared |= {field: cut(held.get(name), width) for field, name in {**raw, "k_raw_bias": "sizing_proj.bias"}.items()}
     else:

@@ -14,7 +14,10 @@ The scalars are cached beside the latent and multiply the scores, so that the re
 
 - `kv_heads`: key heads of the source, whose sizes are taken; 0 where every key has the mean size and no scalar is cached;
 - `together`: whether one size counts for all heads, as in OLMo 2, or each has its own;
-- `eps`: what is added to the mean square.
+- `eps`: what is added to the mean square;
+- `behind`: whether its weights stand behind RoPE, as in Hunyuan, where they may differ between the two numbers of a pair. Then
+  `q_norm` holds what the weights of queries and keys have in common for both, which commutes with RoPE, and what they have not:
+  a mirror image, so that what a query makes of it is turned backwards.
 
 Shapes: B batch, T new tokens, S cached and new tokens, H query heads, G key heads, D head width, d hidden size.
 """
@@ -46,6 +49,15 @@ def pick(rope: Rope, pairs: Tensor) -> Rope:
 
 POSITIONS = ("halves", "pairs", "once", "none")
 """How models have their tables of angles: see `half_split`."""
+
+
+def moved(every: Rope, places: Rope, positions: Rope) -> Rope:
+    """The tables `every` (1, S, D), moved as the last of `places` is to the last of `positions` (·, T, D): by as many tokens as
+    are padding before a text."""
+    (a, b), (c, d) = ([table[..., -1:, :] for table in rope] for rope in (places, positions))
+    size = a.square() + b.square()
+    cos, sin = (a * c + b * d) / size, (a * d - b * c) / size
+    return every[0] * cos - every[1] * sin, every[1] * cos + every[0] * sin
 
 
 def half_split(rope: Rope, width: int, made: str = "halves") -> Rope:
@@ -203,12 +215,14 @@ class FoldedAttention(Attention):
         self.sinks = nn.Parameter(torch.zeros(heads)) if sinks else None
         self.query_width, self.value_dim, self.scale = query_width, value_dim, query_width**-0.5
         self.head_dim = value_dim
-        self.norm, self.gains = norm, 0
+        self.norm, self.gains, self.behind = norm, 0, bool(norm and norm.get("behind"))
         if norm is not None:
             self.q_proj = nn.Linear(hidden, heads * value_dim, bias=query_bias)
             if self.keeps_gains:
                 self.gains = min(norm["kv_heads"], 1) if norm["together"] else norm["kv_heads"]
                 self.q_maps = nn.Parameter(torch.zeros(heads, query_width, value_dim))
+                if self.behind:
+                    self.q_norm = nn.Parameter(torch.ones(2, heads, value_dim))
                 if self.gains:
                     self.sizing_proj = nn.Linear(hidden, norm["kv_heads"] * value_dim, bias=query_bias)
             else:
@@ -237,11 +251,17 @@ class FoldedAttention(Attention):
         return attend(q, k, v, mask, self.scale, gains, self.cap, self.sinks)
 
     def queries(self, x: Tensor) -> Tensor:
-        """(B, T, d) → (B, H, T, E)."""
+        """(B, T, d) → (B, H, T, E), for `turn`; of a norm behind RoPE (2, B, H, T, E)."""
         if self.norm is None:
             return per_head(self.q_b_proj(self.q_a_proj(x)) if hasattr(self, "q_a_proj") else self.q_proj(x), self.query_width)
         q = self.sized(per_head(self.q_proj(x), self.value_dim))
-        return q @ self.q_maps.mT.to(q) if self.keeps_gains else q * self.q_norm[:, None].to(q)
+        if self.behind:
+            q = q * self.q_norm[:, None, :, None].to(q)  # (2, B, H, T, D)
+        return q @ self.q_maps.mT.to(q)
+
+    def turn(self, q: Tensor, rope: Rope) -> Tensor:
+        """Queries to their positions, (B, H, T, E); of a norm behind RoPE the second part (2, B, H, T, E) backwards."""
+        return rotate(q[0], rope) + rotate(q[1], (rope[0], -rope[1])) if self.behind else rotate(q, rope)
 
     def sized(self, states: Tensor) -> Tensor:
         """(B, heads, T, D) over their size, as the norm takes it."""
@@ -271,7 +291,7 @@ class FoldedAttention(Attention):
     def extended(self, states: Tensor, rope: Rope, cache: Any) -> tuple[Tensor, Rope, Rope]:
         """New states (B, 1, T, E) → all of them (B, 1, S, E), the tables of the new ones and of all.
 
-        Their places in the cache turn them: RoPE knows distances only.
+        Their places in the cache turn them, for RoPE knows distances only. Behind a norm behind RoPE their positions do.
         """
         if cache is None:
             return states, rope, rope
@@ -282,7 +302,8 @@ class FoldedAttention(Attention):
         latest = states.shape[2] - tokens  # a sliding cache drops the oldest
         first = before.clamp(max=latest) if isinstance(before, Tensor) else min(before, latest)
         new = first + torch.arange(tokens, device=states.device)
-        return states, (cos[:, new], sin[:, new]), (cos, sin)
+        at_places = cos[:, new], sin[:, new]
+        return (states, rope, moved((cos, sin), at_places, rope)) if self.behind else (states, at_places, (cos, sin))
 
     def tables(self, states: Tensor) -> Rope:
         """The tables of every place of (B, 1, S, E), worked out once for all layers that share a rotary module."""
@@ -338,7 +359,8 @@ class LatentAttention(FoldedAttention):
         return self.with_gains(x, torch.cat([latent, key], -1))
 
     def read(self, x: Tensor, states: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
-        q_nope, q_rope = self.split_queries(x, rope)
+        whole, q_rope = self.split_queries(x, rope)
+        q_nope = whole[0] if self.behind else whole
         new, every = rope, rope
         if self.turned:
             keys, new, every = self.extended(states, rope, cache)
@@ -352,7 +374,7 @@ class LatentAttention(FoldedAttention):
             q = torch.cat([q_nope @ up_k, q_rope], -1) if self.nope else q_rope  # (B, H, T, r + R), or R
             shared = keys if self.nope else keys[..., self.rank :]
             if self.turned:
-                q = torch.cat([q, self.turned_queries(q_nope, new)], -1)
+                q = torch.cat([q, self.turned_queries(whole, new)], -1)
                 shared = torch.cat([shared, self._shared_turned(keys, every)], -1)
             return self.attend(q, shared, keys[..., : self.rank], mask, gains) @ up_v.mT  # (B, H, T, r) → (B, H, T, D)
         latent, key = keys.split([self.rank, self.rope_dim], dim=-1)
@@ -361,14 +383,14 @@ class LatentAttention(FoldedAttention):
         k, q = torch.cat([k, key.expand(-1, k.shape[1], -1, -1)], -1), torch.cat([q_nope, q_rope], -1)
         if self.turned:
             constant, linear = self.turned_keys.to(k).split([1, self.turned - 1])
-            whole = constant.transpose(0, 1) + torch.einsum("bsj,jhn->bhsn", latent[:, 0, :, : self.turned - 1], linear)
-            q, k = torch.cat([q, rotate(q_nope, new).to(q)], -1), torch.cat([k, rotate(whole, every).to(k)], -1)
+            turned = constant.transpose(0, 1) + torch.einsum("bsj,jhn->bhsn", latent[:, 0, :, : self.turned - 1], linear)
+            q, k = torch.cat([q, self.turn(whole, new).to(q)], -1), torch.cat([k, rotate(turned, every).to(k)], -1)
         return self.attend(q, k, v, mask, gains)
 
     def split_queries(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """(B, T, d) → queries (B, H, T, N) of the position-free key and turned ones (B, H, T, R) of the shared one."""
+        """(B, T, d) → queries (B, H, T, N) of the position-free key, as `queries` has them, and turned ones (B, H, T, R)."""
         q_nope, q_rope = self.queries(x).split([self.nope, self.rope_dim], dim=-1)
-        return q_nope, rotate(q_rope, pick(rope, self.rope_pairs)).to(q_nope)
+        return q_nope, self.turn(q_rope, pick(rope, self.rope_pairs)).to(q_nope)
 
     def up(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """The matrices (H, N, r) and (H, D, r) that expand the latent to position-free keys and values."""
@@ -376,10 +398,10 @@ class LatentAttention(FoldedAttention):
         return up[:, : self.nope], up[:, self.nope :]
 
     def turned_queries(self, q: Tensor, rope: Rope) -> Tensor:
-        """Queries (B, H, T, N) as they read `_shared_turned`: (B, H, T, J·N)."""
-        (a, b), (c, d) = q[:, :, None].chunk(2, -1), self.turned_keys.transpose(0, 1)[:, :, None].to(q).chunk(2, -1)
+        """Queries (B, H, T, N), for `turn`, as they read `_shared_turned`: (B, H, T, J·N)."""
+        (a, b), (c, d) = q.unsqueeze(-3).chunk(2, -1), self.turned_keys.transpose(0, 1)[:, :, None].to(q).chunk(2, -1)
         read = torch.cat([a * c + b * d, b * c - a * d], -1)  # by the conjugate of each, (B, H, J, T, N)
-        return rotate(read, (rope[0].unsqueeze(-3), rope[1].unsqueeze(-3))).to(q).transpose(2, 3).flatten(3)
+        return self.turn(read, (rope[0].unsqueeze(-3), rope[1].unsqueeze(-3))).to(q).transpose(2, 3).flatten(3)
 
     def _shared_turned(self, keys: Tensor, rope: Rope) -> Tensor:
         """What all heads read of the latents (B, 1, S, r + R) that turns whole, ones times 1 and c: (B, 1, S, J·N)."""
@@ -421,7 +443,10 @@ class ReusedKeyAttention(FoldedAttention):
     def read(self, x: Tensor, states: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
         key, new, every = self.extended(states, rope, cache)
         key, gains = self.without_gains(key)
-        q, k = (rotate(part, pick(at, self.rope_pairs)).to(key) for part, at in ((self.queries(x), new), (key, every)))
+        q, k = self.queries(x), rotate(key, pick(every, self.rope_pairs)).to(key)
+        if self.behind:  # what does not turn has no mirror image
+            q = torch.stack([q[0], q[1] * (self.rope_pairs < self.head_dim // 2).repeat(2)])
+        q = self.turn(q, pick(new, self.rope_pairs)).to(key)
         if cache is None:
             value = key[:, 0] + self.alpha.to(key) * self.reuse_proj(key[:, 0])
             return self.attend(q, k, per_head(self.v_b_proj(value), self.value_dim), mask, gains)
@@ -464,9 +489,19 @@ class RebuiltKeyAttention(FoldedAttention):
     def read(self, x: Tensor, states: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
         latent, new, every = self.extended(states, rope, cache)
         k, v = (per_head(proj(latent[:, 0]), self.value_dim) for proj in (self.k_b_proj, self.v_b_proj))
-        if self.norm is not None:
-            k = self.sized(k) * self.k_norm[:, None].to(k)
-        return self.attend(rotate(self.queries(x), new).to(v), rotate(k, every).to(v), v, mask)
+        q, k = self.normed(self.queries(x), new, "q_norm"), self.normed(k, every, "k_norm")
+        return self.attend(q.to(v), k.to(v), v, mask)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """(B, T, d) → (B, H, T, D), before a norm."""
+        return per_head(self.q_proj(x), self.value_dim) if self.norm else super().queries(x)
+
+    def normed(self, states: Tensor, rope: Rope, norm: str) -> Tensor:
+        """Whole queries or keys (B, heads, S, D) at their positions, through the norm of that name where there is one."""
+        if self.norm is None:
+            return rotate(states, rope)
+        states, weight = self.sized(states), getattr(self, norm)[:, None].to(states)
+        return rotate(states, rope) * weight if self.behind else rotate(states * weight, rope)
 
 
 def per_head(states: Tensor, width: int) -> Tensor:

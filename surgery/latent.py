@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.designs import LatentWeights, RebuiltKeyWeights, ReusedKeyWeights
-from kvfold.surgery.kvfold_attention import Rope, rotate, with_sinks
+from kvfold.surgery.kvfold_attention import Rope, with_sinks
 from kvfold.surgery.layer import Layer
 from kvfold.surgery.lowrank import gauge, leading_directions, left_singular, power_and_inverse, symmetric, top_eigenvectors
 from kvfold.surgery.names import full_rank
@@ -46,6 +46,7 @@ class Choice:
         centred: the latent holds deviations from the mean. What is left out of keys is the constant of `turned_keys`, or, where
             there are none, constant over the keys, which softmax ignores; what is left out of values is a constant of the
             output, which wants an output bias.
+        whole_values: values keep their mean nevertheless, for where there is no output bias.
         still: share of MFA-KR's key that does not turn.
     """
 
@@ -54,6 +55,7 @@ class Choice:
     balance: float
     picked: str = "first"
     centred: bool = False
+    whole_values: bool = False
     still: float = 0.0
 
     def __str__(self) -> str:
@@ -76,6 +78,9 @@ STOCK: Tries = {
 FREE_START = Choice(slots=0.0, values=0.0, balance=3.0, picked="turning", centred=True)
 FREE: Tries = {"picked": ("first", "energy"), "centred": (False,), **STOCK, "balance": (0.0, 0.3, 1.0, 10.0, 30.0)}
 """The same where it may be any."""
+BIASED_START = replace(START, balance=3.0, centred=True, whole_values=True)
+BIASED: Tries = {**STOCK, "balance": FREE["balance"]}
+"""As `STOCK`, where biases are read off the input."""
 
 
 Folded = TypeVar("Folded")
@@ -98,7 +103,7 @@ def attention_seen(weights: AttentionWeights, x: Tensor, rope: Rope, visible: Te
     hidden = distance < 0 if visible is None else ~visible.to(x.device)
     lags, received = x.new_zeros(weights.heads, tokens), x.new_zeros(x.shape[:2])
     for row, z in enumerate(torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)):
-        q, k = (rotate(states, rope) for states in weights.states(z))
+        q, k = weights.states(z, rope)
         scores = q @ k.repeat_interleave(weights.heads // weights.kv_heads, 0).mT * weights.score_scale  # (H, T, T)
         scores = scores if weights.cap is None else weights.cap * (scores / weights.cap).tanh()
         scores = scores.masked_fill(hidden, -torch.inf).unflatten(0, (weights.kv_heads, -1))
@@ -188,7 +193,8 @@ def fold(
         gain = F.pad(gain, (0, 0, 0, 0, 0, turned - len(gain)))  # where fewer numbers say all
     folded = assemble(layer, slots, down, up_k, up_v, position_free, gain)
     # What a centred latent leaves out of the values is their mean.
-    return replace(folded, o_bias=weights.o_bias_with(layer.mean(values))) if choice.centred else folded
+    left_out = choice.centred and not choice.whole_values
+    return replace(folded, o_bias=weights.o_bias_with(layer.mean(values))) if left_out else folded
 
 
 @dataclass(frozen=True)
@@ -286,22 +292,22 @@ def weighted_latent(
     powers = layer.once("importance", (choice.values,), lambda: power_and_inverse(layer.importance, choice.values / 2))
     root_v, inverse_v = powers
 
-    def weighted(what: str, root: Tensor, rows: Tensor, whole: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def weighted(what: str, root: Tensor, rows: Tensor, whole: Tensor, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Rows (G·D, 2n) by their metric, the energy of the whole ones, and where that is smaller the Gram matrix (n, n)."""
 
         def make() -> tuple[Tensor, Tensor, Tensor]:
             moved = (root @ rows).flatten(0, 1)
-            moved = layer.deviations(moved) if choice.centred else moved
+            moved = layer.deviations(moved) if centred else moved
             # Against the energy of the whole keys, so that a rest of nothing is given nothing.
-            energy = (root @ layer.seen(whole, choice.centred)).square().sum().clamp_min(torch.finfo(rows.dtype).tiny)
+            energy = (root @ layer.seen(whole, centred)).square().sum().clamp_min(torch.finfo(rows.dtype).tiny)
             seen = layer.seen(moved)
             return moved, energy, symmetric(seen, seen.mT) if few else symmetric(seen.mT, seen)
 
-        return layer.once(what, (root, rows, choice.centred), make)
+        return layer.once(what, (root, rows, centred), make)
 
     few = 2 * values[..., 0].numel() <= len(layer.root)  # rows (2·G·D) of keys and values together
-    moved_k, energy_k, gram_k = weighted("weighted keys", root_k, keys, k)
-    moved_v, energy_v, gram_v = weighted("weighted values", root_v, values, v)
+    moved_k, energy_k, gram_k = weighted("weighted keys", root_k, keys, k, choice.centred)
+    moved_v, energy_v, gram_v = weighted("weighted values", root_v, values, v, choice.centred and not choice.whole_values)
     seen_k, seen_v = layer.seen(moved_k), layer.seen(moved_v)
     balance = (choice.balance * energy_v / energy_k).sqrt()
     if few:

@@ -8,6 +8,10 @@ scalars give them on average (`Linear`), and what it finds is put behind the exa
 - its keys are multiplied by `s`, token by token, when scores are made; or they keep the size that `s` has on average, which
   is not exact and caches no scalars.
 
+Where the norm stands behind RoPE (Hunyuan), its sizes are the same, but weights that differ between the two numbers of a pair
+do not commute with a rotation: `diag(γ_q γ_k)` is `m` times the identity and `δ` times a mirror image `S` for each pair, and
+`S R_u = R_-u S`. The query of `m` is turned to its position as ever, that of `δ S` backwards (`LatentWeights.q_gains`).
+
 In a design with a cache of a latent nothing may be left out of keys because it is constant over them: behind `s` it is not.
 GQA and MQA stay in the source's class, where a norm stands behind every kept head: `merged`.
 """
@@ -48,6 +52,12 @@ class Linear:
         self.query_size, self.key_size = (mean_inverse_size(rows, moment, eps, together) for rows in (q, k))
         queries = self.query_gain * self.query_size[:, None]
         keys = self.key_gain * self.key_size[:, None]
+        self.gains: Tensor | None = None
+        if held(source.norm)[2] and not rebuilt:
+            both = self.query_gain * self.key_gain.repeat_interleave(per, 0)  # (H, D)
+            common = both.unflatten(1, (2, -1)).mean(1).repeat(1, 2)
+            self.gains = torch.stack([common, both - common])
+            queries, keys = common * self.query_size[:, None], self.key_size[:, None].expand_as(keys)
         if rebuilt:
             queries, keys = queries * self.key_gain.repeat_interleave(per, 0), self.key_size[:, None].expand_as(keys)
         bare = replace(self.source, q_norm=None, k_norm=None, norm=None)
@@ -75,7 +85,7 @@ class Linear:
         queries = torch.cat([getattr(folded, name) for name in names], 1)  # (H, E, d)
         column = queries.new_zeros(queries.shape[:2]) if folded.q_bias is None else folded.q_bias
         maps = torch.cat([queries, column[..., None]], -1) @ self.inverse  # (H, E, D)
-        maps = maps * self.query_gain[:, None]
+        maps = maps if self.gains is not None else maps * self.query_gain[:, None]
         if self.sized:
             maps = maps / self.key_size.repeat_interleave(source.heads // source.kv_heads)[:, None, None]
         parts = maps.split([getattr(folded, name).shape[1] for name in names], 1)
@@ -88,6 +98,7 @@ class Linear:
             k_raw=source.k if self.sized else None,
             k_raw_bias=source.k_bias if self.sized else None,
             norm=source.norm,
+            q_gains=self.gains,
         )
 
 
@@ -117,13 +128,14 @@ def merged(
             yield label, replace(pooled, k_norm=shared)
         return
     query_norm, key_norm = paired(held(weights.q_norm)), paired(held(weights.k_norm))
-    even = replace(
-        weights,
-        q_norm=query_norm,
-        k_norm=key_norm,
-        **scaled(weights, "q", ratio(held(weights.q_norm), query_norm)),
-        **scaled(weights, "k", ratio(held(weights.k_norm), key_norm)),
-    )
+    before = held(weights.norm) * torch.tensor([1.0, 1.0, 0.0]).to(held(weights.norm))  # even weights commute with RoPE
+    even = replace(weights, q_norm=query_norm, k_norm=key_norm, norm=before)
+    if not held(weights.norm)[2]:
+        even = replace(
+            even,
+            **scaled(weights, "q", ratio(held(weights.q_norm), query_norm)),
+            **scaled(weights, "k", ratio(held(weights.k_norm), key_norm)),
+        )
     linear = Linear(replace(even, scale=None), moment)
     for label, folded in grouping.candidates(method, linear.weights, target, moment, generator, phases_only=True):
         size = (query_norm * linear.query_size[:, None])[..., None]

@@ -23,7 +23,7 @@ FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen3")
 EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
 OTHERS = ("olmo2", "gemma", "granite", "starcoder2", "seed_oss", "phi3", "stablelm", *EXPERTS)
 """Families whose layers are not Llama's beside attention, or little known."""
-SIMILAR = ("cohere", "glm", "glm4", "ernie4_5", "phi", "phimoe")
+SIMILAR = ("cohere", "glm", "glm4", "ernie4_5", "phi", "phimoe", "hunyuan_v1_dense")
 """More of them, which are tested with two designs: RoPE that turns neighbouring numbers, biases everywhere."""
 MIXED = ("gemma2", "gemma3_text", "cohere2", "smollm3", "olmo3", "exaone4", "gpt_oss")
 """Families whose layers are of several kinds: three layers here, of which the last attends over everything."""
@@ -92,7 +92,7 @@ def save_model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             inside = "self_attn" in name or ".attention." in name
-            if inside and "_norm" in name:
+            if inside and ("_norm" in name or "_layernorm" in name):
                 parameter.uniform_(0.3, 3.0)
             elif inside and not name.endswith(("o_proj.weight", "dense.weight")):
                 parameter.normal_(std=0.3)  # biases too, which begin at zero

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvfold.convert.families import FAMILIES, family_of
@@ -218,6 +219,28 @@ def test_a_source_of_one_key_head_comes_out_exact_in_deepseek_v3(changes: dict[s
     tokens = save_tokens(tmp_path / "t.safetensors", 8, 40)
     fold(source, tmp_path / "out", to="mla", kv_rank=16, rope_dim=8, calibrate=tokens)
     torch.testing.assert_close(logits(tmp_path / "out"), logits(source), atol=1e-4, rtol=1e-4)
+
+
+def test_biases_are_read_off_a_constant_channel_exactly_in_deepseek_v3(tmp_path: Path) -> None:
+    """A source with biases whose hidden states have one large constant number: nothing is lost."""
+    source = save_model(tmp_path / "source", "qwen2", num_key_value_heads=1)
+    weights = load_file(source / "model.safetensors")
+    weights["model.embed_tokens.weight"] *= 50
+    weights["model.embed_tokens.weight"][:, 0] = 1e4  # its norm takes all other numbers down with it,
+    for name, weight in weights.items():
+        if name.endswith("norm.weight"):
+            weight[0], weight[1:] = 0.125, 1e4 / 8  # and these weights bring them back
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight[0] = 0  # nothing else is written there
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    tokens = save_tokens(tmp_path / "t.safetensors", 8, 40)
+    settings = {"to": "mla", "kv_rank": 16, "rope_dim": 8, "calibrate": tokens, "biases": "regressed"}
+    done = convert(str(source), tmp_path / "out", ConvertSettings(heal_steps=0, **settings))
+    record = done.record
+    assert record["target"]["layout"] == "deepseek_v3"
+    assert "in its most constant direction by 0.0% in the median layer" in done.notes[0]
+    assert max(layer["inconstancy"] for layer in record["layers"]) < 1e-4
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(source), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("family", "changes"), LATENT_SOURCES)

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from kvfold.surgery.attention import AttentionWeights, GroupedAttention
+from kvfold.surgery.constant import constant_direction, off_one, without_biases
 from kvfold.surgery.designs import LatentWeights, design, weights_of
 from kvfold.surgery.healing import relative_error
 from kvfold.surgery.kvfold_attention import FoldedAttention, Rope
 from kvfold.surgery.latent import (
+    BIASED_START,
     FREE_START,
     START,
     Choice,
@@ -65,6 +67,46 @@ def test_full_width_is_exact(picked: str, bias: bool) -> None:
     weights, x = random_weights(bias=bias), inputs()
     choice = Choice(0.5, 1.0, 0.3, picked, centred=True)
     folded = fold(layer_of(weights, x), HIDDEN, KV_HEADS * WIDTH, choice)
+    torch.testing.assert_close(run(folded, x), outputs(weights, x), atol=1e-6, rtol=0)
+
+
+def with_constant(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs along whose direction `w` all tokens are 1, and `w` (d,)."""
+    w = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return x + ((1 - x @ w) / (w @ w))[..., None] * w, w
+
+
+def test_biases_are_read_off_a_constant_input_exactly() -> None:
+    """One key head of rotary key and values at full width: nothing is lost, and no bias is left."""
+    weights, (x, _) = replace(random_weights(kv_heads=1, bias=True), o_bias=None), with_constant(inputs())
+    folded = fold(layer_of(weights, x), WIDTH, WIDTH, BIASED_START)
+    assert folded.q_bias is not None and folded.kv_bias is not None and folded.o_bias is None
+    w = constant_direction(moment_of(x))
+    bare = without_biases(folded, w)
+    assert (bare.q_bias, bare.kv_bias) == (None, None)
+    assert off_one(w, moment_of(x)) < 1e-4
+    torch.testing.assert_close(run(bare, x), outputs(weights, x), atol=1e-4, rtol=0)
+    without = replace(folded, q_bias=None, kv_bias=None)
+    assert relative_error(run(without, x), outputs(weights, x)) > 0.05, "the biases matter"
+
+
+def test_the_direction_of_least_squares_is_nearly_constant() -> None:
+    """Of noise beside a constant, `w·x` is off one by what the formula of the regression says."""
+    generator = torch.Generator().manual_seed(6)
+    x = 0.5 * torch.randn(20000, 3, generator=generator, dtype=torch.float64) + torch.tensor([2.0, 0.0, 1.0])
+    moment = moment_of(x)
+    w = constant_direction(moment)
+    # E[x xᵀ] = m mᵀ + σ² I, so w = m / (|m|² + σ²), and the rest is σ² / (|m|² + σ²) in the mean square
+    torch.testing.assert_close(w, torch.tensor([2.0, 0.0, 1.0], dtype=torch.float64) / 5.25, atol=0.02, rtol=0)
+    assert off_one(w, moment) == pytest.approx((0.25 / 5.25) ** 0.5, rel=2e-2)
+    assert off_one(w, moment) == pytest.approx(float((x @ w - 1).square().mean().sqrt()), rel=1e-9)
+
+
+def test_values_keep_their_mean_where_the_output_has_no_bias() -> None:
+    """A latent of deviations with a constant for the values: exact where it is as wide as what it holds."""
+    weights, x = replace(random_weights(bias=True), o_bias=None), inputs()
+    folded = fold(layer_of(weights, x), HIDDEN, KV_HEADS * WIDTH, replace(BIASED_START, picked="energy"))
+    assert folded.o_bias is None
     torch.testing.assert_close(run(folded, x), outputs(weights, x), atol=1e-6, rtol=0)
 
 

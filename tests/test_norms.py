@@ -20,8 +20,8 @@ from tests.test_surgery import HEADS, HIDDEN, KV_HEADS, WIDTH, inputs, moment_of
 KEYS = KV_HEADS * WIDTH
 
 
-def normed(together: bool, bias: bool = False) -> AttentionWeights:
-    """Random weights whose heads differ in size, behind norms of uneven weights."""
+def normed(together: bool, bias: bool = False, behind: bool = False) -> AttentionWeights:
+    """Random weights whose heads differ in size, behind norms of uneven weights, which may stand behind RoPE."""
     generator = torch.Generator().manual_seed(7)
 
     def weight(*shape: int) -> Tensor:
@@ -30,7 +30,7 @@ def normed(together: bool, bias: bool = False) -> AttentionWeights:
     weights, heads = random_weights(bias=bias), ((HEADS, WIDTH), (KV_HEADS, WIDTH))
     q_norm, k_norm = (weight(*(shape if together else shape[1:])) for shape in heads)
     sizes = torch.arange(1.0, KV_HEADS + 1, dtype=torch.float64)[:, None, None]
-    norm = torch.tensor([1e-6, float(together)], dtype=torch.float64)
+    norm = torch.tensor([1e-6, together, behind], dtype=torch.float64)
     return replace(weights, k=weights.k * sizes, q_norm=q_norm, k_norm=k_norm, norm=norm)
 
 
@@ -42,14 +42,16 @@ def run(weights: FoldedWeights, x: Tensor) -> Tensor:
 def by_hand(weights: AttentionWeights, x: Tensor) -> Tensor:
     """The formula, head by head: x (B, T, d) → (B, T, d)."""
     cos, sin = rope_tables()
-    eps, together = weights.norm.tolist() if weights.norm is not None else (0.0, 0.0)
+    eps, together, behind = weights.norm.tolist() if weights.norm is not None else (0.0, 0.0, 0.0)
 
     def turned(rows: Tensor, bias: Tensor | None, gain: Tensor) -> Tensor:
         states = torch.einsum("hid,btd->bthi", rows, x) + (0 if bias is None else bias)
         mean = states.square().mean((2, 3) if together else 3, keepdim=True)
-        states = states / (mean + eps).sqrt() * gain
+        states = states / (mean + eps).sqrt()
+        states = states if behind else states * gain
         first, second = states.chunk(2, -1)
-        return states * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+        states = states * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+        return states * gain if behind else states
 
     assert weights.q_norm is not None and weights.k_norm is not None
     q, k = turned(weights.q, weights.q_bias, weights.q_norm), turned(weights.k, weights.k_bias, weights.k_norm)
@@ -62,15 +64,16 @@ def by_hand(weights: AttentionWeights, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("together", [False, True])
-def test_the_source_and_every_design_at_full_width_are_the_formula(together: bool, bias: bool) -> None:
-    weights, x = normed(together, bias), inputs()
+@pytest.mark.parametrize(("together", "behind"), [(False, False), (True, False), (False, True)])
+def test_the_source_and_every_design_at_full_width_are_the_formula(together: bool, behind: bool, bias: bool) -> None:
+    weights, x = normed(together, bias, behind), inputs()
     wanted, moment, phase = by_hand(weights, x), moment_of(x), phase_of(weights, x)
     torch.testing.assert_close(run(weights, x), wanted, atol=1e-9, rtol=0)
     linear, with_queries = Linear(weights, moment), Linear(weights, moment, rebuilt=True)
     layer, plain = Layer(linear.weights, moment, phase), latent.Choice(0.0, 0.0, 0.3)
     folds: list[Any] = [
         linear.restored(latent.fold(layer, min(HIDDEN, 2 * KEYS), KEYS, plain)),
+        linear.restored(latent.fold(layer, 3 * KEYS // 2, KEYS // 2, plain, turned=KEYS // 2 + 1)),
         linear.restored(factorized.mfa(layer, KEYS)),
         linear.restored(factorized.mfa_kr(layer, 2 * KEYS, replace(plain, still=0.5))),
         with_queries.restored(rebuilt(Layer(with_queries.weights, moment, phase), min(HIDDEN, 2 * KEYS))),
@@ -108,9 +111,10 @@ def test_keys_of_one_size_need_no_cached_scalars(together: bool) -> None:
     assert folds["many sizes"][1] > 1e-2
 
 
-def test_heads_that_differ_by_what_a_norm_allows_are_merged_exactly() -> None:
+@pytest.mark.parametrize("behind", [False, True])
+def test_heads_that_differ_by_what_a_norm_allows_are_merged_exactly(behind: bool) -> None:
     """Keys of a group are one key turned by a phase per frequency, at different sizes; weights are even within pairs."""
-    weights, x = normed(together=False), inputs()
+    weights, x = normed(together=False, behind=behind), inputs()
     generator = torch.Generator().manual_seed(3)
     angles = torch.rand(KV_HEADS, WIDTH // 2, dtype=torch.float64, generator=generator) * 6
     first = weights.k.unflatten(0, (2, -1))[:, :1].expand(-1, KV_HEADS // 2, -1, -1).flatten(0, 1)
@@ -132,7 +136,7 @@ def test_heads_that_differ_by_what_a_norm_allows_are_merged_exactly() -> None:
 
 
 def test_as_many_heads_as_before_change_nothing() -> None:
-    weights, x = normed(together=False), inputs()
+    weights, x = normed(together=False, behind=True), inputs()
     for method in ("mean", "first", "align", "pca"):
         for _, folded in merged(method, weights, KV_HEADS, moment_of(x), torch.Generator()):
             torch.testing.assert_close(run(folded, x), run(weights, x), atol=1e-9, rtol=0)

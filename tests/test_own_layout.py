@@ -46,10 +46,12 @@ SOURCES: list[tuple[str, dict[str, Any]]] = [
     ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}}),
     ("gpt_oss", {"num_key_value_heads": 4}),
 ]
-NORMED = ("qwen3", "olmo2", "qwen3_moe", "gemma3_text", "olmo3", "exaone4")
+NORMED = ("hunyuan_v1_dense", "qwen3", "olmo2", "qwen3_moe", "gemma3_text", "olmo3", "exaone4")
 GROUPED_NORMED: list[tuple[str, dict[str, Any]]] = [("qwen3", {"num_key_value_heads": 4})]
 TABLES: list[tuple[str, dict[str, Any]]] = [("cohere", {}), ("gemma3_text", {})]
 """Families whose tables of angles are made in another way."""
+BEHIND: list[tuple[str, dict[str, Any]]] = [("hunyuan_v1_dense", {"num_key_value_heads": 4})]
+"""Families whose scores depend on more of two positions than their distance."""
 SMALL: dict[str, dict[str, Any]] = {
     "mla": {"to": "mla", "kv_rank": 20, "rope_dim": 12, "layout": "kvfold"},
     "mla, low-rank queries": {"to": "mla", "kv_rank": 20, "rope_dim": 6, "q_rank": 24},
@@ -223,7 +225,7 @@ def folded(tmp_path: Path, design: str, family: str = "qwen2", **changes: Any) -
     return source, tmp_path / "out"
 
 
-@pytest.mark.parametrize(("family", "changes", "design"), possible([("qwen2", {}), *GROUPED_NORMED, *TABLES]), ids=str)
+@pytest.mark.parametrize(("family", "changes", "design"), possible([("qwen2", {}), *GROUPED_NORMED, *TABLES, *BEHIND]), ids=str)
 def test_cached_is_uncached_padded_is_unpadded_and_the_cache_is_small(
     family: str, changes: dict[str, Any], design: str, tmp_path: Path
 ) -> None:

@@ -623,6 +623,24 @@ def test_what_deepseek_v3_cannot_say_goes_to_our_own_layout(
     assert any(reason in refusal and "use --layout kvfold" in refusal for refusal in plan.refusals)
 
 
+def test_biases_that_are_read_off_the_input_go_into_deepseek_v3() -> None:
+    facts = {**LATENT_FACTS, "model_type": "qwen2"}
+    settings = {"to": "mla", "kv_rank": 512, "biases": "regressed"}
+    plan = make_plan(facts, ConvertSettings(**settings))
+    assert (plan.layout, plan.refusals) == ("deepseek_v3", [])
+    assert "biases are read off the input where it is nearly constant" in plan.note
+    for config, changed, reason in (
+        ({"model_type": "llama"}, {}, "--biases regressed belongs to sources whose queries, keys and values have biases"),
+        ({"model_type": "llama", "attention_bias": True}, {}, "that of its output among them"),
+        ({}, {"layout": "kvfold"}, "--biases regressed is for deepseek_v3, and this is the kvfold layout"),
+        ({}, {"to": "mfa", "kv_rank": None, "width": 64}, "--biases regressed belongs to --to mla, not mfa"),
+    ):
+        plan = make_plan({**facts, **config}, ConvertSettings(**{**settings, **changed}))
+        assert any(reason in refusal for refusal in plan.refusals), plan.refusals
+    with pytest.raises(UserError, match="--to mla needs calibration text"):
+        make_plan(facts, ConvertSettings(**settings)).refuse(converting=True)
+
+
 def test_llama3_is_said_in_deepseek_v3_by_its_plain_frequencies() -> None:
     """Of Llama 3.1's 64 pairs 29 have wavelengths below 8192 / 4 tokens; 58 + 6 zeros is the 64 that vLLM's kernels take."""
     family_spec = make_plan(LLAMA_31_8B, ConvertSettings(to="mqa")).spec

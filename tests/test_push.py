@@ -128,12 +128,14 @@ def test_remote_code_and_uptraining_are_told(copy: Path) -> None:
     record = json.loads((copy / "kvfold.json").read_text())
     recipe = {"train": "lora", "kl_weight": 1.0, "ce_weight": 0.0, "learning_rate": 0.01, "window": 512}
     run = {"recipe": recipe, "tokens": 123456, "distinct_tokens": 100000, "steps": 30, "curve": [[1, 2.0]]}
-    (copy / "kvfold.json").write_text(json.dumps(record | {"uptraining": [run]}))
+    off = [{**layer, "inconstancy": 0.02 * number} for number, layer in enumerate(record["layers"], 1)]
+    (copy / "kvfold.json").write_text(json.dumps(record | {"uptraining": [run], "layers": off}))
     assert invoke("push", copy, NAME, "--dry-run")[0] == 0
     text = (copy / "README.md").read_text()
     assert f'from_pretrained("{NAME}", trust_remote_code=True)' in text
     assert "Uptraining: lora, 123,456 tokens, 100,000 of them distinct, 30 steps, window 512, weight of the KL" in text
     assert "No uptraining" not in text
+    assert "varies in its most constant direction by 3.0% in the median layer and by 4.0% in the worst" in text
 
 
 def own_code(copy: Path) -> None:

@@ -253,7 +253,8 @@ class Family:
         for role in {"q", "k", "q_bias", "k_bias"} & split.keys() if is_ordered(spec) else ():
             split[role] = split[role][:, halves_first(spec)]
         if spec.key_norm:
-            split["norm"] = torch.tensor([spec.norm_eps, float(not each)], dtype=torch.float64)
+            norm = spec.norm_eps, not each, spec.key_norm == "behind"
+            split["norm"] = torch.tensor(norm, dtype=torch.float64)
         for role, value in (("scale", spec.score_scale), ("cap", spec.score_cap)):
             if value is not None:
                 split[role] = torch.tensor(value, dtype=torch.float64)

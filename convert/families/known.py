@@ -233,12 +233,19 @@ QWEN3_MOE = Family(
     beside=EXPERTS,
 )
 """Qwen3-MoE."""
+HUNYUAN = Family(
+    "hunyuan_v1_dense",
+    "HunYuanDenseV1ForCausalLM",
+    modules={**PROJECTIONS, "q_norm": "query_layernorm", "k_norm": "key_layernorm"},
+    key_norm="behind",
+)
+"""Hunyuan: as Qwen3, with norms of queries and keys that stand behind RoPE."""
 
 KNOWN = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA, GRANITE, PHI3, STARCODER2, SEED_OSS, STABLELM),
     *(COHERE, GLM, GLM4, ERNIE4_5, PHI, GPT_NEOX),
     *(GEMMA2, GEMMA3, COHERE2, SMOLLM3, OLMO3, EXAONE4),
-    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, PHIMOE, GPT_OSS),
+    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, PHIMOE, GPT_OSS, HUNYUAN),
 )
 FAMILIES = {family.model_type: family for family in KNOWN}
 VARIANTS = {("cohere", "use_qk_norm"): COHERE_NORMED}

@@ -43,7 +43,8 @@ class AttentionSpec:
         norm_eps: eps of every norm.
         tied: the output embedding is the input embedding.
         key_norm: what of queries and keys an RMSNorm before their rotation takes: "" for none, "head" for each head by itself,
-            "whole" for all of them together, "centred" for each head by itself and less its mean, with weights of its own.
+            "whole" for all of them together, "centred" for each head by itself and less its mean, with weights of its own;
+            "behind" for each head by itself behind the rotation.
         score_scale: what scores are multiplied by, None for one over the root of the head width.
         score_cap: what soft-caps the scores behind that, by `cap · tanh(score / cap)`; None for nothing.
         sinks: whether each head has a score beside those of its keys, with nothing behind it.
@@ -98,7 +99,7 @@ class AttentionSpec:
     @property
     def key_scalars(self) -> int:
         """Numbers per token that a normed key's size takes."""
-        return {"": 0, "head": self.kv_heads, "centred": self.kv_heads, "whole": 1}[self.key_norm]
+        return {"": 0, "head": self.kv_heads, "centred": self.kv_heads, "behind": self.kv_heads, "whole": 1}[self.key_norm]
 
     @property
     def cache_numbers(self) -> int:

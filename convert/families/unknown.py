@@ -46,7 +46,11 @@ _OBSTACLES: tuple[tuple[Callable[[Config], bool], str, str], ...] = (
     (_has("attention_chunk_size"), "some of its layers attend in chunks", "8 bits"),
     (_has("cross_attention_layers"), "some of its layers attend to an image", "8 bits"),
     (_has("blocksparse_block_size", "sparse_config", "index_topk"), "its attention leaves out most keys", "8 bits"),
-    (_is("hunyuan_v1_dense", "hunyuan_v1_moe"), "norms stand behind the RoPE of its queries and keys", "8 bits"),
+    (
+        _is("hunyuan_v1_moe"),
+        "norms stand behind the RoPE of its queries and keys, so that scores depend on more than the distance of positions",
+        "8 bits",
+    ),
     (_varies, "its layers have different geometry", "8 bits"),
     (_has("llm_cfg"), "its language model lies in a folder of its own, llm, as a checkpoint of a known family", "folder"),
     (_scales_by_position, "its queries are scaled by their position", "8 bits"),

@@ -47,6 +47,7 @@ def widths(plan: ConversionPlan, layer: int) -> dict[str, Any]:
     shared = {"heads": spec.heads, "value_dim": spec.head_dim, "q_rank": plan.q_rank, "query_bias": spec.qkv_bias}
     sized = 0 if plan.settings.key_norm == "mean" else spec.kv_heads
     norm = {"kv_heads": sized, "together": spec.key_norm == "whole", "eps": spec.norm_eps}
+    norm |= {"behind": True} if spec.key_norm == "behind" else {}
     special = {
         "norm": norm if spec.key_norm else None,
         "cap": spec.score_cap,

@@ -4,6 +4,7 @@ import re
 import resource
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -45,6 +46,10 @@ class Uptraining(_Kept):
     parameters_trained: int | None = None
 
 
+class Layer(_Kept):
+    inconstancy: float | None = Field(None, ge=0, allow_inf_nan=False)
+
+
 class Record(_Kept):
     version: str
     source: str = Field(min_length=1)
@@ -55,7 +60,7 @@ class Record(_Kept):
     kv_budget: float
     calibration_tokens: int = Field(ge=0)
     seconds: float
-    layers: list[dict[str, Any]] = []
+    layers: list[Layer] = []
     uptraining: list[Uptraining] = []
 
 
@@ -83,3 +88,14 @@ def read_record(folder: Path, missing: str, damaged: str) -> dict[str, Any]:
     if "\0" in data["source"]:
         raise UserError(f"{file} is damaged (source: a path has no NUL): {damaged}")
     return data
+
+
+def said_of_biases(layers: list[dict[str, Any]]) -> str:
+    """How nearly constant the inputs are off which the biases of layers are read, in a sentence; empty where none are."""
+    off = [layer["inconstancy"] for layer in layers if layer.get("inconstancy") is not None]
+    if not off:
+        return ""
+    return (
+        "Biases of queries, keys and values are read off the input, which varies in its most constant direction by "
+        f"{median(off):.1%} in the median layer and by {max(off):.1%} in the worst."
+    )

@@ -70,10 +70,13 @@ def step3_text_obstacles(said: dict[str, Any], spec: AttentionSpec, settings: Co
 def deepseek_v3_obstacles(said: dict[str, Any], spec: AttentionSpec, settings: ConvertSettings) -> list[str]:
     """What the stock deepseek_v3 architecture cannot say of this conversion, each in a line."""
     plain = spec.rope.plain_pairs(spec.head_dim)
+    kept = spec.qkv_bias and settings.biases == "kept"
     slowed = f"rope type {spec.rope.type} slows all frequencies but the first {plain}, so --rope-dim {2 * plain} at most"
     found = {
         "its queries and keys go through norms, which deepseek_v3 lacks": bool(spec.key_norm),
-        "the source has attention biases, which deepseek_v3 engines drop": spec.qkv_bias or spec.o_bias,
+        "the source has attention biases, which deepseek_v3 engines drop; --biases regressed reads them off the input": kept
+        and not spec.o_bias,
+        "the source has attention biases, that of its output among them, which deepseek_v3 engines drop": spec.o_bias,
         f"rope type {spec.rope.type} is none that deepseek_v3 engines keep": plain == 0,
         slowed: 0 < 2 * plain < min(settings.rope_dim or 0, spec.head_dim),
         **_shared_obstacles(said, spec, settings, "deepseek_v3"),
@@ -121,6 +124,18 @@ def layout_for(said: dict[str, Any], spec: AttentionSpec, settings: ConvertSetti
     if settings.layout == "kvfold" or obstacles:
         return "kvfold", f"not in deepseek_v3: {'; '.join(obstacles)}" if obstacles else "asked for"
     return "deepseek_v3", ""
+
+
+def biases_read_off(spec: AttentionSpec, settings: ConvertSettings, layout: str, note: str, refusals: list[str]) -> str:
+    """The note with what `--biases regressed` does, where biases are in the layout's way."""
+    if settings.biases == "kept":
+        return note
+    if not spec.qkv_bias:
+        refusals.append("--biases regressed belongs to sources whose queries, keys and values have biases: leave it out")
+    elif layout != "deepseek_v3":
+        refusals.append(f"--biases regressed is for deepseek_v3, and this is the {layout} layout ({note}): leave it out")
+    said = "biases are read off the input where it is nearly constant, which is not exact: kvfold.json says how nearly"
+    return f"{note}; {said}" if note else said
 
 
 def stored_shape(

@@ -53,7 +53,7 @@ def _experts(model_type: str, said: dict[str, Any], layer: int) -> int:
 def grouped_parameters(spec: AttentionSpec, kv_heads: int) -> int:
     """Of one layer's attention with so many key heads."""
     rows, heads = 2 * kv_heads * spec.head_dim, spec.heads * spec.head_dim
-    norms = {"": 0, "head": 2 * spec.head_dim}.get(spec.key_norm, heads + rows // 2)
+    norms = {"": 0, "head": 2 * spec.head_dim, "behind": 2 * spec.head_dim}.get(spec.key_norm, heads + rows // 2)
     return norms + (heads + rows) * (spec.hidden_size + spec.qkv_bias) + spec.hidden_size * (heads + spec.o_bias)
 
 
@@ -106,6 +106,7 @@ def _latent_parameters(plan: "ConversionPlan", rank: int, rope: int) -> int:
             total += (spec.heads + spec.kv_heads) * spec.head_dim
         else:
             total += spec.heads * width * spec.head_dim
+            total += 2 * spec.heads * spec.head_dim if spec.key_norm == "behind" else 0
             if kept_scalars(spec, plan.settings):
                 total += spec.kv_heads * spec.head_dim * (spec.hidden_size + spec.qkv_bias)
     total += (plan.settings.q_rank or 0) * spec.hidden_size

@@ -7,7 +7,7 @@ from typing import Any
 from kvfold.convert.families import AttentionSpec, Family, family_of
 from kvfold.convert.families.views import PART_OF, TRANSLATED, read_as
 from kvfold.convert.planning.conversion_plan import NOTHING, ConversionPlan
-from kvfold.convert.planning.engines import layout_for, stored_shape
+from kvfold.convert.planning.engines import biases_read_off, layout_for, stored_shape
 from kvfold.convert.planning.parameters import saved_at_least, source_parameters
 from kvfold.convert.planning.parts import refuse_folding, refuse_part, stays_within
 from kvfold.convert.planning.settings import (
@@ -47,6 +47,7 @@ BELONGS = {
     "keys": ("mla",),
     "turned_keys": ("mla",),
     "key_norm": LATENT_TARGETS,
+    "biases": ("mla",),
     "layers": LATENT_TARGETS,
     "layer_budgets": LATENT_TARGETS,
     "layout": LATENT_TARGETS,
@@ -81,6 +82,7 @@ def make_plan(config: dict[str, Any], settings: ConvertSettings) -> ConversionPl
         stored, note = stored_shape(said, spec, settings, layout, (rank, rope_dim), note, refusals)
         refuse_query_rank(spec, settings, stored, refusals)
         refuse_key_norm(spec, settings, refusals)
+        note = biases_read_off(spec, settings, layout, note, refusals)
     else:
         kv_heads = target_heads(spec, settings, refusals)
         _refuse_ungrouped(family, spec, settings, refusals)

@@ -55,6 +55,11 @@ class ConvertSettings(BaseModel):
     key_norm: Literal["cached", "mean"] = setting(
         "cached", TARGET, "Sizes of normed keys: cached for each token, or the mean, which is not exact and costs no cache."
     )
+    biases: Literal["kept", "regressed"] = setting(
+        "kept",
+        TARGET,
+        "Biases of queries, keys and values; regressed reads them off the input, which is not exact, for deepseek_v3 (mla).",
+    )
     layers: Annotated[str | None, BeforeValidator(lambda v: str(v) if isinstance(v, int) else v)] = setting(
         None,
         TARGET,

@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from kvfold.convert.families.views import PART_OF, read_as
 from kvfold.convert.output import record
+from kvfold.convert.output.record import said_of_biases
 from kvfold.convert.publishing.escape import all_markdown, markdown
 from kvfold.convert.source.data import TEXT_SUFFIXES
 from kvfold.convert.source.jsonfile import read_json
@@ -261,6 +262,8 @@ def _making(record: dict[str, Any], base_model: str | None) -> list[str]:
         lines.append(f"Healing: {steps} steps {where} of {size:,} tokens." if steps else "No healing.")
     else:
         lines.append("No calibration text and no healing: each layer was folded from its weights alone.")
+    if biases := said_of_biases(record.get("layers") or []):
+        lines.append(biases)
     lines += [_uptraining(run) for run in record.get("uptraining") or []]
     if not record.get("uptraining"):
         lines.append("No uptraining: the model was not trained end to end after the fold.")
