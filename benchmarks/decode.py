@@ -1,11 +1,12 @@
 """Decoding speed and resident cache of our own layout against multi-head attention, over the context, in transformers.
 
-    python benchmarks/decode.py [--batch 8] [--contexts 512 1024 2048 4096 8192] [--device cpu] [--out DIR]
+    python benchmarks/decode.py [SOURCE OUT …] [--batch 8] [--contexts 512 1024 …] [--device cpu] [--out DIR] [--keep]
 
 A Llama of about 110M parameters (12 layers, 12 heads of 64) and its foldings at a quarter of the cache, of random weights:
-MLA 320 + 64, MFA 192, MFA-KR 384 and rebuilt keys 384. The cache is filled to the context, then tokens are decoded one at a
-time through transformers' default cache; models take turns, and the fastest of the repeats counts. Writes decode.json,
-decode.md and decode.png into DIR and prints the table.
+MLA 320 + 64, without and with keys that turn whole, MFA 192, MFA-KR 384 and rebuilt keys 384; or checkpoints, the source
+first. The cache is filled to the context, then tokens are decoded one at a time through transformers' default cache;
+models take turns, and the fastest of the repeats counts. Writes decode.json, decode.md and decode.png into DIR and prints the
+table. `--keep` puts the results into docs/results and the plot into docs.
 """
 
 import argparse
@@ -30,8 +31,10 @@ SHAPE: dict[str, Any] = {
     "vocab_size": 32000,
     "max_position_embeddings": 16384,
 }
+DOCS = Path(__file__).parent.parent / "docs"
 FOLDS: dict[str, dict[str, Any]] = {
     "MLA 320 + 64": {"design": "latent", "rank": 320, "rope_dim": 64, "nope_dim": 64},
+    "MLA 320 + 64, 3 turned": {"design": "latent", "rank": 320, "rope_dim": 64, "nope_dim": 64, "turned": 3},
     "MFA 192": {"design": "latent", "rank": 192, "rope_dim": 192, "nope_dim": 0},
     "MFA-KR 384": {"design": "reused-key", "rope_dim": 384},
     "rebuilt keys 384": {"design": "rebuilt-key", "rank": 384, "kv_heads": 12},
@@ -50,9 +53,6 @@ def models(
             layers = {"folded_layers": [layer] * shape["num_hidden_layers"]}
             config = KvfoldConfig.from_dict({**shape, "source_model_type": "llama", **layers})
             found[name] = AutoModelForCausalLM.from_config(config, dtype=dtype)
-            for key, pairs in found[name].named_buffers():  # a wide key has several components of a frequency
-                if key.endswith("rope_pairs"):
-                    pairs.remainder_(shape["head_dim"] // 2)
     return {name: model.to(device, dtype).eval() for name, model in found.items()}
 
 
@@ -78,6 +78,7 @@ def decode(model: PreTrainedModel, context: int, batch: int, steps: int) -> tupl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="*", type=Path)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
     parser.add_argument("--steps", type=int, default=8)
@@ -86,10 +87,19 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--without", nargs="*", default=[], help="models to leave out: rebuilt keys take minutes from 4k on")
     parser.add_argument("--out", type=Path, default=Path("."))
+    parser.add_argument("--keep", action="store_true", help="put the results into docs/results/decode.json")
     args = parser.parse_args()
-    built = models(args.device, getattr(torch, args.dtype))
+    dtype = getattr(torch, args.dtype)
+    if args.checkpoints:
+        built: dict[str, PreTrainedModel] = {
+            path.name: AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(args.device).eval()
+            for path in args.checkpoints
+        }
+    else:
+        built = models(args.device, dtype)
     built = {name: model for name, model in built.items() if name not in args.without}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in built}
+    source = next(iter(found.values()))
     for context in args.contexts:
         runs: dict[str, list[tuple[float, int]]] = {name: [] for name in built}
         for _ in range(args.repeats):
@@ -97,14 +107,18 @@ def main() -> None:
                 runs[name].append(decode(model, context, args.batch, args.steps))
         for name, ran in runs.items():
             seconds, size = min(ran)
-            found[name].append({"context": context, "tokens_per_second": args.batch / seconds, "cache_bytes": size})
+            found[name].append({"context": context, "tokens_per_second": args.batch / seconds, "cache_mib": size / 2**20})
+            found[name][-1]["times_source"] = found[name][-1]["tokens_per_second"] / source[-1]["tokens_per_second"]
         print(context, {name: f"{rows[-1]['tokens_per_second']:.1f}" for name, rows in found.items()}, flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     settings = {"batch": args.batch, "device": args.device, "dtype": args.dtype, "threads": torch.get_num_threads()}
-    (args.out / "decode.json").write_text(json.dumps({"settings": settings, "models": found}, indent=2) + "\n")
-    text = table(found, args.contexts)
+    data, text = json.dumps({"settings": settings, **found}, indent=1) + "\n", table(found, args.contexts)
+    (args.out / "decode.json").write_text(data)
     (args.out / "decode.md").write_text(text)
     plot(found, args.batch, args.out / "decode.png")
+    if args.keep:
+        (DOCS / "results/decode.json").write_text(data)
+        plot(found, args.batch, DOCS / "decode.png")
     print(text)
 
 
@@ -114,13 +128,9 @@ def table(found: dict[str, list[dict[str, float]]], contexts: list[int]) -> str:
         "| | cache at the end | " + " | ".join(f"{c:,}" for c in contexts) + " |",
         "|---|---:" + "|---:" * len(contexts) + "|",
     ]
-    source = next(iter(found.values()))
     for name, rows in found.items():
-        speeds = [
-            f"{row['tokens_per_second']:.1f} ({row['tokens_per_second'] / own['tokens_per_second']:.2f}×)"
-            for row, own in zip(rows, source, strict=True)
-        ]
-        lines.append(f"| {name} | {rows[-1]['cache_bytes'] / 2**20:,.0f} MiB | " + " | ".join(speeds) + " |")
+        speeds = [f"{row['tokens_per_second']:.1f} ({row['times_source']:.2f}×)" for row in rows]
+        lines.append(f"| {name} | {rows[-1]['cache_mib']:,.0f} MiB | " + " | ".join(speeds) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -135,7 +145,7 @@ def plot(found: dict[str, list[dict[str, float]]], batch: int, path: Path) -> No
     contexts = [row["context"] for row in next(iter(found.values()))]
     for name, rows in found.items():
         speed.plot(contexts, [row["tokens_per_second"] for row in rows], marker="o", label=name)
-        memory.plot(contexts, [row["cache_bytes"] / 2**20 for row in rows], marker="o", label=name)
+        memory.plot(contexts, [row["cache_mib"] for row in rows], marker="o", label=name)
     for axes, quantity in ((speed, "tokens per second"), (memory, "cache, MiB")):
         axes.set(xscale="log", yscale="log", xlabel=f"context, tokens (batch {batch})", ylabel=quantity)
         axes.set_xticks(contexts, [f"{context:,}" for context in contexts])

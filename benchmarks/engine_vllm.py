@@ -5,8 +5,9 @@
 Run by `make engines` in an environment of its own, with vLLM's CPU build. kvfold is installed there for the checkpoints of its
 own layout; nothing here knows of it.
 
-With `mixed` prompts, of any lengths, it also says how many of them are continued alike when they come all at once, in pieces of
-`CHUNK` tokens, and one by one; and how many tokens a prompt that begins like another one did not compute again.
+It continues the first prompt by `long` tokens too, where that is asked. With `mixed` prompts, of any lengths, it also says how
+many of them are continued alike when they come all at once, in pieces of `CHUNK` tokens, and one by one; and how many tokens a
+prompt that begins like another one did not compute again.
 """
 
 import json
@@ -27,6 +28,11 @@ def greedy(llm: LLM, prompts: list[list[int]], new_tokens: int) -> list[Any]:
 
 def continuations(outputs: list[Any]) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def said_in(output: Any) -> dict[str, Any]:
+    tokens, steps = list(output.outputs[0].token_ids), output.outputs[0].logprobs
+    return {"tokens": tokens, "logprobs": [step[t].logprob for step, t in zip(steps, tokens, strict=True)]}
 
 
 def under_load(llm: LLM, prompts: list[list[int]], new_tokens: int) -> dict[str, int]:
@@ -57,7 +63,7 @@ def said_of(checkpoint: str, asked: dict[str, Any]) -> dict[str, Any]:
         dtype="float32",
         enforce_eager=True,
         skip_tokenizer_init=True,
-        max_model_len=256,
+        max_model_len=max(256, len(asked["ids"][0]) + asked.get("long", 0)),
         max_num_seqs=64,
         max_num_batched_tokens=CHUNK,
         block_size=BLOCK,
@@ -65,17 +71,16 @@ def said_of(checkpoint: str, asked: dict[str, Any]) -> dict[str, Any]:
         # vLLM's own CPU rotary kernel is wrong for interleaved DeepSeek-V3 heads; its PyTorch path is right
         compilation_config={"custom_ops": ["none"]},
     )
-    began, found = time.perf_counter(), []
-    for output in greedy(llm, asked["ids"], asked["new_tokens"]):
-        tokens = list(output.outputs[0].token_ids)
-        steps = output.outputs[0].logprobs
-        found.append({"tokens": tokens, "logprobs": [step[t].logprob for step, t in zip(steps, tokens, strict=True)]})
+    began = time.perf_counter()
+    found = [said_in(output) for output in greedy(llm, asked["ids"], asked["new_tokens"])]
     seconds, cache = time.perf_counter() - began, llm.llm_engine.vllm_config.cache_config
     said = {
         "found": found,
         "tokens_per_second": sum(len(one["tokens"]) for one in found) / seconds,
         "capacity": cache.num_gpu_blocks * cache.block_size,  # tokens in the memory given
     }
+    if asked.get("long"):
+        said["long"] = [said_in(output) for output in greedy(llm, asked["ids"][:1], asked["long"])]
     if asked.get("mixed"):
         said |= under_load(llm, asked["mixed"], asked["new_tokens"])
     return said

@@ -12,7 +12,7 @@ they say into docs/results/engines.json.
 `plugin` is our own layout in vLLM, by kvfold.serving. Of those checkpoints of the demo model, and of any other FOLDER with one,
 the table also says how many requests of mixed lengths (64, and 16 of a FOLDER) are continued alike at once and one by one, how
 many tokens of a shared beginning were not computed again, how many tokens the same memory holds against the source's, and how
-fast they go.
+fast they go. One prompt more of a FOLDER is continued by 256 tokens.
 """
 
 import argparse
@@ -39,12 +39,15 @@ from kvfold.recipes.demo.demo import MODEL, write_texts
 from kvfold.recipes.model import open_folded
 from kvfold.surgery.kvfold_attention import exchange
 
-NEW_TOKENS, TOLERANCE, MIXED = 32, 1e-3, 64
+NEW_TOKENS, LONG, TOLERANCE, MIXED = 32, 256, 1e-3, 64
 STORIES = Path(os.environ.get("KVFOLD_SHARED", "../shared")) / "models/stories260k"
 KEPT = Path(__file__).parent.parent / "docs/results/engines.json"
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 64}
 RANDOM: dict[str, dict[str, Any]] = {
     "llama": {},
+    "llama3.1": {"model_type": "llama", "rope_parameters": LLAMA3},
     "mistral": {"sliding_window": 100},
     "phi3": {"pad_token_id": 0, "eos_token_id": 1},
     "qwen2": {},
@@ -70,6 +73,7 @@ FOLDS: dict[str, tuple[str, Path | str, dict[str, Any]]] = {
     **{f"random {family}, gqa 2": ("vllm", family, {"to": "gqa", "kv_heads": 2}) for family in ("qwen3", "phi3", "mixtral")},
     **{f"random {family}, mla 60 + 12": ("plugin", family, WIDE) for family in ("qwen2", "qwen3", "mixtral", "qwen3_moe")},
     "random mistral, window of 100, mfa-kr 60": ("plugin", "mistral", {"to": "mfa-kr", "width": 60}),
+    "random llama, RoPE of Llama 3.1, mfa-kr 60": ("plugin", "llama3.1", {"to": "mfa-kr", "width": 60}),
     "random llama, mla 60 + 12, queries of rank 24": ("plugin", "llama", {**WIDE, "q_rank": 24}),
     "mla 106 + 22": ("llama_cpp", MODEL, {"to": "mla", "kv_budget": "25%"}),
     "stories260k, mla 24 + 8": ("llama_cpp", STORIES, {"to": "mla", "kv_rank": 24, "rope_dim": 8}),
@@ -88,12 +92,12 @@ def load(folder: Path, choice: dict[str, Any]) -> Any:
 
 
 @torch.no_grad()
-def in_transformers(model: Any, prompts: list[list[int]]) -> list[dict[str, Any]]:
+def in_transformers(model: Any, prompts: list[list[int]], new_tokens: int) -> list[dict[str, Any]]:
     """Greedy tokens, decoded with a cache, and their log-probabilities, worked out at once and without one."""
     found = []
     for prompt in prompts:
         out, cache = torch.tensor([prompt]), DynamicCache(config=model.config)
-        for _ in range(NEW_TOKENS):
+        for _ in range(new_tokens):
             new = out[:, cache.get_seq_length() :]
             out = torch.cat([out, model(new, past_key_values=cache).logits[:, -1:].argmax(-1)], dim=1)
         logprobs = model(out, use_cache=False).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
@@ -106,7 +110,7 @@ def random_model(family: str, folder: Path) -> Path:
     """Heads attend far from uniformly, so that what is read wrongly shows; with the demo model's tokenizer."""
     shape = {"hidden_size": 192, "intermediate_size": 256, "num_hidden_layers": 3, "max_position_embeddings": 512}
     shape |= {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 32, "vocab_size": 2048}
-    config = AutoConfig.for_model(family, **shape, tie_word_embeddings=False, **RANDOM[family])
+    config = AutoConfig.for_model(**{"model_type": family, **shape, "tie_word_embeddings": False, **RANDOM[family]})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
@@ -130,12 +134,12 @@ def in_engine(engine: str, python: str, folder: Path, prompts: Path) -> dict[str
     return json.loads(ran.stdout.strip().splitlines()[-1])
 
 
-def asked(folder: Path, root: Path, mixed: int) -> tuple[Path, list[list[int]], list[str]]:
+def asked(folder: Path, root: Path, mixed: int, long: int) -> tuple[Path, list[list[int]], list[str]]:
     """What a checkpoint is asked, in a file for the engine; the prompts, and the texts that they are cut from."""
     heldout = write_texts(root)[1]
     texts = [path.read_text() for path in sorted(heldout.iterdir())]
     windows = load_windows(str(heldout), folder, 64, 512).ids.tolist()
-    question = {"ids": windows, "new_tokens": NEW_TOKENS, "texts": texts}
+    question = {"ids": windows, "new_tokens": NEW_TOKENS, "long": long, "texts": texts}
     if mixed:
         ids, lengths = [i for window in windows for i in window], random.Random(0)
         question["mixed"] = [ids[at : at + lengths.randint(1, 200)] for at in range(0, mixed * 4, 4)]
@@ -147,7 +151,7 @@ def asked(folder: Path, root: Path, mixed: int) -> tuple[Path, list[list[int]], 
 def of_source(python: str, source: Path) -> dict[str, Any]:
     """The source in vLLM, with the same prompts."""
     with tempfile.TemporaryDirectory() as scratch:
-        return in_engine("vllm", python, source, asked(source, Path(scratch), mixed=0)[0])
+        return in_engine("vllm", python, source, asked(source, Path(scratch), mixed=0, long=0)[0])
 
 
 def fold(name: str, root: Path) -> Path:
@@ -165,23 +169,28 @@ def fold(name: str, root: Path) -> Path:
     return root / "fold"
 
 
-def compare(name: str, engine: str, choice: dict[str, Any], python: str, out: Path, root: Path, mixed: int) -> dict[str, Any]:
-    """Ask both, and say of it what a row of the table says."""
-    record = json.loads((out / "kvfold.json").read_text())
-    prompts, windows, texts = asked(out, root, mixed)
-    ours, theirs = in_transformers(load(out, choice), windows), in_engine(engine, python, out, prompts)
+def agreement(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> tuple[int, int, float]:
+    """How many greedy tokens are the same, of how many, and how far log-probabilities differ at most, in millionths."""
     pairs = [
-        (a, b, abs(x - y))
-        for mine, other in zip(ours, theirs["found"], strict=True)
+        (a == b, abs(x - y))
+        for mine, other in zip(ours, theirs, strict=True)
         for a, b, x, y in zip(mine["tokens"], other["tokens"], mine["logprobs"], other["logprobs"], strict=True)
     ]
-    found = {
-        "architecture": record["target"]["architecture"],
-        "engine": engine,
-        "same_tokens": sum(a == b for a, b, _ in pairs),
-        "tokens": len(pairs),
-        "logprob_difference_millionths": max(difference for _, _, difference in pairs) * 1e6,
-    }
+    return sum(same for same, _ in pairs), len(pairs), max(difference for _, difference in pairs) * 1e6
+
+
+def compare(engine: str, choice: dict[str, Any], python: str, out: Path, root: Path, mixed: int, long: int) -> dict[str, Any]:
+    """Ask both, and say of it what a row of the table says."""
+    record = json.loads((out / "kvfold.json").read_text())
+    prompts, windows, texts = asked(out, root, mixed, long)
+    theirs, model = in_engine(engine, python, out, prompts), load(out, choice)
+    same, tokens, difference = agreement(in_transformers(model, windows, NEW_TOKENS), theirs["found"])
+    found = {"architecture": record["target"]["architecture"], "engine": engine, "same_tokens": same, "tokens": tokens}
+    if long:
+        same, tokens, further = agreement(in_transformers(model, windows[:1], long), theirs["long"])
+        found |= {"same_tokens_of_one": same, "tokens_of_one": tokens}
+        difference = max(difference, further)
+    found["logprob_difference_millionths"] = difference
     if "texts" in theirs:
         tokenizer = load_tokenizer(out)
         mine = (tokenizer(text, verbose=False)["input_ids"] for text in texts)  # some are longer than the model's context
@@ -206,6 +215,7 @@ def compare(name: str, engine: str, choice: dict[str, Any], python: str, out: Pa
 def agrees(row: dict[str, Any]) -> bool:
     """Whether a row says what it should."""
     agreed = row["same_tokens"] == row["tokens"] and row["logprob_difference_millionths"] <= TOLERANCE * 1e6
+    agreed &= row.get("same_tokens_of_one") == row.get("tokens_of_one")
     agreed &= row.get("same_texts") == row.get("texts") and row.get("requests_alike") == row.get("requests")
     if "requests" in row:
         agreed &= row["tokens_reused"] > 0 and abs(row["capacity_ratio"] / row["capacity_ratio_asked"] - 1) <= 0.05
@@ -214,6 +224,7 @@ def agrees(row: dict[str, Any]) -> bool:
 
 def line(name: str, row: dict[str, Any]) -> str:
     cells = [name, row["architecture"], row["engine"], f"{row['same_tokens']} of {row['tokens']}"]
+    cells[-1] += f", {row['same_tokens_of_one']} of {row['tokens_of_one']}" if "tokens_of_one" in row else ""
     cells += [f"{row['logprob_difference_millionths']:.1f}", f"{row['same_texts']} of {row['texts']}" if "texts" in row else ""]
     if "requests" in row:
         cells += [f"{row['requests_alike']} of {row['requests']}", str(row["tokens_reused"])]
@@ -248,7 +259,8 @@ def main() -> None:
     agreed = True
     for name, engine, choice, folder, mixed in rows:
         with tempfile.TemporaryDirectory() as scratch:
-            row = compare(name, engine, choice, args.python, folder or fold(name, Path(scratch)), Path(scratch), mixed)
+            out, long = folder or fold(name, Path(scratch)), LONG if folder else 0
+            row = compare(engine, choice, args.python, out, Path(scratch), mixed, long)
         agreed &= agrees(row)
         print(line(name, row), flush=True)
         if args.keep:

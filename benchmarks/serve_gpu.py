@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kvfold.serving import latents, paged
+from kvfold.serving import latents, paged, selfcheck
 from kvfold.surgery.kvfold_attention import DESIGNS, FoldedAttention, Rope, per_head, rotate
 
 PAGE, COLD = 16, 128 * 2**20
@@ -126,23 +126,22 @@ class Cell:
     def layer(self, name: str) -> FoldedAttention:
         design, widths = self.size.folds[name]
         made = DESIGNS[design](self.size.hidden, heads=self.size.heads, value_dim=self.size.width, **widths)
-        made.rope_pairs %= self.size.width // 2  # wide keys have each frequency several times
         made.rotary_emb = self.rotary
         return made.to(self.device, self.dtype)
 
     def folded(self, name: str, kernel: bool) -> dict[str, float]:
         caches = self.pages_of(name)
-        layers = [self.layer(name) for _ in caches]
+        layers = [paged.Layer(self.layer(name)) for _ in caches]
         with choice(kernel):
             found = {
                 "layer": self.timed(
                     [
-                        lambda m=m, c=c: m.o_proj(paged.attend(m, self.x, self.rope, c, self.step))
+                        lambda m=m, c=c: m.attention.o_proj(m.attend(self.x, self.rope, c, self.step))
                         for m, c in zip(layers, caches, strict=True)
                     ]
                 )
             }
-            chosen = paged.kernel(layers[0], PAGE, self.dtype, self.device)
+            chosen = layers[0].kernel(PAGE, self.dtype, self.device)
             if chosen is not None:
                 case = [self.case(layer, cache) for layer, cache in zip(layers, caches, strict=True)]
                 found["attention"] = self.timed([lambda c=c: chosen(*c) for c in case])
@@ -150,7 +149,7 @@ class Cell:
                 raise SystemExit(f"the kernel does not serve {name}: see the line above")
         return found
 
-    def case(self, layer: FoldedAttention, cache: Tensor) -> tuple[latents.Shape, latents.Asked, latents.Cached]:
+    def case(self, layer: paged.Layer, cache: Tensor) -> tuple[latents.Shape, latents.Asked, latents.Cached]:
         """What the kernel is given in a step of this layer."""
         found: list[Any] = []
 
@@ -158,9 +157,10 @@ class Cell:
             found.extend((shape, asked, cached))
             return cache.new_zeros(self.batch, shape.heads, shape.values)
 
-        angles, pairs = latents.tables(layer, self.context, cache)
+        assert layer.shape is not None
+        angles, pairs = latents.tables(layer.attention, self.context, cache)
         cached = latents.Cached(cache, self.table, self.lengths, self.context, None, angles, pairs)
-        latents.decode(layer, self.x, self.rope, cached, kept)
+        latents.decode(layer.attention, layer.shape, self.x, self.rope, cached, kept)
         return found[0], found[1], found[2]
 
     def timed(self, runs: list[Callable[[], Any]]) -> float:
@@ -191,13 +191,13 @@ def _seconds(run: Callable[[], Any]) -> float:
 @contextmanager
 def choice(kernel: bool) -> Any:
     """With the kernel where it serves, or without it."""
-    kept = paged.kernel
+    kept = selfcheck.kernel
     if not kernel:
-        paged.kernel = lambda *_: None
+        selfcheck.kernel = lambda *_: None
     try:
         yield
     finally:
-        paged.kernel = kept
+        selfcheck.kernel = kept
 
 
 @torch.no_grad()
@@ -242,7 +242,7 @@ def tune(size: Size, context: int, batch: int) -> list[dict[str, Any]]:
     numbers = torch.randn(max(COLD, context * batch * 600), device="cuda", dtype=torch.bfloat16)
     cell, found = Cell(size, context, batch, numbers), []
     for name in size.folds:
-        layer = cell.layer(name)
+        layer = paged.Layer(cell.layer(name))
         cases = [cell.case(layer, cache) for cache in cell.pages_of(name)]
         for tiles in [(16, 32, 4, 2), (16, 32, 4, 5), (16, 32, 8, 3), (16, 64, 8, 3), (32, 32, 8, 3), (32, 64, 8, 3)]:
             for programs in (1, 2, 4):

@@ -157,15 +157,15 @@ def tables(attention: FoldedAttention, longest: int, like: Tensor) -> tuple[Rope
     return (cos[0], sin[0]), getattr(attention, "rope_pairs", None)
 
 
-def decode(attention: FoldedAttention, x: Tensor, rope: Rope, cached: Cached, attend: Attend) -> Tensor:
+def decode(attention: FoldedAttention, shape: Shape, x: Tensor, rope: Rope, cached: Cached, attend: Attend) -> Tensor:
     """The heads' outputs side by side for new tokens whose states are cached: (B, d) → (B, H·D).
 
     Args:
+        shape: the layer's, by `shape_of`.
         rope: tables (B, D) of the new tokens.
         attend: a kernel, or `attend`.
     """
-    shape, x, new = shape_of(attention), x[:, None], (rope[0][:, None], rope[1][:, None])
-    assert shape is not None
+    x, new = x[:, None], (rope[0][:, None], rope[1][:, None])
     if isinstance(attention, LatentAttention):
         q_nope, q_rope = attention.split_queries(x, new)
         up_k, up_v = attention.up(x)

@@ -89,14 +89,15 @@ class FoldedLayer(nn.Module, AttentionLayerBase):
         self.folded = DESIGNS[widths["design"]](config.model_config.hf_config.hidden_size, **shape)
         self.folded.rotary_emb = tables
         self.width = widths.get("rank", 0) + widths.get("rope_dim", 0) + self.folded.gains
-        self.window, self.num_heads, self.cache_config = window, shape["heads"], config.cache_config
+        self.paged = paged.Layer(self.folded, window)
+        self.num_heads, self.cache_config = shape["heads"], config.cache_config
         self.layer_name, self.kv_cache = name, torch.tensor([])
         config.compilation_config.static_forward_context[name] = self  # in the place of what vLLM put there
 
     def compile_kernel(self) -> None:
         """Before the first request: it is compiled for these widths and compared with PyTorch's operations."""
         weight = self.folded.o_proj.weight
-        paged.kernel(self.folded, self.cache_config.block_size, weight.dtype, weight.device)
+        self.paged.kernel(self.cache_config.block_size, weight.dtype, weight.device)
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return Backend
@@ -118,7 +119,7 @@ class FoldedLayer(nn.Module, AttentionLayerBase):
             mixed = self.folded.mix(hidden_states[None], (rope[0][None], rope[1][None]))[0]
         else:
             pages = self.kv_cache[:, 0]  # (pages, 1, N, W)
-            mixed = paged.attend(self.folded, hidden_states, rope, pages, step[self.layer_name], self.window)
+            mixed = self.paged.attend(hidden_states, rope, pages, step[self.layer_name])
         out = self.folded.o_proj(mixed)
         return all_reduce(out) if self.ranks > 1 else out
 

@@ -147,32 +147,46 @@ class Reading:
         return self.group.places.shape[1] - self.group.new.shape[1]
 
 
-def attend(attention: FoldedAttention, x: Tensor, rope: Rope, pages: Tensor, step: Step, window: int | None = None) -> Tensor:
-    """Cache the new tokens of a step and let them attend: (n, d) → (n, H·D), before the output projection.
+@dataclass(frozen=True)
+class Layer:
+    """A design over pages.
 
-    All are cached before any attends, as a request may begin with a page that another one fills in the same step.
-
-    Args:
-        rope: tables (n, D) of the new tokens.
-        pages: (pages, N, W) the layer's cache, which is written.
+    Attributes:
         window: how many tokens a token sees, itself included; None for all.
     """
-    states, size = attention.states(x[None], (rope[0][None], rope[1][None]))[0, 0], pages.shape[1]
-    pages[step.slots // size, step.slots % size] = states.to(pages.dtype)
-    out, decode = x.new_zeros(len(x), attention.o_proj.in_features), kernel(attention, size, pages.dtype, pages.device)
-    for group in step.together(size, window, singles=decode is None):
-        tables: Any = tuple(table[group.new] for table in rope)
-        mixed = attention.read(x[group.new], states[group.new][:, None], tables, group.mask, Reading(pages, group))
-        out[group.new] = mixed.transpose(1, 2).flatten(2).to(out)
-    if decode is not None and (single := step.singles) is not None:
-        angles, pairs = latents.tables(attention, single.longest, pages)
-        cached = latents.Cached(pages, single.table, single.lengths, single.longest, window, angles, pairs)
-        new = single.new
-        out[new] = latents.decode(attention, x[new], (rope[0][new], rope[1][new]), cached, decode).to(out)
-    return out
 
+    attention: FoldedAttention
+    window: int | None = None
 
-def kernel(attention: FoldedAttention, page: int, dtype: torch.dtype, device: torch.device) -> latents.Attend | None:
-    """What decodes a layer in one pass over its pages, None where PyTorch's operations do."""
-    shape = latents.shape_of(attention)
-    return None if shape is None else selfcheck.kernel(shape, page, dtype, device)
+    @cached_property
+    def shape(self) -> latents.Shape | None:
+        """What a kernel sees of it, None where there is nothing for one."""
+        return latents.shape_of(self.attention)
+
+    def kernel(self, page: int, dtype: torch.dtype, device: torch.device) -> latents.Attend | None:
+        """What decodes it in one pass over its pages, None where PyTorch's operations do."""
+        return None if self.shape is None else selfcheck.kernel(self.shape, page, dtype, device)
+
+    def attend(self, x: Tensor, rope: Rope, pages: Tensor, step: Step) -> Tensor:
+        """Cache the new tokens of a step and let them attend: (n, d) → (n, H·D), before the output projection.
+
+        All are cached before any attends, as a request may begin with a page that another one fills in the same step.
+
+        Args:
+            rope: tables (n, D) of the new tokens.
+            pages: (pages, N, W) the layer's cache, which is written.
+        """
+        attention, size = self.attention, pages.shape[1]
+        states = attention.states(x[None], (rope[0][None], rope[1][None]))[0, 0]
+        pages[step.slots // size, step.slots % size] = states.to(pages.dtype)
+        out, kernel = x.new_zeros(len(x), attention.o_proj.in_features), self.kernel(size, pages.dtype, pages.device)
+        for group in step.together(size, self.window, singles=kernel is None):
+            tables: Any = tuple(table[group.new] for table in rope)
+            mixed = attention.read(x[group.new], states[group.new][:, None], tables, group.mask, Reading(pages, group))
+            out[group.new] = mixed.transpose(1, 2).flatten(2).to(out)
+        if kernel is not None and self.shape is not None and (single := step.singles) is not None:
+            angles, pairs = latents.tables(attention, single.longest, pages)
+            cached = latents.Cached(pages, single.table, single.lengths, single.longest, self.window, angles, pairs)
+            new = single.new
+            out[new] = latents.decode(attention, self.shape, x[new], (rope[0][new], rope[1][new]), cached, kernel).to(out)
+        return out

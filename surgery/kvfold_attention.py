@@ -60,6 +60,11 @@ def moved(every: Rope, places: Rope, positions: Rope) -> Rope:
     return every[0] * cos - every[1] * sin, every[1] * cos + every[0] * sin
 
 
+def every_pair(rope_dim: int, width: int) -> Tensor:
+    """The frequencies (rope_dim/2,) of a rotary key without weights: the source's in turn, several times if it is wider."""
+    return torch.arange(rope_dim // 2) % (width // 2)
+
+
 def half_split(rope: Rope, width: int, made: str = "halves") -> Rope:
     """A model's tables as those of `width` numbers, half-split: what does not turn stands last in each half.
 
@@ -348,7 +353,7 @@ class LatentAttention(FoldedAttention):
         self.rank, self.rope_dim, self.nope, self.turned = rank, rope_dim, nope_dim, turned
         self.kv_a_proj = nn.Linear(hidden, rank + rope_dim, bias=cache_bias)
         self.kv_b_proj = nn.Linear(rank, heads * (nope_dim + value_dim), bias=False)
-        self.register_buffer("rope_pairs", torch.arange(rope_dim // 2))
+        self.register_buffer("rope_pairs", every_pair(rope_dim, value_dim))
         if turned:
             self.turns_when_read = True
             self.turned_keys = nn.Parameter(torch.zeros(turned, heads, nope_dim))
@@ -435,7 +440,7 @@ class ReusedKeyAttention(FoldedAttention):
         self.reuse_proj = nn.Linear(rope_dim, rope_dim, bias=False)
         self.alpha = nn.Parameter(torch.ones(rope_dim))
         self.v_b_proj = nn.Linear(rope_dim, heads * value_dim, bias=False)
-        self.register_buffer("rope_pairs", torch.arange(rope_dim // 2))
+        self.register_buffer("rope_pairs", every_pair(rope_dim, value_dim))
 
     def states(self, x: Tensor, rope: Rope) -> Tensor:
         return self.with_gains(x, self.k_proj(x)[:, None])

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from kvfold.serving.checks import SERVED, ServedConfig, obstacle
-from kvfold.serving.paged import AT_ONCE, Step, attend
+from kvfold.serving.paged import AT_ONCE, Layer, Step
 from kvfold.serving.ranks import local, share, unsplit
 from kvfold.surgery.kvfold_attention import DESIGNS, FoldedAttention, Rope
 from tests.helpers import tiny_config
@@ -46,6 +46,8 @@ def attention(shape: str) -> FoldedAttention:
     made = DESIGNS[name](HIDDEN, heads=HEADS, value_dim=WIDTH, **widths).requires_grad_(False)
     for parameter in made.parameters():
         parameter.normal_(std=0.4)
+    if "rope_dim" in widths:
+        made.rope_pairs[-1] = WIDTH // 2  # does not turn
     made.rotary_emb = Rotary()
     return made
 
@@ -63,6 +65,7 @@ def whole(made: FoldedAttention, x: Tensor, window: int | None) -> Tensor:
 def test_pages_of_several_requests_give_what_whole_sequences_give(shape: str, window: int | None) -> None:
     """Prompts in pieces beside requests that decode; one begins with pages that another fills in the same step."""
     made = attention(shape)
+    layer = Layer(made, window)
     generator = torch.Generator().manual_seed(1)
     requests = [torch.randn(length, HIDDEN, generator=generator) for length in (11, 19, 14, 9)]
     requests[3][:PAGE] = requests[0][:PAGE]
@@ -85,7 +88,7 @@ def test_pages_of_several_requests_give_what_whole_sequences_give(shape: str, wi
         x = torch.cat([requests[r][p] for r, p in zip(step, at, strict=True)])
         slots = torch.cat([table[r, p // PAGE] * PAGE + p % PAGE for r, p in zip(step, at, strict=True)])
         made_step = Step(starts, [last for _, last in step.values()], table[list(step)], slots)
-        out = attend(made, x, made.rotary_emb(x, torch.cat(at)), pages, made_step, window)
+        out = layer.attend(x, made.rotary_emb(x, torch.cat(at)), pages, made_step)
         for number, (r, p) in enumerate(zip(step, at, strict=True)):
             found[r][p] = out[starts[number] : starts[number + 1]]
     for request, (x, got) in enumerate(zip(requests, found, strict=True)):
