@@ -26,7 +26,7 @@ except ImportError:  # inside kvfold, where it has another home
 
 MOST = 10**6
 """No width of a model is larger; what is would only fill the memory."""
-NORM = {"kv_heads": int, "together": bool, "eps": float, "behind": bool}
+NORM = {"kv_heads": int, "together": bool, "eps": float, "behind": bool | None}
 """What a layer says of its norm of queries and keys."""
 CODE = {"AutoConfig": "modeling_kvfold.KvfoldConfig", "AutoModelForCausalLM": "modeling_kvfold.KvfoldForCausalLM"}
 
