@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kvfold.convert.output.files import files_under, stamp
-from kvfold.convert.source.data import documents, encode, load_tokenizer, load_windows, refuse_foreign_ids, token_rows
+from kvfold.convert.source.data import (
+    documents,
+    encode,
+    load_tokenizer,
+    load_windows,
+    refuse_foreign_ids,
+    several,
+    token_rows,
+)
 from kvfold.errors import UserError
 from kvfold.recipes.recipe import Recipe
 
@@ -32,9 +40,7 @@ def pack(origins: str, tokenizer_folder: Path, recipe: Recipe, vocab_size: int, 
 
     datasets.disable_progress_bars()
     cache = folder.with_name(folder.name + ".cache")
-    listed = [origin.strip() for origin in origins.split(",")]
-    if not all(listed):
-        raise UserError(f"--data {origins}: name one text, or several separated by single commas")
+    listed = several(origins, "--data")
     features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
     length = [0]
 
@@ -63,7 +69,7 @@ def pack(origins: str, tokenizer_folder: Path, recipe: Recipe, vocab_size: int, 
 def stamps(origins: str) -> dict[str, str]:
     """What tells whether texts that lie here are still the same: sizes and times of the files of each."""
     found = {}
-    for origin in (origin.strip() for origin in origins.split(",")):
+    for origin in several(origins, "--data"):
         path = Path(origin.rpartition(":")[0] if ".safetensors:" in origin else origin)
         if path.is_file():
             found[origin] = stamp(path)

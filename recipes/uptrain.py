@@ -24,7 +24,7 @@ from kvfold.convert.output.record import RECORD
 from kvfold.convert.pipeline import pick_device
 from kvfold.convert.source.checkpoint import CheckpointReader, read_json
 from kvfold.convert.source.configfile import read_config
-from kvfold.convert.source.data import load_tokenizer
+from kvfold.convert.source.data import load_tokenizer, several
 from kvfold.convert.source.fetch import fetch_checkpoint
 from kvfold.convert.source.opening import identity
 from kvfold.errors import NothingGained, Stopped, UserError
@@ -175,7 +175,7 @@ def refuse(job: Job, processes: PartialState, keep_adapter: bool) -> None:
             f"batch={recipe.batch} does not divide into micro_batch={recipe.micro_batch} on {processes.num_processes} "
             "processes: change one of them"
         )
-    texts = [origin for origin in (*job.data.split(","), job.held_out) if origin and ".safetensors" not in origin]
+    texts = [origin for origin in (*several(job.data, "--data"), job.held_out) if origin and ".safetensors" not in origin]
     if texts and recipe.window > plan.spec.max_positions:
         raise UserError(
             f"window={recipe.window} exceeds the {plan.spec.max_positions} positions that the source knows: "

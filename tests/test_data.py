@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from kvfold.convert.source.data import Windows, load_tokenizer, load_windows
+from kvfold.convert.planning.plan import make_plan
+from kvfold.convert.planning.settings import ConvertSettings
+from kvfold.convert.source.data import Windows, calibration_windows, load_tokenizer, load_windows
 from kvfold.errors import UserError
-from tests.helpers import save_tokenizer, save_tokens
+from tests.helpers import save_tokenizer, save_tokens, tiny_config
 
 DOCUMENTS = [
     "Once upon a time there was a little key head.",
@@ -172,6 +174,36 @@ def test_max_tokens_of_text_and_of_rows(tmp_path: Path, folder: Path, window: in
     assert windows(tmp_path / "text.txt", folder, window, max_tokens).ids.shape == shape
     rows = save_tokens(tmp_path / "t.safetensors", shape[0] if max_tokens == 10**6 else 9, window)
     assert windows(rows, folder, window, max_tokens).ids.shape == shape
+
+
+def calibrated(origins: str, folder: Path, tokens: int, window: int = 8) -> list[list[int]]:
+    plan = make_plan(
+        tiny_config("llama", vocab_size=300).to_dict(),
+        ConvertSettings(to="gqa", kv_heads=2, calibrate=origins, calibration_tokens=tokens, window=window),
+    )
+    windows = calibration_windows(plan, folder, torch.device("cpu"), lambda line: None)
+    assert windows is not None
+    return windows.ids.tolist()
+
+
+def test_several_calibration_texts_are_mixed_evenly(tmp_path: Path, folder: Path) -> None:
+    """As many tokens of each as there are, spread over the whole: a's and b's, of which there are few."""
+    for letter, count in (("a", 1000), ("b", 16)):
+        (tmp_path / f"{letter}.txt").write_text(letter * count)
+    both = f"{tmp_path}/a.txt, {tmp_path}/b.txt"
+    rows = calibrated(both, folder, 96)
+    a, b = (load_tokenizer(folder).convert_tokens_to_ids(letter) for letter in "ab")
+    assert "".join({a: "a", b: "b"}[row[-1]] for row in rows) == "aabaaaba"  # six windows of a's, two of b's
+    assert [row[-1] for row in calibrated(f"{tmp_path}/a.txt", folder, 96)] == [a] * 12
+    with pytest.raises(UserError, match="are less than a --window of 8 for each of 2 texts: take more tokens"):
+        calibrated(both, folder, 15)
+    with pytest.raises(UserError, match="name one text, or several separated by single commas"):
+        calibrated(f"{both},", folder, 96)
+    rows_of = save_tokens(tmp_path / "rows.safetensors", 4, 12)
+    with pytest.raises(UserError, match="has windows of 12 ids and .*a.txt of 8: give texts of one --window"):
+        calibrated(f"{tmp_path}/a.txt,{rows_of}", folder, 96)
+    (tmp_path / "a, b.txt").write_text("c" * 100)  # a path may have commas
+    assert not {row[-1] for row in calibrated(f"{tmp_path}/a, b.txt", folder, 96)} & {a, b}
 
 
 def test_one_token_short_of_a_window(tmp_path: Path, folder: Path) -> None:

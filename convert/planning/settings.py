@@ -87,9 +87,9 @@ class ConvertSettings(BaseModel):
         None,
         CALIBRATION,
         "Text file, folder, Hub dataset name[:config[:split[:column]]], tokens file.safetensors:name, or self[:tokens] to "
-        "let the source write it.",
+        "let the source write it; several with commas.",
     )
-    calibration_tokens: int = setting(131072, CALIBRATION, "Tokens to take from it.", gt=0)
+    calibration_tokens: int = setting(131072, CALIBRATION, "Tokens to take, alike of several texts.", gt=0)
     window: int = setting(512, CALIBRATION, "Tokens in a window of calibration text.", ge=2)
     token_weights: Literal["uniform", "nll"] = setting(
         "uniform", CALIBRATION, "How much a token counts; nll: by what the source finds surprising."

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -88,20 +89,56 @@ def calibration_windows(
     settings = plan.settings
     if settings.calibrate is None:
         return None
-    kind, _, count = settings.calibrate.partition(":")
-    if kind == "self":
-        tokens = settings.calibration_tokens if not count else int(count) if re.fullmatch("[0-9]{1,15}", count) else 0
-        if tokens < settings.window:
-            raise UserError(f"--calibrate {settings.calibrate}: write self or self:N, N tokens of at least one --window")
-        wanted = settings.window, tokens, device, settings.seed
-        return processes.from_main(lambda: sample_from_source(folder, *wanted, report))
-    report("reading calibration text")
-    windows = load_windows(settings.calibrate, folder, settings.window, settings.calibration_tokens, plan.spec.vocab_size)
+    origins = several(settings.calibrate, "--calibrate")
+    tokens = settings.calibration_tokens // len(origins)
+    if len(origins) > 1 and tokens < settings.window:
+        raise UserError(
+            f"--calibration-tokens {settings.calibration_tokens} are less than a --window of {settings.window} for each of "
+            f"{len(origins)} texts: take more tokens"
+        )
+    windows = mixed([_calibration_windows(plan, origin, tokens, folder, device, report) for origin in origins])
     if windows.ids.shape[1] > plan.spec.max_positions:
         raise UserError(
             f"{settings.calibrate} has rows of {windows.ids.shape[1]} ids; the source knows {plan.spec.max_positions} positions"
         )
     return windows
+
+
+def _calibration_windows(
+    plan: "ConversionPlan", origin: str, tokens: int, folder: Path, device: torch.device, report: Callable[[str], None]
+) -> Windows:
+    """The windows of one text: at most so many tokens."""
+    settings = plan.settings
+    kind, _, count = origin.partition(":")
+    if kind == "self":
+        tokens = tokens if not count else int(count) if re.fullmatch("[0-9]{1,15}", count) else 0
+        if tokens < settings.window:
+            raise UserError(f"--calibrate {origin}: write self or self:N, N tokens of at least one --window")
+        wanted = settings.window, tokens, device, settings.seed
+        return processes.from_main(lambda: sample_from_source(folder, *wanted, report))
+    report("reading calibration text")
+    return load_windows(origin, folder, settings.window, tokens, plan.spec.vocab_size)
+
+
+def several(origins: str, flag: str) -> list[str]:
+    """The texts of a setting, with commas between them; a path that has commas is one. Raises UserError for an empty name."""
+    listed = [origins] if os.path.exists(origins) else [origin.strip() for origin in origins.split(",")]
+    if not all(listed):
+        raise UserError(f"{flag} {origins}: name one text, or several separated by single commas")
+    return listed
+
+
+def mixed(parts: list[Windows]) -> Windows:
+    """The windows of several texts as those of one, every text spread evenly over it. Raises UserError where they differ in
+    length."""
+    first, *others = parts
+    for other in others:
+        if other.ids.shape[1] != first.ids.shape[1]:
+            lengths = f"windows of {other.ids.shape[1]} ids and {first.origin} of {first.ids.shape[1]}"
+            raise UserError(f"{other.origin} has {lengths}: give texts of one --window")
+    places = torch.cat([(torch.arange(len(part.ids)) + 0.5) / len(part.ids) for part in parts])
+    order = places.argsort(stable=True)
+    return Windows(torch.cat([part.ids for part in parts])[order], first.bytes_per_token, first.origin)
 
 
 def sample_from_source(
