@@ -29,13 +29,12 @@ from apart import apart
 
 import kvfold
 from kvfold.convert.families import AttentionSpec, family_of
-from kvfold.convert.pipeline import convert
+from kvfold.convert.pipeline import convert, pick_device
 from kvfold.convert.planning.settings import ConvertSettings, parse_budget, parse_settings, unknown
 from kvfold.convert.source.checkpoint import CheckpointReader
 from kvfold.convert.source.fetch import fetch_checkpoint
 from kvfold.errors import ConversionError, NothingGained, UserError
 from kvfold.evaluation.evaluate import Bench, held_out_windows
-from kvfold.evaluation.parallel import own_device
 from kvfold.evaluation.settings import EvaluateSettings
 from kvfold.recipes.recipe import load_recipe
 from kvfold.recipes.uptrain import uptrain
@@ -198,7 +197,7 @@ class Benchmark:
         """The source, loaded and measured once."""
         if self.bench is None or self.bench[0] != model.name:
             self.bench = None  # the one before makes room
-            windows, device = held_out_windows(self.evaluation, model.folder), own_device(self.args.device)
+            windows, device = held_out_windows(self.evaluation, model.folder), pick_device(self.args.device)
             bench = Bench(model.name, model.folder, device, self.evaluation, windows, 1, lambda share, line: None)
             self.bench = model.name, bench
             count, window = windows.ids.shape

@@ -6,7 +6,7 @@ summed up over the processes first, so that each comes to the same numbers and d
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -17,13 +17,14 @@ from torch import Tensor, distributed
 
 from kvfold.errors import ConversionError, UserError
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 MEETING, PATIENCE = timedelta(minutes=10), timedelta(hours=24)
 """How long processes wait for each other at the start, and later: the main one alone samples text, copies and verifies."""
-GO_ON = "repeat with --resume to go on"
 STOPPED = "stopped"
 """Where the first process that stops leaves its number and its reason."""
 _store: distributed.Store | None = None
+_go_on = ""
 
 
 class Lost(ConversionError):
@@ -47,12 +48,13 @@ def here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", count())) if count() > 1 else 1
 
 
-def join(device: str) -> str:
+def join(device: str, go_on: str = "repeat with --resume to go on") -> str:
     """Meet the other processes, if this one was started with others. Where they use CUDA, each has a GPU of its machine for its
     current device.
 
     Args:
         device: as `--device` names it.
+        go_on: what to do when a process has stopped.
 
     Returns:
         The same, but `cpu` where the launcher has said so.
@@ -60,7 +62,8 @@ def join(device: str) -> str:
     Raises:
         UserError: one GPU is named for several processes, there are more of them than GPUs, or they do not meet.
     """
-    global _store
+    global _store, _go_on
+    _go_on = go_on
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size > 1 and device == "auto" and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         device = "cpu"
@@ -102,7 +105,7 @@ def stopping_together() -> Iterator[None]:
         raise
     except BaseException as error:
         if _store is not None and count() > 1:
-            reason = f"by a signal; {GO_ON}" if isinstance(error, KeyboardInterrupt) else " ".join(str(error).split())
+            reason = f"by a signal; {_go_on}" if isinstance(error, KeyboardInterrupt) else " ".join(str(error).split())
             with suppress(RuntimeError):  # it has gone with the process that held it
                 _store.compare_set(STOPPED, "", json.dumps([index(), reason]))
         raise
@@ -115,7 +118,7 @@ def _speaking() -> Iterator[None]:
         yield
     except RuntimeError as error:
         said = " ".join(str(error).split())[:100]
-        reason = f"another process was killed or cannot be reached ({said}); what is finished is kept, {GO_ON}"
+        reason = f"another process was killed or cannot be reached ({said}); what is finished is kept, {_go_on}"
         with suppress(RuntimeError, ValueError):
             if _store is not None and _store.check([STOPPED]):
                 number, said = json.loads(_store.get(STOPPED))
@@ -191,3 +194,10 @@ def gathered(value: Result) -> list[Result]:
     with _speaking():
         distributed.all_gather_object(values, value)
     return values
+
+
+def spread(items: Sequence[Item], work: Callable[[int, Item], Result]) -> list[Result]:
+    """`work(number, item)` for every item, in order; each is done whole by one process, and all processes get the list."""
+    mine = [work(number, item) for number, item in enumerate(items) if number % count() == index()]
+    shares = gathered(mine)
+    return [shares[number % count()][number // count()] for number in range(len(items))]

@@ -11,8 +11,10 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import kvfold
+from kvfold.convert import processes
 from kvfold.convert.layouts import modeling_kvfold  # noqa: F401 — registers our layout with transformers
 from kvfold.convert.output.record import RECORD, read_record
+from kvfold.convert.pipeline import pick_device
 from kvfold.convert.planning.settings import normal_dtype
 from kvfold.convert.publishing.escape import visible
 from kvfold.convert.source.configfile import read_config
@@ -23,7 +25,6 @@ from kvfold.errors import ConversionError, UserError
 from kvfold.evaluation import greedy, retrieval, speed, tasks
 from kvfold.evaluation.damage import TokenScores, by_position, final_states, interval, position_edges, score
 from kvfold.evaluation.layers import attention_errors, measure_cache
-from kvfold.evaluation.parallel import on_main, own_device, spread
 from kvfold.evaluation.schema import SCHEMA_VERSION
 from kvfold.evaluation.settings import EvaluateSettings
 from kvfold.evaluation.unfinished import Unfinished, key_of
@@ -33,6 +34,7 @@ LAYER_ROWS, LAYER_TOKENS = 8, 4096
 Report = Callable[[float, str], None]
 
 
+@processes.stopping_together()
 def evaluate(
     models: Sequence[str],
     against: str | None,
@@ -59,6 +61,7 @@ def evaluate(
     Raises:
         UserError: a checkpoint, the text or a task is unusable, or vocabularies or tokenizers differ.
     """
+    device = pick_device(processes.join(settings.device, "repeat the command to go on"))
     folders = [fetch_checkpoint(model) for model in models]
     named = against or recorded_source(folders[0])
     source_folder = fetch_checkpoint(named)
@@ -66,12 +69,11 @@ def evaluate(
     for other in folders:
         _refuse_other_model(other, source_folder, config)
     tasks.check(settings.tasks, settings.include_path)
-    device = own_device(settings.device)
     windows = held_out_windows(settings, source_folder)
     for other in folders:
         _refuse_other_tokenizer(other, source_folder, windows)
 
-    kept = on_main(lambda: Unfinished(folder))
+    kept = processes.from_main(lambda: Unfinished(folder))
     decided = settings.model_dump() | {"version": kvfold.__version__, "windows": windows.ids.tolist()}
     keys = [key_of(decided, source_folder, other) for other in folders]
     missing = [number for number, key in enumerate(keys) if key not in kept.results]
@@ -83,7 +85,7 @@ def evaluate(
             except (UserError, ConversionError) as error:
                 raise type(error)(f"{error}{_kept_so_far(keys, kept)}") from None
             kept.results[keys[number]] = {"source": bench.own, "model": measured}
-            on_main(kept.write)
+            processes.from_main(kept.write)
             gc.collect()
     report(1.0, "done")
     rows, predicted = windows.ids.shape[0], windows.ids.shape[1] - 1
@@ -160,7 +162,7 @@ class Bench:
             "top1_agreement": scores.top1_agreement,
             "top1_interval": interval(scores.agrees),
             "damage_by_position": by_position(damage, position_edges(damage.shape[1])),
-            "attention_errors": on_main(lambda: attention_errors(self.source, model, self._layer_rows())),
+            "attention_errors": processes.from_main(lambda: attention_errors(self.source, model, self._layer_rows())),
             "stage": stage_of(conversion),
             "conversion": conversion,
         }
@@ -192,7 +194,7 @@ class Bench:
             reference = self.reference.setdefault(number, states)
             return score(self.source, reference, model, states, ids)
 
-        return TokenScores.joined(spread(self.batches, work))
+        return TokenScores.joined(processes.spread(self.batches, work))
 
     def _common(self, model: PreTrainedModel, folder: Path, scores: TokenScores) -> dict[str, Any]:
         ids, detail, asked = self.windows.ids, self.settings.detail, self.settings.tasks
@@ -203,7 +205,7 @@ class Bench:
             self._progress(0.6, f"{folder.name}: needles")
             needles = retrieval.find_needles(model, ids, retrieval.GRIDS[detail])
             self._progress(0.75, f"{folder.name}: decoding")
-            decoding = on_main(lambda: speed.measure_speed(model, ids.shape[1], speed.GRIDS[detail], size))
+            decoding = processes.from_main(lambda: speed.measure_speed(model, ids.shape[1], speed.GRIDS[detail], size))
         self._progress(0.85, f"{folder.name}: {', '.join(asked)}")
         settings = self.settings
         return {
@@ -215,7 +217,9 @@ class Bench:
             "parameters": model.num_parameters(),
             "needles": needles,
             "speed": decoding,
-            "tasks": on_main(lambda: tasks.run(model, folder, asked, settings.include_path, settings.limit, settings.batch)),
+            "tasks": processes.from_main(
+                lambda: tasks.run(model, folder, asked, settings.include_path, settings.limit, settings.batch)
+            ),
         }
 
     def _progress(self, share: float, line: str) -> None:

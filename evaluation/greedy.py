@@ -18,10 +18,10 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvfold.convert.processes import spread
 from kvfold.convert.source.data import load_tokenizer
 from kvfold.errors import UserError
 from kvfold.evaluation.damage import interval
-from kvfold.evaluation.parallel import spread
 
 PROMPT = 128
 """Tokens of a window that are continued, half of it at most."""

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from kvfold.convert.processes import spread
 from kvfold.convert.source.stream import logit_scale, logits_of
-from kvfold.evaluation.parallel import spread
 
 KEY, VALUE = 8, 16
 """Tokens of a needle that are repeated, and that the model has to find, in windows that are long enough."""

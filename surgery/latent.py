@@ -102,8 +102,9 @@ def attention_seen(weights: AttentionWeights, x: Tensor, rope: Rope, visible: Te
     distance = places[:, None] - places
     hidden = distance < 0 if visible is None else ~visible.to(x.device)
     lags, received = x.new_zeros(weights.heads, tokens), x.new_zeros(x.shape[:2])
-    for row, z in enumerate(torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)):
-        q, k = weights.states(z, rope)
+    z, tables = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1), tuple(table.repeat(len(x), 1) for table in rope)
+    states = weights.states(z.flatten(0, 1), (tables[0], tables[1]))  # of all rows, (H or G, B·T, D)
+    for row, (q, k) in enumerate(zip(*(each.split(tokens, 1) for each in states), strict=True)):
         scores = q @ k.repeat_interleave(weights.heads // weights.kv_heads, 0).mT * weights.score_scale  # (H, T, T)
         scores = scores if weights.cap is None else weights.cap * (scores / weights.cap).tanh()
         scores = scores.masked_fill(hidden, -torch.inf).unflatten(0, (weights.kv_heads, -1))

@@ -105,12 +105,14 @@ def leading_directions(rows: Tensor, moment: Tensor, rank: int) -> Tensor:
 
 def square_root(moment: Tensor) -> Tensor:
     """`R` with `R Rᵀ = moment` (n, n), lower triangular where the moment is not singular."""
-    shift = moment.diagonal().mean() * 1e-13 + torch.finfo(moment.dtype).tiny
-    root, failed = torch.linalg.cholesky_ex(moment + shift * torch.eye(len(moment), dtype=moment.dtype, device=moment.device))
-    if failed:  # fewer tokens than numbers: the moment is singular, and rounding took it below zero
-        values, vectors = torch.linalg.eigh(moment)
-        root = vectors * values.clamp_min(0).sqrt()
-    return root
+    for share in (1e-13, 1e-12, 1e-11):  # with fewer tokens than numbers it is singular, and rounding takes it below zero
+        shift = moment.diagonal().mean() * share + torch.finfo(moment.dtype).tiny
+        identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+        root, failed = torch.linalg.cholesky_ex(moment + shift * identity)
+        if not failed:
+            return root
+    values, vectors = torch.linalg.eigh(moment)
+    return vectors * values.clamp_min(0).sqrt()
 
 
 def left_singular(rows: Tensor, rank: int) -> Tensor:

@@ -9,7 +9,7 @@ from kvfold.convert.planning.conversion_plan import ConversionPlan
 if TYPE_CHECKING:
     import torch
 
-SHARES = {"float32": 0.15, "float64": 0.03, "healing": 0.3, "attention": 0.1, "eigen": 1e-4, "elements": 5e-4}
+SHARES = {"float32": 0.15, "stream": 0.15, "float64": 0.03, "healing": 0.3, "attention": 0.1, "eigen": 1e-4, "elements": 5e-4}
 """What a GPU is taken to do of the peak that its data sheet states for bfloat16. On an H200 (9.9e14) layers of an 8B took what
 follows from these within a quarter: docs/numbers.md."""
 
@@ -23,6 +23,8 @@ def measured(plan: ConversionPlan, device: "torch.device") -> dict[str, float]:
     """Operations of each kind per second on a device, from a test of a second or two. On the CPU it is the threads' own time
     that counts, so that a busy machine does not look like a slow one."""
     import torch
+
+    from kvfold.convert.source.stream import quickly
 
     spec, settings = plan.spec, plan.settings
     clock: Callable[[], float] = time.perf_counter
@@ -56,11 +58,16 @@ def measured(plan: ConversionPlan, device: "torch.device") -> dict[str, float]:
         read, weight = (t.to(healing).detach().requires_grad_() for t in (x, w))
         (read @ weight).sum().backward()
 
+    def streamed() -> None:
+        with quickly(x):
+            torch.nn.functional.linear(x, w.T)
+
     def attended() -> None:
         torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, mask)
 
     return {
         "float32": rate(2 * tokens * w.numel(), lambda: x @ w),
+        "stream": rate(2 * tokens * w.numel(), streamed),
         "float64": rate(2 * tokens * w.numel(), lambda: x.double() @ w64),
         "healing": rate(6 * tokens * w.numel(), trained),
         "attention": rate(4 * heads.numel() * length, attended),

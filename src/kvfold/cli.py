@@ -112,14 +112,15 @@ def evaluate(
         raise UserError("--damage-only, --quick, --full and --detail exclude each other: give one of them")
     settings = parse_settings(EvaluateSettings, {**flags, **({"detail": asked[0]} if asked else {})})
     hold_memory()
+    from kvfold.convert import processes
     from kvfold.evaluation import report as reports
     from kvfold.evaluation.evaluate import evaluate as run
-    from kvfold.evaluation.parallel import state
 
     folder = report_dir or (Path(out[0]) if Path(out[0]).is_dir() else Path("."))
     with console.progress("evaluating") as report:
         result = run(out, against, settings, report, folder)
-    if not state().is_main_process:
+    processes.part()
+    if not console.is_first():
         return
     paths = reports.write(result, folder)
     if console.in_words(json_path, result):
