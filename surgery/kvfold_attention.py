@@ -296,7 +296,7 @@ class FoldedAttention(Attention):
     def extended(self, states: Tensor, rope: Rope, cache: Any) -> tuple[Tensor, Rope, Rope]:
         """New states (B, 1, T, E) → all of them (B, 1, S, E), the tables of the new ones and of all.
 
-        Their places in the cache turn them, for RoPE knows distances only. Behind a norm behind RoPE their positions do.
+        Their places in the cache turn them, for RoPE knows distances only; where a norm stands behind it, their positions.
         """
         if cache is None:
             return states, rope, rope
