@@ -84,7 +84,7 @@ def draw(model: str, results: list[dict[str, Any]]) -> Figure:
 def main() -> None:
     model, out = sys.argv[1], Path(sys.argv[2])
     held = json.loads((RESULTS / f"{model}.json").read_text())
-    figure = draw(model, [result for key, result in held.items() if key != "source"])
+    figure = draw(model, [r for key, r in held.items() if key != "source" and r["stage"] != "uptrained"])
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "kvfold"}):
         figure.savefig(out, facecolor="white", metadata={"Date": None, "Creator": None})
 
