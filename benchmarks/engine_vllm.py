@@ -1,15 +1,16 @@
 """What vLLM says of checkpoints: greedy tokens and log-probabilities for prompts of token ids, as a line of JSON for each.
 
-    python engine_vllm.py CHECKPOINT PROMPTS.json [CHECKPOINT PROMPTS.json ...]
+    echo '["CHECKPOINT", "PROMPTS.json"]' | python engine_vllm.py
 
-Run by `make engines` in an environment of its own, with vLLM's CPU build. kvfold is installed there for the checkpoints of its
-own layout; nothing here knows of it.
+One process answers for all checkpoints that it is given, a line for each. Run by `make engines` in an environment of its own,
+with vLLM's CPU build. kvfold is installed there for the checkpoints of its own layout; nothing here knows of it.
 
 It continues the first prompt by `long` tokens too, where that is asked. With `mixed` prompts, of any lengths, it also says how
 many of them are continued alike when they come all at once, in pieces of `CHUNK` tokens, and one by one; and how many tokens a
 prompt that begins like another one did not compute again.
 """
 
+import gc
 import json
 import sys
 import time
@@ -87,8 +88,10 @@ def said_of(checkpoint: str, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    for checkpoint, prompts in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+    for line in sys.stdin:
+        checkpoint, prompts = json.loads(line)
         print(json.dumps(said_of(checkpoint, json.loads(Path(prompts).read_text()))), flush=True)
+        gc.collect()  # before the next one takes memory
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Serve folded checkpoints in unmodified engines and compare with transformers, token by token.
 
-    python benchmarks/engines.py PYTHON [vllm] [llama_cpp] [plugin] [FOLDER ...] [--only WORDS] [--keep]
+    python benchmarks/engines.py PYTHON [vllm] [llama_cpp] [plugin] [FOLDER ...] [--only WORDS …] [--keep]
 
 PYTHON is the interpreter of an environment with the engines, vLLM's CPU build and llama-cpp-python (`make engines` makes it).
 The demo model, random models of several families and, where it lies at hand, stories260k are folded in several ways, unhealed,
 in float32; each checkpoint continues the same prompts greedily in transformers and in an engine. Prints a table: how many
 greedy tokens agree, and the largest difference of their log-probabilities in millionths; and, of GGUF files, how many texts are
-read as the same tokens. Exit code 1 when any differ. `--only` takes the rows whose names hold these words; `--keep` puts what
+read as the same tokens. Exit code 1 when any differ. `--only` takes the rows whose names hold one of these; `--keep` puts what
 they say into docs/results/engines.json.
 
 `plugin` is our own layout in vLLM, by kvfold.serving. Of those checkpoints of the demo model, and of any other FOLDER with one,
@@ -123,15 +123,29 @@ def random_model(family: str, folder: Path) -> Path:
 
 
 def in_engine(engine: str, python: str, folder: Path, prompts: Path) -> dict[str, Any]:
-    script, target = Path(__file__).with_name(f"engine_{engine.replace('plugin', 'vllm')}.py"), folder
     if engine == "llama_cpp":
-        target = folder.with_suffix(".gguf")
+        script, target = Path(__file__).with_name("engine_llama_cpp.py"), folder.with_suffix(".gguf")
         write_gguf(folder, target)
+        ran = subprocess.run([python, str(script), str(target), str(prompts)], capture_output=True, text=True)
+        if ran.returncode:
+            sys.exit(f"llama.cpp failed on {target}:\n{ran.stderr[-4000:]}")
+        return json.loads(ran.stdout.strip().splitlines()[-1])
+    process = vllm(python)
+    assert process.stdin and process.stdout
+    print(json.dumps([str(folder), str(prompts)]), file=process.stdin, flush=True)
+    for line in process.stdout:
+        if line.startswith("{"):
+            return json.loads(line)
+    sys.exit(f"vLLM failed on {folder}: see above")
+
+
+@cache
+def vllm(python: str) -> subprocess.Popen[str]:
+    """One for all checkpoints: it takes longer to start than most take to be asked."""
     env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    ran = subprocess.run([python, str(script), str(target), str(prompts)], capture_output=True, text=True, env=env)
-    if ran.returncode:
-        sys.exit(f"{engine} failed on {target}:\n{ran.stderr[-4000:]}")
-    return json.loads(ran.stdout.strip().splitlines()[-1])
+    env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    script = str(Path(__file__).with_name("engine_vllm.py"))
+    return subprocess.Popen([python, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
 
 def asked(folder: Path, root: Path, mixed: int, long: int) -> tuple[Path, list[list[int]], list[str]]:
@@ -237,7 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("python")
     parser.add_argument("chosen", nargs="*", help="vllm, llama_cpp, plugin or folders")
-    parser.add_argument("--only", default="", help="rows whose names hold these words")
+    parser.add_argument("--only", nargs="+", default=[""], help="rows whose names hold one of these")
     parser.add_argument("--keep", action="store_true", help="put the results into docs/results/engines.json")
     args = parser.parse_args()
     engines = [engine for engine in ("vllm", "llama_cpp", "plugin") if engine in args.chosen]
@@ -253,7 +267,7 @@ def main() -> None:
     rows: list[tuple[str, str, dict[str, Any], Path | None, int]] = [
         (name, *FOLDS[name][::2], None, MIXED if FOLDS[name][:2] == ("plugin", MODEL) else 0)
         for name in wanted
-        if args.only in name
+        if any(words in name for words in args.only)
     ]
     rows += [(folder.name, "plugin", {}, folder, MIXED // 4) for folder in folders]
     agreed = True
