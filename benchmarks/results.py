@@ -51,6 +51,8 @@ def entries(data: dict[str, Json]) -> Iterator[tuple[str, dict[str, Json]]]:
             way.append(f"{target['kv_rank']}+{target['rope_dim']}")
         way += [target["method"]] if target["method"] in BASELINES else []
         way += [settings["layer_budgets"]] if settings["layer_budgets"] != "uniform" else []
+        texts = len((settings.get("calibrate") or "").split(","))
+        way += [f"{texts}-texts"] if texts > 1 else []
         way += ["mean-sizes"] if settings.get("key_norm") == "mean" else []
         healed = stage != "closed form" and settings["heal_steps"] and settings.get("calibrate", True)
         steps = [f"{settings['heal_steps']}x{settings['heal_batch_tokens']}"] if healed else []
