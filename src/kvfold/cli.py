@@ -223,7 +223,7 @@ def uptrain(
 def demo(
     directory: Annotated[Path, typer.Argument(help="Folder for the checkpoints and the report.")] = Path("kvfold-demo"),
 ) -> None:
-    """Fold the shipped demo model in several ways and show the damage. A few minutes on two cores."""
+    """Fold the shipped demo model in several ways and show the damage. A quarter of an hour on a core."""
     hold_memory()
     from kvfold.recipes.demo.demo import run_demo
 
