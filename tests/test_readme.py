@@ -47,7 +47,7 @@ HALVES = [f"{name}{half}" for name in ("", "kvfold-demo/") for half in ("calibra
 TEXTS = ("text.txt", "wikitext2-calibration.txt", "wikitext2-evaluation.txt", *(f"{half}/0.py" for half in HALVES))
 ELSEWHERE = (r"(Salesforce/wikitext|HuggingFaceFW/fineweb-edu):\S+", "text.txt"), (r"--tasks \S+ --limit \d+", "")
 """What needs the Hub, and what stands for it here."""
-TINY = ((r"--kv-rank 512 --rope-dim 64", "--kv-rank 24 --rope-dim 8"),)
+TINY = ((r"--kv-rank \d+ --rope-dim \d+", "--kv-rank 24 --rope-dim 8"),)
 SHORT = {
     "convert": "--window 64 --calibration-tokens 512 --heal-batch-tokens 128 --overwrite",
     "evaluate": "--window 64 --max-tokens 512",
