@@ -12,10 +12,10 @@ if sys.argv[1] == "held":
     hold_memory()
 import torch
 def fill():
-    torch.empty(64 << 20, dtype=torch.uint8).fill_(1)
+    torch.empty(40 << 20, dtype=torch.uint8).fill_(1)
 fill()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(8):
+for _ in range(40):
     fill()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -23,9 +23,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system's own ways elsewhere")
 def test_pages_are_not_made_anew_for_every_tensor() -> None:
-    """Eight times 64 MiB are 131,072 pages of 4 KiB."""
+    """Forty times 40 MiB are 409,600 pages of 4 KiB. An aligned tensor may miss what one of its size has left a few times."""
     faults = {}
     for way in ("given back", "held"):
         done = subprocess.run([sys.executable, "-c", FAULTS, way], capture_output=True, text=True, check=True)
         faults[way] = int(done.stdout)
-    assert faults["given back"] > 100_000 and faults["held"] < faults["given back"] / 3, faults
+    assert faults["given back"] > 400_000 and faults["held"] < faults["given back"] / 2, faults
