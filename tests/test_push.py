@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,14 @@ def test_a_card_without_our_sections_gets_them_at_its_end(copy: Path) -> None:
     (copy / "README.md").write_text(first)
     assert invoke("push", copy, NAME, "--dry-run")[0] == 0
     assert (copy / "README.md").read_text() == first
+
+
+def test_a_card_of_openings_alone_is_read_once() -> None:
+    """It took the square of their number: half a minute for these."""
+    opening = "<!-- kvfold:results -->"
+    started = time.process_time()
+    assert hand_made(opening * 20000 + "x<!-- /kvfold:results -->\nMine.") == [opening * 19999, "Mine."]
+    assert time.process_time() - started < 5
 
 
 def test_the_card_with_all_hand_made_lines_is_the_newer(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from kvfold.errors import UserError
 
 CARD = "README.md"
 SOURCE_NAME = "kvfold"
-_SECTION = re.compile(r"<!-- kvfold:(\w+) -->.*?<!-- /kvfold:\1 -->", re.DOTALL)
+_SECTION = re.compile(r"<!-- kvfold:(\w+) -->(?:(?!<!-- kvfold:).)*?<!-- /kvfold:\1 -->", re.DOTALL)
+"""What begins another one ends the search, or a text of openings alone would be searched once for each."""
 _NAME = re.compile(r"[A-Za-z0-9][\w.+ -]{0,80}")
 _LINK = re.compile(r"(https://[\w./%#?=&-]+|[\w.-]+)")
 _TARGET = "design kv_heads kv_rank rope_dim method grouping layout"
