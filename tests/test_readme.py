@@ -79,8 +79,9 @@ def typed(page: str) -> list[str]:
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model under the name of every source that the pages name, and their texts."""
     desk = tmp_path_factory.mktemp("desk")
-    for name in (*LLAMAS, "qwen2.5-coder-0.5b"):
-        kind = "qwen2" if name.startswith("qwen") else "llama"
+    others = {"qwen2.5-coder-0.5b": "qwen2", "gemma3-270m": "gemma3_text"}
+    for name in (*LLAMAS, *others):
+        kind = others.get(name, "llama")
         folder = save_model(desk / name, kind, torch.bfloat16, vocab_size=258, max_position_embeddings=2048)
         save_tokenizer(folder)
         (folder / "README.md").write_text("---\nlicense: llama2\n---\n")
