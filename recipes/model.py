@@ -8,7 +8,7 @@ layout.
 import json
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,9 +90,11 @@ def open_folded(folder: Path, source: str | None) -> Folded:
     widths = recorded.get("widths") or ()
     if any(len(pair) != 2 for pair in widths):
         raise UserError(f"{folder / RECORD} is damaged (target.widths are no pairs): convert again")
-    plan = replace(make_plan(config, settings), widths=tuple((rank, rope) for rank, rope in widths))
+    plan = make_plan(config, settings)
     if plan.measures_widths and plan.layout != "kvfold":  # one split for all layers, which the calibration text chose
-        plan = settled(plan, config, ((recorded["kv_rank"], recorded["rope_dim"]),))
+        widths = [(recorded["kv_rank"], recorded["rope_dim"])]
+    if widths:
+        plan = settled(plan, config, tuple((rank, rope) for rank, rope in widths))
     folded = Folded(reader, record, config, plan)
     missing = [n for i in plan.folded for n in folded.layout.names(i, plan) if n not in reader.entries]
     target = json.loads(json.dumps(plan.target()))

@@ -147,11 +147,6 @@ class Block:
         finally:
             exchange(self.layer, before)
 
-    def attend(self, x: Tensor) -> Tensor:
-        """The attention's output on its own inputs: (B, T, d) → (B, T, d)."""
-        output: Tensor = attention_of(self.layer)(hidden_states=x, **self.arguments)[0]
-        return output
-
     def mix(self, design: Attention, x: Tensor) -> Tensor:
         """The heads' outputs of a design that is not in the layer, called as its attention is: (B, T, d) → (B, T, H·D)."""
         return design.mix(x, self.rope, self.arguments.get("attention_mask"))
