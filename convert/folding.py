@@ -106,7 +106,7 @@ def packed(items: Iterable[tuple[int, OpenLayer]]) -> bytes:
         held = weights_of(item.design)
         tensors |= {f"{layer}.{name}": t.cpu().contiguous() for name, t in held.tensors().items()}
         notes[str(layer)] = json.dumps([type(held).__name__, item.record])
-    return save(tensors, notes)
+    return save(tensors, notes or None)  # of no metadata at all, safetensors 0.8 writes a file that it cannot read
 
 
 def unpacked(file: Path, layer: int) -> tuple[FoldedWeights, dict[str, Any]] | None:

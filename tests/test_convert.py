@@ -333,6 +333,13 @@ def test_healing_brings_every_window_nearer_to_the_original(tmp_path: Path) -> N
         assert layer["window_error"]["after"] < layer["window_error"]["before"]
 
 
+def test_windows_heal_layers_between_which_one_stays_as_it_is(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", "llama", num_hidden_layers=3)
+    settings = {"to": "mla", "kv_rank": 16, "rope_dim": 8, "layers": "0,2", "heal_window": 2, "heal_steps": 40}
+    record = fold(source, tmp_path / "out", **settings, calibrate=save_tokens(tmp_path / "t.safetensors", 32, 40))
+    assert [layer["window_error"]["after"] < layer["window_error"]["before"] for layer in record["layers"]] == [True, True]
+
+
 @pytest.mark.parametrize(("window", "measure"), [(2, "window_error"), ("all", "output_kl")])
 def test_healing_that_does_not_help_is_undone(tmp_path: Path, window: int | str, measure: str) -> None:
     source = save_model(tmp_path / "source", "llama")
