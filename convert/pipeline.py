@@ -6,8 +6,9 @@ healed on streams of hidden states: heal_windows.py.
 
 import json
 import time
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ from kvfold.convert.verify import verify
 from kvfold.errors import UserError
 
 POOLING = ("mean", "first", "random")
+COPIED_AT_ONCE = 2
+"""Tensors: while one is read and looked at, another is written."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +123,9 @@ def convert(
                 fold_on_stream(job, device, windows, report)
 
             def complete() -> dict[str, Any]:
-                if windows is None:
-                    fold_alone(job, device, report)
-                _copy_rest(job, specs, report)
+                with _copying_the_rest(job, specs, report):
+                    if windows is None:
+                        fold_alone(job, device, report)
                 record = _record(source, job, 0 if windows is None else windows.ids.numel(), time.time() - started, device)
                 config = layout.config(reader.config, plan, dtype)
                 if check:
@@ -234,14 +237,25 @@ def copy_attention(job: Conversion) -> None:
             job.writer.finish(job.unit(layer), {"choice": COPY})
 
 
-def _copy_rest(job: Conversion, specs: Iterable[TensorSpec], report: Report) -> None:
-    """Copy what is not attention: byte for byte where its dtype and its scale stay."""
+@contextmanager
+def _copying_the_rest(job: Conversion, specs: Iterable[TensorSpec], report: Report) -> Iterator[None]:
+    """Copy what is not attention, byte for byte where its dtype and scale stay, beside what is done in the context."""
     folded = {name for layer in job.plan.folded for name in job.layout.names(layer, job.plan)}
     rest = [s for s in specs if s.name not in folded]
     total, done = sum(s.size for s in rest), 0
     begun = 0.9 if job.plan.settings.calibrate else 0.5
-    for spec in rest:
-        report(begun + (1 - begun) * done / total, "copying the rest")
+
+    def copied(spec: TensorSpec) -> int:
         source, factor = job.layout.origin(spec.name, job.plan)
-        job.writer.copy(spec.name, job.reader, source, factor)
-        done += spec.size
+        job.writer.copy(spec.name, job.reader, source, factor, journalled=False)
+        return spec.size
+
+    with ThreadPoolExecutor(COPIED_AT_ONCE) as pool:
+        try:
+            sizes = pool.map(copied, rest)
+            yield
+            for size in sizes:
+                done += size
+                report(begun + (1 - begun) * done / total, "copying the rest")
+        finally:
+            pool.shutdown(cancel_futures=True)

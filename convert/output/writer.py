@@ -6,6 +6,7 @@ import shutil
 import struct
 from collections.abc import Container, Iterable
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import IO, Any
 
@@ -52,6 +53,7 @@ class CheckpointWriter:
         self._place: dict[str, tuple[Path, int, TensorSpec]] = {}
         self._index: dict[str, str] = {}
         self._open: dict[Path, IO[bytes]] = {}
+        self._opening = Lock()  # tensors may be copied by several threads
         self._unfinished: list[str] = []
         self._beside: dict[str, str] = {}
         self._dropped: list[str] = []
@@ -123,8 +125,8 @@ class CheckpointWriter:
         with path.open("rb", buffering=0) as file:
             return checksum_of(file, offset, spec.size)
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, cast to its planned dtype.
+    def write(self, name: str, tensor: Tensor, journalled: bool = True) -> None:
+        """Write one tensor, cast to its planned dtype; with `journalled` it belongs to the unit that is finished next.
 
         Raises ConversionError on a wrong shape, on NaN or infinity, and on a value lost to the cast.
         """
@@ -136,16 +138,18 @@ class CheckpointWriter:
             if not is_finite(tensor.detach()):
                 raise ConversionError(f"{name} came out as NaN or infinity: check the source's weights in that layer")
             raise ConversionError(f"{name} does not fit {spec.dtype}: it would hold NaN or infinity; choose a wider --dtype")
-        self._put(name, [cast.flatten().view(uint8).numpy().data])
+        self._put(name, [cast.flatten().view(uint8).numpy().data], journalled)
 
-    def copy(self, name: str, reader: CheckpointReader, source: str | None = None, factor: float = 1.0) -> None:
+    def copy(
+        self, name: str, reader: CheckpointReader, source: str | None = None, factor: float = 1.0, journalled: bool = True
+    ) -> None:
         """Copy the tensor `source` (or `name`) of the source: byte for byte when its dtype and scale stay, cast otherwise."""
         source = source or name
         if reader.entry(source).dtype == self._place[name][2].dtype and factor == 1.0:
-            self._put(name, reader.chunks(source))
+            self._put(name, reader.chunks(source), journalled)
         else:
             tensor = reader.tensor(source)
-            self.write(name, tensor if factor == 1.0 else tensor.float() * factor)
+            self.write(name, tensor if factor == 1.0 else tensor.float() * factor, journalled)
 
     @property
     def names(self) -> Container[str]:
@@ -161,19 +165,21 @@ class CheckpointWriter:
             file.seek(offset)
             return frombuffer(bytearray(file.read(spec.size)), dtype=spec.dtype).view(spec.shape)
 
-    def _put(self, name: str, pieces: Iterable[memoryview]) -> None:
-        path, offset, spec = self._place[name]
-        if path not in self._open:
-            self._open[path] = path.open("r+b", buffering=0)
-        file = self._open[path]
-        file.seek(offset)
+    def _put(self, name: str, pieces: Iterable[memoryview], journalled: bool) -> None:
+        path, start, spec = self._place[name]
+        with self._opening:
+            if path not in self._open:
+                self._open[path] = path.open("r+b", buffering=0)
+        file, at = self._open[path].fileno(), start
         for piece in pieces:
             rest = piece
             while rest:
-                rest = rest[file.write(rest) :]
+                written = os.pwrite(file, rest, at)
+                rest, at = rest[written:], at + written
         if hasattr(os, "posix_fadvise"):  # Linux begins to write then, and has little left when it must have written
-            os.posix_fadvise(file.fileno(), offset, spec.size, os.POSIX_FADV_DONTNEED)
-        self._unfinished.append(name)
+            os.posix_fadvise(file, start, spec.size, os.POSIX_FADV_DONTNEED)
+        if journalled:
+            self._unfinished.append(name)
 
     def keep(self, name: str, data: bytes | memoryview) -> None:
         """Write a file that whoever resumes behind the unit that is finished next, or a later one, will need."""
@@ -237,10 +243,12 @@ class Bystander(CheckpointWriter):
         self.folder, self.finished = folder, {}
         self._open = {}
 
-    def write(self, name: str, tensor: Tensor) -> None:
+    def write(self, name: str, tensor: Tensor, journalled: bool = True) -> None:
         pass
 
-    def copy(self, name: str, reader: CheckpointReader, source: str | None = None, factor: float = 1.0) -> None:
+    def copy(
+        self, name: str, reader: CheckpointReader, source: str | None = None, factor: float = 1.0, journalled: bool = True
+    ) -> None:
         pass
 
     def keep(self, name: str, data: bytes | memoryview) -> None:
