@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -239,22 +240,22 @@ def copy_attention(job: Conversion) -> None:
 
 @contextmanager
 def _copying_the_rest(job: Conversion, specs: Iterable[TensorSpec], report: Report) -> Iterator[None]:
-    """Copy what is not attention, byte for byte where its dtype and scale stay, beside what is done in the context."""
+    """Copy what is not attention: what stays as it is byte for byte, beside what is done in the context, and then all else."""
     folded = {name for layer in job.plan.folded for name in job.layout.names(layer, job.plan)}
     rest = [s for s in specs if s.name not in folded]
     total, done = sum(s.size for s in rest), 0
     begun = 0.9 if job.plan.settings.calibrate else 0.5
 
     def copied(spec: TensorSpec) -> int:
-        source, factor = job.layout.origin(spec.name, job.plan)
-        job.writer.copy(spec.name, job.reader, source, factor, journalled=False)
+        job.writer.copy(spec.name, job.reader, *job.layout.origin(spec.name, job.plan), journalled=False)
         return spec.size
 
     with ThreadPoolExecutor(COPIED_AT_ONCE) as pool:
+        stays = {s.name: job.writer.stays(s.name, job.reader, *job.layout.origin(s.name, job.plan)) for s in rest}
+        beside = [pool.submit(copied, s) for s in rest if stays[s.name]]
         try:
-            sizes = pool.map(copied, rest)
             yield
-            for size in sizes:
+            for size in chain((copy.result() for copy in beside), (copied(s) for s in rest if not stays[s.name])):
                 done += size
                 report(begun + (1 - begun) * done / total, "copying the rest")
         finally:

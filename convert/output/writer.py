@@ -143,13 +143,18 @@ class CheckpointWriter:
     def copy(
         self, name: str, reader: CheckpointReader, source: str | None = None, factor: float = 1.0, journalled: bool = True
     ) -> None:
-        """Copy the tensor `source` (or `name`) of the source: byte for byte when its dtype and scale stay, cast otherwise."""
+        """Copy the tensor `source` (or `name`) of the source: byte for byte when it stays as it is, cast otherwise."""
         source = source or name
-        if reader.entry(source).dtype == self._place[name][2].dtype and factor == 1.0:
+        if self.stays(name, reader, source, factor):
             self._put(name, reader.chunks(source), journalled)
         else:
             tensor = reader.tensor(source)
             self.write(name, tensor if factor == 1.0 else tensor.float() * factor, journalled)
+
+    def stays(self, name: str, reader: CheckpointReader, source: str, factor: float = 1.0) -> bool:
+        """Whether the tensor `source` of the source, times `factor`, has the bytes that `name` will have."""
+        entry = reader.entry(source)
+        return entry.dtype == self._place[name][2].dtype and entry.cut is None and factor == 1.0
 
     @property
     def names(self) -> Container[str]:
