@@ -59,6 +59,7 @@ def under_load(llm: LLM, prompts: list[list[int]], new_tokens: int) -> dict[str,
 
 
 def said_of(checkpoint: str, asked: dict[str, Any]) -> dict[str, Any]:
+    latent = json.loads((Path(checkpoint) / "config.json").read_text())["model_type"] == "deepseek_v3"
     llm = LLM(
         checkpoint,
         dtype="float32",
@@ -69,6 +70,7 @@ def said_of(checkpoint: str, asked: dict[str, Any]) -> dict[str, Any]:
         max_num_batched_tokens=CHUNK,
         block_size=BLOCK,
         disable_log_stats=True,
+        attention_backend="CPU_MLA" if latent else None,  # where the CPU has AMX, vLLM takes one for bfloat16 alone
         # vLLM's own CPU rotary kernel is wrong for interleaved DeepSeek-V3 heads; its PyTorch path is right
         compilation_config={"custom_ops": ["none"]},
     )
