@@ -212,14 +212,12 @@ def compare(engine: str, choice: dict[str, Any], python: str, out: Path, root: P
         found["texts"] = len(texts)
     if mixed:
         source = of_source(python, Path(record["source"]))
-        layers = json.loads((out / "config.json").read_text())["folded_layers"]
-        share = sum(widths is not None for widths in layers) / len(layers)
         found |= {
             "requests_alike": theirs["alike"],
             "requests": theirs["requests"],
             "tokens_reused": theirs["reused"],
             "capacity_ratio": theirs["capacity"] / source["capacity"],
-            "capacity_ratio_asked": 1 / (1 - share + share * record["kv_budget"]),
+            "capacity_ratio_asked": 1 / record["kv_budget"],
             "tokens_per_second": theirs["tokens_per_second"],
             "source_tokens_per_second": source["tokens_per_second"],
         }

@@ -60,7 +60,7 @@ def entries(data: dict[str, Json]) -> Iterator[tuple[str, dict[str, Json]]]:
             {**{key: entry["recipe"][key] for key in RECIPE}, **{key: entry[key] for key in ("tokens", "distinct_tokens")}}
             for entry in result["conversion"].get("uptraining", [])
         ]
-        steps += [f"{entry['train']}-{'kl' if entry['kl_weight'] else 'ce'}" for entry in trained]
+        steps += [f"{entry['train']}-{'kl' if entry['kl_weight'] else 'ce'}-{entry['tokens']}" for entry in trained]
         name = "-".join(map(str, [*way, f"{cache:g}", stage.replace(" ", "-"), *steps]))
         kept = ("nll", "damage_nats", "damage_interval", "kl", "kl_interval", "top1_agreement", "damage_by_position")
         yield (

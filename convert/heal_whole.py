@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvfold.convert import processes
 from kvfold.convert.conversion import Conversion, Report
@@ -24,11 +24,12 @@ from kvfold.convert.source.data import Windows
 from kvfold.convert.source.stream import HiddenStates, SourceModel, logit_cap
 from kvfold.errors import ConversionError
 from kvfold.surgery.designs import weights_of
-from kvfold.surgery.healing import COARSE_KL, Progress, by_error, drawn, heal
+from kvfold.surgery.healing import COARSE_KL, Looks, Progress, by_error, drawn, heal, kept_back
 from kvfold.surgery.output import output_divergence
 
-RATE = 0.1
-"""The learning rate times the root of the hidden size: sums over more numbers want smaller steps of each."""
+RATE = 0.03
+"""The learning rate times the root of the hidden size: sums over more numbers want smaller steps of each. Three times as much
+makes SmolLM2 worse on windows held out once the rate has risen, whatever it learns of the others."""
 PIECE = 2048
 """Tokens that run forward and back at a time; a step of more adds up their gradients."""
 FOLDING = 0.3
@@ -39,8 +40,6 @@ HEALED = "healed "
 """How the journal names a state of healing, before its steps."""
 SHALLOW = 8
 """Layers of a model that is healed in windows: its errors add up little, and a window learns more from as many steps."""
-HELD_OUT = 16
-"""One of so many windows is not healed on, and says what healing was worth."""
 
 Output = tuple[Callable[[Tensor], Tensor], Tensor, float | None]
 """What maps the last layer's states to what the output embedding reads, that embedding in the dtype of the products, and what
@@ -65,12 +64,12 @@ def worth_and_fits(plan: ConversionPlan, weights: int, tokens: int, free: float)
 
 def needed_bytes(plan: ConversionPlan, weights: int, tokens: int) -> int:
     """An estimate of what healing the whole model takes on windows of `tokens`: float32 weights, those of an untied output
-    embedding among them, three more of each that learns, activations."""
+    embedding among them, four more of each that learns, activations."""
     spec = plan.spec
     learning = len(plan.folded) * spec.hidden_size * spec.head_dim * (2 * spec.heads + 2 * spec.kv_heads)
     # A token keeps about forty vectors of a layer, and its scores against the window several times.
     activations = 2 * PIECE * spec.layers * (40 * spec.hidden_size + 5 * spec.heads * tokens)
-    return 4 * (weights + 3 * learning) + activations
+    return 4 * (weights + 4 * learning) + activations
 
 
 def free_bytes(device: torch.device) -> int:
@@ -161,11 +160,12 @@ def _heal(
 ) -> dict[str, Any]:
     """Train all layers on the KL from the original at the output; what it was on held-out windows before and after.
 
-    Where it did not fall, the layers stay as they were.
+    The layers are left as they were when it was least, before the first step included: a text that is gone over several times
+    is learned by heart in the end.
     """
     settings, started = job.plan.settings, time.time()
     rows, tokens = ids.shape
-    held_out = min(rows // 2, max(1, rows // HELD_OUT))
+    held_out = kept_back(rows)
     size = min(rows - held_out, max(1, settings.heal_batch_tokens // tokens))
     generator = torch.Generator().manual_seed(settings.seed)
     autocast = autocast_of(settings)
@@ -199,74 +199,77 @@ def _heal(
     def progress(step: int, value: float) -> None:
         report(step / settings.heal_steps, f"healing all layers, KL {value:.3f}")
 
-    begun, before = _kept(job, designs)
-    if begun is None:
-        before = measure()
+    parameters = [p for module in designs for p in module.parameters()]
+    begun, looks = _kept(job, parameters)
+    looks = looks or Looks.begun(measure(), parameters)
     last = time.monotonic()
 
-    def keep(now: Progress) -> None:
+    def keep(now: Progress) -> bool:
         nonlocal last
-        due = now.steps == settings.heal_steps or time.monotonic() - last > KEEP_SECONDS
-        if due and processes.is_main():
-            _keep(job, now, designs, before)
+        ended = looks.behind(now.steps, settings.heal_steps, measure, parameters)
+        if processes.is_main() and (ended or time.monotonic() - last > KEEP_SECONDS):
+            _keep(job, now, parameters, looks)
             last = time.monotonic()
+        return ended
 
-    try:
-        heal(
-            blocks,
-            designs,
-            islice(batches(), begun.steps if begun else 0, None),
-            settings.heal_steps,
-            settings.heal_lr or RATE * job.plan.spec.hidden_size**-0.5,
-            loss=loss,
-            scale=lambda first: by_error(first, COARSE_KL),
-            piece=max(1, PIECE // tokens),
-            autocast=autocast,
-            report=progress,
-            begun=begun,
-            keep=keep,
-            rows=size,
-            total=processes.total,
-        )
-    except FloatingPointError as found:
-        raise failed(settings, found) from None
-    after = measure()
-    if not after < before:
-        for layer, item in enumerate(layers):
-            saved = unpacked(job.writer.folder / f"folded-{layer}.safetensors", layer)
-            if saved is not None:
-                item.set_weights(saved[0])
-    return {"output_kl": {"before": before, "after": min(after, before)}, "healing_seconds": round(time.time() - started, 2)}
+    if begun is None or not looks.ended(begun.steps, settings.heal_steps):
+        try:
+            heal(
+                blocks,
+                designs,
+                islice(batches(), begun.steps if begun else 0, None),
+                settings.heal_steps,
+                settings.heal_lr or RATE * job.plan.spec.hidden_size**-0.5,
+                loss=loss,
+                scale=lambda first: by_error(first, COARSE_KL),
+                piece=max(1, PIECE // tokens),
+                autocast=autocast,
+                report=progress,
+                begun=begun,
+                keep=keep,
+                rows=size,
+                total=processes.total,
+            )
+        except FloatingPointError as found:
+            raise failed(settings, found) from None
+    looks.restore(parameters)
+    return {
+        "output_kl": looks.record(),
+        "healing_seconds": round(time.time() - started, 2),
+    }
 
 
-def _keep(job: Conversion, now: Progress, designs: list[Any], before: float) -> None:
+def _keep(job: Conversion, now: Progress, parameters: list[nn.Parameter], looks: Looks) -> None:
     """Write down where healing stands; of the states before, the last stays until the next one is to be written."""
     states = [_state(unit) for unit in job.writer.finished if unit.startswith(HEALED)]
     for name in states[:-1]:  # first, for a state may be several times as large as what comes of it
         (job.writer.folder / name).unlink(missing_ok=True)
     for name in states:
         job.writer.drop(name)
-    parameters = [p.detach() for module in designs for p in module.parameters()]
-    # Behind the last step nobody needs the optimizer, which is two thirds of a state.
-    progress = {**vars(now), "optimizer": now.optimizer if now.steps < job.plan.settings.heal_steps else None}
+    # Behind the last step nobody needs the optimizer, which is most of a state.
+    ended = looks.ended(now.steps, job.plan.settings.heal_steps)
+    progress = {**vars(now), "optimizer": None if ended else now.optimizer}
     data = io.BytesIO()
-    torch.save({"progress": progress, "parameters": parameters, "before": before}, data)
+    held = [] if ended else [p.detach() for p in parameters]
+    torch.save({"progress": progress, "parameters": held, "looks": vars(looks)}, data)
     unit = f"{HEALED}{now.steps}"
     job.writer.keep(_state(unit), data.getbuffer())  # no copy: memory may be short
     job.writer.finish(unit, {})
 
 
-def _kept(job: Conversion, designs: list[Any]) -> tuple[Progress | None, float]:
-    """Where an interrupted healing stood, with its parameters put in, and the loss that it began with."""
+def _kept(job: Conversion, parameters: list[nn.Parameter]) -> tuple[Progress | None, Looks | None]:
+    """Where an interrupted healing stood, with its parameters put in, and what it had seen."""
     units = [unit for unit in job.writer.finished if unit.startswith(HEALED)]
     if not units:
-        return None, 0.0
+        return None, None
     file = job.writer.folder / _state(units[-1])
     saved = processes.from_main(lambda: torch.load(file, map_location="cpu", weights_only=True))
     with torch.no_grad():
-        for p, value in zip((p for module in designs for p in module.parameters()), saved["parameters"], strict=True):
+        for p, value in zip(parameters, saved["parameters"], strict=False):  # of one that ended there are none
             p.copy_(value)
-    return Progress(**saved["progress"]), saved["before"]
+    looks = Looks(**saved["looks"])
+    looks.parameters = [value.to(p) for p, value in zip(parameters, looks.parameters, strict=True)]
+    return Progress(**saved["progress"]), looks
 
 
 def _state(unit: str) -> str:

@@ -22,7 +22,7 @@ from kvfold.convert.planning.settings import ConvertSettings
 from kvfold.convert.source.data import Windows
 from kvfold.convert.source.stream import HiddenStates, SourceModel, check_finite
 from kvfold.surgery.designs import weights_of
-from kvfold.surgery.healing import drawn, heal, relative_error
+from kvfold.surgery.healing import Looks, drawn, heal, kept_back, relative_error
 
 WINDOW, WINDOW_RATE = 2, 2e-2
 """Layers in a window, and the learning rate of its healing."""
@@ -129,16 +129,17 @@ def _heal(
 ) -> dict[str, float]:
     """Train the waiting layers so that the folded stream meets the original behind them; the error before and after.
 
-    Both are measured on the same tokens; where the error did not fall, the layers stay as they were.
+    Both are of windows held out; the layers are left as they were when it was least.
     """
-    tokens = folded.data.shape[1]
+    tokens, held_out = folded.data.shape[1], kept_back(folded.windows)
     generator = torch.Generator().manual_seed(settings.seed * 100_003 + layer)
-    size = min(folded.windows, max(1, settings.heal_batch_tokens // tokens))
-    mine = processes.held(size)  # of those on which the error is measured
+    size = min(folded.windows - held_out, max(1, settings.heal_batch_tokens // tokens))
+    measured = processes.held(max(1, held_out))
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for pick in map(processes.own, drawn(folded.windows, size, generator)):
-            yield folded.data[pick].to(device), original.data[pick].to(device)
+        for pick in drawn(folded.windows - held_out, size, generator):
+            mine = processes.own(held_out + pick)
+            yield folded.data[mine].to(device), original.data[mine].to(device)
 
     blocks = [item.block for item in waiting]
     designs = designs_of(waiting)
@@ -147,14 +148,17 @@ def _heal(
     @torch.no_grad()
     def error() -> float:
         total = 0.0
-        for rows in folded.batches(0, mine):
+        for rows in folded.batches(0, measured):
             hidden = folded.data[rows].to(device)
             for block in blocks:
                 hidden = block(hidden)
             total += float(relative_error(hidden, original.data[rows].to(device))) * len(hidden)
-        return total / max(1, mine)
+        return total / max(1, measured)
 
-    before, kept = processes.mean(folded.with_less(error), mine), [p.detach().clone() for p in parameters]
+    def measure() -> float:
+        return processes.mean(folded.with_less(error), measured)
+
+    looks = Looks.begun(measure(), parameters)
     try:
         heal(
             blocks,
@@ -164,13 +168,11 @@ def _heal(
             settings.heal_lr or WINDOW_RATE,
             autocast=autocast_of(settings),
             report=report,
+            keep=lambda now: looks.behind(now.steps, settings.heal_steps, measure, parameters),
             rows=size,
             total=processes.total,
         )
     except FloatingPointError as found:
         raise failed(settings, found, f"layer {layer}: ") from None
-    after = processes.mean(folded.with_less(error), mine)
-    if not after < before:
-        for parameter, value in zip(parameters, kept, strict=True):
-            parameter.data.copy_(value)
-    return {"before": before, "after": min(after, before)}
+    looks.restore(parameters)
+    return looks.record()

@@ -30,6 +30,10 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
     return ((output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).mean()
 
 
+HELD_OUT = 16
+"""One of so many windows is not healed on, and says what healing is worth: a text gone over often is learned by heart."""
+LOOKS, PATIENCE = 12, 3
+"""How often it is asked, and how many times in a row without a gain end healing."""
 COARSE_KL = 0.5
 """The same in nats at the model's output."""
 
@@ -46,6 +50,46 @@ class Progress:
     steps: int = 0
     losses: list[float] = field(default_factory=list)
     optimizer: dict[str, Any] | None = None
+
+
+@dataclass
+class Looks:
+    """What windows that are held out say of healing: the loss before it, the least since, at which step that was, how many
+    looks in a row it was not undercut, and the parameters of then."""
+
+    before: float
+    least: float
+    step: int
+    in_vain: int
+    parameters: list[Tensor]
+
+    @staticmethod
+    def begun(before: float, parameters: Sequence[nn.Parameter]) -> "Looks":
+        return Looks(before, before, 0, 0, [p.detach().clone() for p in parameters])
+
+    @torch.no_grad()
+    def behind(self, step: int, steps: int, measure: Callable[[], float], parameters: Sequence[nn.Parameter]) -> bool:
+        """Look, where it is time to, behind one of so many steps; whether it was the last."""
+        if step % -(-steps // LOOKS) == 0 or step == steps:
+            self.in_vain += 1
+            if (loss := measure()) < self.least:
+                self.least, self.step, self.in_vain = loss, step, 0
+                for kept, p in zip(self.parameters, parameters, strict=True):
+                    kept.copy_(p)
+        return self.ended(step, steps)
+
+    def ended(self, step: int, steps: int) -> bool:
+        return step == steps or self.in_vain >= PATIENCE
+
+    @torch.no_grad()
+    def restore(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Put in the parameters of the least loss."""
+        for p, kept in zip(parameters, self.parameters, strict=True):
+            p.copy_(kept)
+
+    def record(self) -> dict[str, float]:
+        """What kvfold.json says of it."""
+        return {"before": self.before, "after": self.least, "step": self.step}
 
 
 class RelativeAdam:
@@ -125,6 +169,11 @@ class RelativeAdam:
         self.loudness = {p: loud.to(p.device) for p, loud in pairs if loud is not None}
 
 
+def kept_back(windows: int) -> int:
+    """How many of so many windows are not healed on: the first ones. One alone is healed on and measured on."""
+    return min(windows // 2, max(1, windows // HELD_OUT))
+
+
 def drawn(rows: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """The rows (size,) of one step after the other, without end; each is drawn once before any is drawn again, but for those
     that do not make a whole step.
@@ -149,7 +198,7 @@ def heal(
     autocast: torch.dtype | None = None,
     report: Callable[[int, float], None] | None = None,
     begun: Progress | None = None,
-    keep: Callable[[Progress], None] | None = None,
+    keep: Callable[[Progress], bool] | None = None,
     rows: int | None = None,
     total: Total = lambda *tensors: list(tensors),
 ) -> list[float]:
@@ -165,7 +214,8 @@ def heal(
             processor has it; parameters, their gradients and the hidden states between blocks stay as they are.
         report: called with the step and its loss.
         begun: where an interrupted run stood; the parameters must be those of then.
-        keep: called behind every step with what `begun` wants, for whoever writes it down now and then.
+        keep: called behind every step with what `begun` wants, for whoever writes it down now and then; it says whether that
+            step was the last.
         rows: of a step, where `batches` give only those that this process has, maybe none; None where each is a whole step.
         total: sums over the processes that have the others.
 
@@ -222,5 +272,6 @@ def heal(
             report(step, value)
         if keep is not None:
             progress.optimizer = optimizer.state()
-            keep(progress)
+            if keep(progress):
+                break
     return progress.losses

@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Source, text, and what one process makes of them: `windows` and `whole`."""
     made = tmp_path_factory.mktemp("processes")
     save_model(made / "source", "llama", num_hidden_layers=3)
-    save_tokens(made / "t.safetensors", 25, 32)
+    save_tokens(made / "t.safetensors", 101, 32)
     assert convert(made, "windows", *WINDOWS)[0] == convert(made, "whole", *WHOLE)[0] == 0
     return made
 

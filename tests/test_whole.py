@@ -11,6 +11,7 @@ from kvfold.convert import heal_whole
 from kvfold.convert.output.writer import CheckpointWriter
 from kvfold.convert.pipeline import convert
 from kvfold.convert.planning.settings import ConvertSettings
+from kvfold.surgery import healing
 from tests.helpers import run_cli, save_model, save_tokens
 
 
@@ -41,6 +42,32 @@ def test_healing_at_the_output_lowers_its_kl(tmp_path: Path, source: Path) -> No
     kl = healed["layers"][0]["output_kl"]
     assert 0 < kl["after"] < 0.9 * kl["before"]
     assert all(layer["output_kl"] == kl for layer in healed["layers"])
+
+
+def test_healing_ends_where_the_windows_held_out_gain_nothing(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+
+    def note(share: float | None, line: str) -> None:
+        steps.extend([line] if line.startswith("healing") else [])
+
+    kept = convert(str(source), tmp_path / "out", settings(tmp_path, heal_lr=1e3, heal_steps=36), report=note).record
+    assert len(steps) == 3 * 36 // healing.LOOKS  # three looks in vain
+    assert kept["layers"][0]["output_kl"]["step"] == 0
+
+    steps.clear()
+    looked, behind = iter([-1.0, -2.0, 0.0, -1.5, -3.0]), healing.Looks.behind  # another one in vain would be too late
+    monkeypatch.setattr(
+        healing.Looks, "behind", lambda looks, step, steps, _, now: behind(looks, step, steps, lambda: next(looked, 9.0), now)
+    )
+    kept = convert(str(source), tmp_path / "best", settings(tmp_path, heal_steps=36), report=note).record
+    assert {**kept["layers"][0]["output_kl"], "before": 0} == {"before": 0, "after": -3.0, "step": 15}
+    assert len(steps) == 8 * 3
+    monkeypatch.undo()
+    shorter = convert(str(source), tmp_path / "whole", settings(tmp_path, heal_steps=36)).record
+    assert shorter["layers"][0]["output_kl"]["step"] == 36
+    assert weights(tmp_path / "best") != weights(tmp_path / "whole")
 
 
 def test_an_interrupted_healing_goes_on_to_the_same_bytes(
