@@ -4,8 +4,8 @@
     python benchmarks/results.py check               compares every table of numbers with its results (make docs)
 
 A table names its results in a comment above it, `<!-- results: smollm2-135m -->`. Each of its numbers must then stand in that
-file, rounded, as what the column shows: with a cache column, in a result of the row's cache. Cells with † and tables whose
-results are `before` were measured before results were kept. To add a row: run the benchmark, keep its result, write the row.
+file, rounded, as what the column shows: with a cache column, in a result of the row's cache. Cells with † were measured before
+results were kept. To add a row: run the benchmark, keep its result, write the row.
 """
 
 import json
@@ -20,8 +20,6 @@ from kvfold.surgery.names import PUBLISHED
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-BEFORE = 1
-"""How many tables have no kept results: older ones, and what `benchmarks/engines.py` prints. It only shrinks."""
 BASELINES = ("mean", "first", "random", "align")
 """Methods to fewer heads beside the default, which results are called by."""
 SETTINGS = ("calibration_tokens", "heal_steps", "heal_batch_tokens")
@@ -134,9 +132,8 @@ def unfounded(page: Path) -> Iterator[str]:
     """A line on every number in a table that its results do not hold."""
     for heading, named, (header, *rows) in tables(page.read_text()):
         where = f"{page.name}, {heading}"
-        if named in (None, "before"):
-            if named is None:
-                yield f"{where}: the table {header} names no results"
+        if named is None:
+            yield f"{where}: the table {header} names no results"
             continue
         held: dict[str, Json] = json.loads((RESULTS / f"{named}.json").read_text())
         for row in rows:
@@ -157,9 +154,6 @@ def main() -> None:
         keep(sys.argv[2], [Path(name) for name in sys.argv[3:]])
     elif sys.argv[1:] == ["check"]:
         wrong = [line for page in PAGES for line in unfounded(page)]
-        before = sum(named == "before" for page in PAGES for _, named, _ in tables(page.read_text()))
-        if before > BEFORE:
-            wrong.append(f"{before} tables are of before results were kept, {BEFORE} may be: keep their results")
         print("\n".join(wrong) or "every table's numbers stand in its results")
         sys.exit(bool(wrong))
     else:

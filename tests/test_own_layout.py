@@ -124,8 +124,10 @@ def test_layers_with_a_window_can_be_folded_too(family: str, design: str, tmp_pa
 def test_layers_that_stay_keep_their_tensors_and_their_cache(tmp_path: Path) -> None:
     """Only the last of three is folded, healed with the first window of layers, and counted with the others."""
     source = save_model(tmp_path / "source", "gemma3_text", num_key_value_heads=4)
-    tokens = save_tokens(tmp_path / "t.safetensors", 16, 40)
-    record = fold(source, tmp_path / "out", **SMALL["mla"], calibrate=tokens, heal_steps=4, heal_batch_tokens=80)
+    tokens = save_tokens(tmp_path / "t.safetensors", 128, 40)
+    record = fold(
+        source, tmp_path / "out", **SMALL["mla"], calibrate=tokens, heal_steps=20, heal_batch_tokens=320, heal_lr=0.003
+    )
     before, after = CheckpointReader(source), CheckpointReader(tmp_path / "out")
     for name in before.entries:
         if "layers.2.self_attn" not in name:

@@ -74,7 +74,7 @@ def test_uptraining_is_measured_beside_the_source_fine_tuned(shared: Path, tmp_p
     for name in ("on", "second"):
         results.keep(name, [tmp_path / "out" / f"{name}.json"], tmp_path)
         kept = json.loads((tmp_path / f"{name}.json").read_text())
-        ways = ("32-closed-form", "32-uptrained-attention-kl", "64-uptrained-attention-ce")
+        ways = ("32-closed-form", "32-uptrained-attention-kl-8224", "64-uptrained-attention-ce-8224")
         closed, uptrained, tuned = (kept[f"gqa-source-None-mean-{way}"] for way in ways)
         assert closed["damage_nats"] > uptrained["damage_nats"] and closed["kl"] > uptrained["kl"]
         assert abs(tuned["damage_nats"]) < 0.005 and 0 < tuned["kl"] < 0.01
