@@ -4,8 +4,8 @@
     python benchmarks/results.py check               compares every table of numbers with its results (make docs)
 
 A table names its results in a comment above it, `<!-- results: smollm2-135m -->`. Each of its numbers must then stand in that
-file, rounded, as what the column shows: with a cache column, in a result of the row's cache. Cells with † were measured before
-results were kept. To add a row: run the benchmark, keep its result, write the row.
+file, rounded, as what the column shows: with a cache column, in a result of the row's cache. To add a row: run the benchmark,
+keep its result, write the row.
 """
 
 import json
@@ -144,7 +144,7 @@ def unfounded(page: Path) -> Iterator[str]:
             for column, cell in zip(header[1:], row[1:], strict=True):
                 fields = next((f for pattern, f in COLUMNS.items() if re.fullmatch(pattern, column, re.IGNORECASE)), None)
                 offered = [[entry.get(field) for field in fields] for entry in of_row] if fields else held
-                for number in [] if "†" in cell or column in KEYS else NUMBER.findall(cell):
+                for number in [] if column in KEYS else NUMBER.findall(cell):
                     if not any(matches(number, value) for value in numbers(offered)):
                         yield f"{where}: {number} in {row[0]}, {column}, is no result in docs/results/{named}.json"
 
