@@ -233,10 +233,7 @@ def _heal(
         except FloatingPointError as found:
             raise failed(settings, found) from None
     looks.restore(parameters)
-    return {
-        "output_kl": looks.record(),
-        "healing_seconds": round(time.time() - started, 2),
-    }
+    return {"output_kl": looks.record(), "healing_seconds": round(time.time() - started, 2)}
 
 
 def _keep(job: Conversion, now: Progress, parameters: list[nn.Parameter], looks: Looks) -> None:

@@ -243,15 +243,16 @@ def _copying_the_rest(job: Conversion, specs: Iterable[TensorSpec], report: Repo
     """Copy what is not attention: what stays as it is byte for byte, beside what is done in the context, and then all else."""
     folded = {name for layer in job.plan.folded for name in job.layout.names(layer, job.plan)}
     rest = [s for s in specs if s.name not in folded]
+    origins = {s.name: job.layout.origin(s.name, job.plan) for s in rest}
     total, done = sum(s.size for s in rest), 0
     begun = 0.9 if job.plan.settings.calibrate else 0.5
 
     def copied(spec: TensorSpec) -> int:
-        job.writer.copy(spec.name, job.reader, *job.layout.origin(spec.name, job.plan), journalled=False)
+        job.writer.copy(spec.name, job.reader, *origins[spec.name], journalled=False)
         return spec.size
 
     with ThreadPoolExecutor(COPIED_AT_ONCE) as pool:
-        stays = {s.name: job.writer.stays(s.name, job.reader, *job.layout.origin(s.name, job.plan)) for s in rest}
+        stays = {s.name: job.writer.stays(s.name, job.reader, *origins[s.name]) for s in rest}
         beside = [pool.submit(copied, s) for s in rest if stays[s.name]]
         try:
             yield

@@ -15,8 +15,14 @@ from torch import Tensor, nn
 
 COARSE = 0.03
 """The relative error from which on healing takes full steps. What steps of a size break by themselves grows with its square."""
+COARSE_KL = 0.5
+"""The same in nats at the model's output."""
 QUIET = 1e-2
 """Of a projection's median input channel: channels quieter than that are taken to be as loud."""
+HELD_OUT = 16
+"""One of so many windows is not healed on, and says what healing is worth: a text gone over often is learned by heart."""
+LOOKS, PATIENCE = 12, 3
+"""How often it is asked, and how many times in a row without a gain end healing."""
 Loss = Callable[[Tensor, Tensor], Tensor]
 Total = Callable[..., list[Tensor]]
 """Of tensors their sums over all processes."""
@@ -28,14 +34,6 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
     The next layer normalises every token by itself, so a few tokens of huge norm must not outweigh the rest.
     """
     return ((output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).mean()
-
-
-HELD_OUT = 16
-"""One of so many windows is not healed on, and says what healing is worth: a text gone over often is learned by heart."""
-LOOKS, PATIENCE = 12, 3
-"""How often it is asked, and how many times in a row without a gain end healing."""
-COARSE_KL = 0.5
-"""The same in nats at the model's output."""
 
 
 def by_error(first_loss: float, coarse: float = COARSE) -> float:
@@ -50,6 +48,11 @@ class Progress:
     steps: int = 0
     losses: list[float] = field(default_factory=list)
     optimizer: dict[str, Any] | None = None
+
+
+def kept_back(windows: int) -> int:
+    """How many of so many windows are not healed on: the first ones. One alone is healed on and measured on."""
+    return min(windows // 2, max(1, windows // HELD_OUT))
 
 
 @dataclass
@@ -167,11 +170,6 @@ class RelativeAdam:
         self.sizes = state["sizes"]
         pairs = zip(self.parameters, state["loudness"], strict=True)
         self.loudness = {p: loud.to(p.device) for p, loud in pairs if loud is not None}
-
-
-def kept_back(windows: int) -> int:
-    """How many of so many windows are not healed on: the first ones. One alone is healed on and measured on."""
-    return min(windows // 2, max(1, windows // HELD_OUT))
 
 
 def drawn(rows: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
