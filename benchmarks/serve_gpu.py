@@ -111,7 +111,8 @@ class Cell:
 
     def source(self) -> dict[str, float]:
         caches = self.caches(2, self.batch, self.size.kv_heads, self.context, self.size.width)
-        layers = [Grouped(self.size).to(self.device, self.dtype) for _ in caches]
+        with self.device:
+            layers = [Grouped(self.size).to(self.dtype) for _ in caches]
         q = self.numbers[: self.batch * self.size.heads * self.size.width].view(self.batch, self.size.heads, 1, self.size.width)
         return {
             "attention": self.timed([lambda c=cache: grouped(q, c) for cache in caches]),
@@ -125,9 +126,10 @@ class Cell:
 
     def layer(self, name: str) -> FoldedAttention:
         design, widths = self.size.folds[name]
-        made = DESIGNS[design](self.size.hidden, heads=self.size.heads, value_dim=self.size.width, **widths)
+        with self.device:  # layers of this size take a second each to fill on a CPU
+            made = DESIGNS[design](self.size.hidden, heads=self.size.heads, value_dim=self.size.width, **widths)
         made.rotary_emb = self.rotary
-        return made.to(self.device, self.dtype)
+        return made.to(self.dtype)
 
     def folded(self, name: str, kernel: bool) -> dict[str, float]:
         caches = self.pages_of(name)

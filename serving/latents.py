@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.surgery.kvfold_attention import FoldedAttention, LatentAttention, ReusedKeyAttention, Rope, pick, rotate
+from kvfold.surgery.kvfold_attention import (
+    FoldedAttention,
+    LatentAttention,
+    ReusedKeyAttention,
+    Rope,
+    by_head,
+    pick,
+    rotate,
+)
 
 SPAN = 1024
 """Tables of angles are made for so many positions at a time: they are used until requests outgrow them."""
@@ -169,11 +177,11 @@ def decode(attention: FoldedAttention, shape: Shape, x: Tensor, rope: Rope, cach
     if isinstance(attention, LatentAttention):
         q_nope, q_rope = attention.split_queries(x, new)
         up_k, up_v = attention.up(x)
-        first = (q_nope @ up_k)[:, :, 0] if shape.asks_first else None
+        first = by_head(q_nope, up_k)[:, :, 0] if shape.asks_first else None
         second = q_rope[:, :, 0] if shape.second else None
         turned = attention.turned_queries(q_nope, new)[:, :, 0].unflatten(-1, (-1, shape.wide)) if shape.numbers else None
         mixed = attend(shape, Asked(attention.scale, first, second, turned, attention.sinks), cached)
-        return (mixed[:, :, None] @ up_v.mT).flatten(1)
+        return by_head(mixed[:, :, None], up_v.mT).flatten(1)
     assert isinstance(attention, ReusedKeyAttention)
     q = rotate(attention.queries(x), pick(new, attention.rope_pairs)).to(x)[:, :, 0]
     first, second = q.chunk(2, -1)

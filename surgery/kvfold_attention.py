@@ -156,6 +156,14 @@ def matrix(linear: Any, columns: int, like: Tensor) -> Tensor:
     return linear(torch.eye(columns, dtype=like.dtype, device=like.device)).mT
 
 
+def by_head(x: Tensor, matrices: Tensor) -> Tensor:
+    """Every head by a matrix of its own: (…, H, T, A), (H, A, B) → (…, H, T, B).
+
+    `x @ matrices` copies the matrices for every sequence of a batch, which takes most of the time of a decoding step.
+    """
+    return torch.einsum("...hta,hab->...htb", x, matrices)
+
+
 class Attention(nn.Module):
     """What stands in the place of a transformers attention: an output projection behind heads."""
 
@@ -262,7 +270,7 @@ class FoldedAttention(Attention):
         q = self.sized(per_head(self.q_proj(x), self.value_dim))
         if self.behind:
             q = q * self.q_norm[:, None, :, None].to(q)  # (2, B, H, T, D)
-        return q @ self.q_maps.mT.to(q)
+        return by_head(q, self.q_maps.mT.to(q))
 
     def turn(self, q: Tensor, rope: Rope) -> Tensor:
         """Queries to their positions, (B, H, T, E); of a norm behind RoPE the second part (2, B, H, T, E) backwards."""
@@ -376,12 +384,13 @@ class LatentAttention(FoldedAttention):
         tokens, expanded = x.shape[1], self.nope + self.value_dim
         if cache is not None and (self.nope == 0 or tokens * (2 * self.rank - expanded) <= self.rank * expanded):
             up_k, up_v = self.up(keys)
-            q = torch.cat([q_nope @ up_k, q_rope], -1) if self.nope else q_rope  # (B, H, T, r + R), or R
+            q = torch.cat([by_head(q_nope, up_k), q_rope], -1) if self.nope else q_rope  # (B, H, T, r + R), or R
             shared = keys if self.nope else keys[..., self.rank :]
             if self.turned:
                 q = torch.cat([q, self.turned_queries(whole, new)], -1)
                 shared = torch.cat([shared, self._shared_turned(keys, every)], -1)
-            return self.attend(q, shared, keys[..., : self.rank], mask, gains) @ up_v.mT  # (B, H, T, r) → (B, H, T, D)
+            mixed = self.attend(q, shared, keys[..., : self.rank], mask, gains)  # (B, H, T, r)
+            return by_head(mixed, up_v.mT)
         latent, key = keys.split([self.rank, self.rope_dim], dim=-1)
         # Through the modules, not their matrices: adapters and sharding wrap them.
         k, v = per_head(self.kv_b_proj(latent[:, 0]), expanded).split([self.nope, self.value_dim], dim=-1)
@@ -460,7 +469,7 @@ class ReusedKeyAttention(FoldedAttention):
     def values_of(self, mixed: Tensor) -> Tensor:
         """What heads mix of the keys (B, H, T, C), as values (B, H, T, D)."""
         mixed = mixed + self.alpha * self.reuse_proj(mixed)
-        return mixed @ matrix(self.v_b_proj, mixed.shape[-1], mixed).unflatten(0, (-1, self.value_dim)).mT
+        return by_head(mixed, matrix(self.v_b_proj, mixed.shape[-1], mixed).unflatten(0, (-1, self.value_dim)).mT)
 
 
 class RebuiltKeyAttention(FoldedAttention):
