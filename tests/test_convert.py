@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from kvfold.convert.families import FAMILIES, family_of
 from kvfold.convert.layouts import deepseek_v3
@@ -21,6 +21,7 @@ from kvfold.convert.pipeline import convert
 from kvfold.convert.planning.plan import make_plan
 from kvfold.convert.planning.settings import ConvertSettings
 from kvfold.convert.source.checkpoint import CheckpointReader
+from kvfold.convert.source.data import sample_from_source
 from kvfold.convert.source.stream import Block, HiddenStates, SourceModel
 from kvfold.errors import ConversionError
 from kvfold.evaluation.layers import measure_cache
@@ -374,6 +375,21 @@ def test_the_source_can_write_its_own_calibration_text(tmp_path: Path) -> None:
     record = fold(source, tmp_path / "out", kv_heads=2, calibrate="self:256", window=32)
     assert record["calibration_tokens"] == 256
     assert record["target"]["method"] == "pca"
+
+
+@torch.no_grad()
+def test_its_own_text_is_drawn_from_its_distribution(tmp_path: Path) -> None:
+    """Every token given all before it, the first one included, which is also what pads."""
+    source = save_model(tmp_path / "source", "llama", bos_token_id=1)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.lm_head.weight.normal_(std=1.0)  # what stands before must decide what comes
+    model.save_pretrained(source)
+    found = sample_from_source(source, 12, 48, torch.device("cpu"), 3, lambda line: None).ids
+    set_seed(3)
+    ids = torch.full((4, 1), 1)
+    while ids.shape[1] < 12:
+        ids = torch.cat([ids, model(ids).logits[:, -1].softmax(-1).multinomial(1)], 1)
+    assert found.tolist() == ids.tolist()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvfold.convert import heal_whole
+from kvfold.convert import heal_whole, heal_windows
 from kvfold.convert.output.writer import CheckpointWriter
 from kvfold.convert.pipeline import convert
 from kvfold.convert.planning.settings import ConvertSettings
@@ -210,3 +210,8 @@ def test_it_says_at_the_start_how_long_it_will_take(tmp_path: Path, source: Path
     assert taken / 5 < int(wanted) < 5 * taken
     shares = [share for share, _ in said if share is not None]
     assert shares == sorted(shares)
+
+
+def test_the_help_tells_the_rates() -> None:
+    told = ConvertSettings.model_fields["heal_lr"].description or ""
+    assert f"{heal_whole.RATE}/√d for all layers, {heal_windows.WINDOW_RATE} for windows" in told

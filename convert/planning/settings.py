@@ -100,7 +100,7 @@ class ConvertSettings(BaseModel):
     )
     heal_batch_tokens: int = setting(2048, HEALING, "Tokens in a step.", ge=1)
     heal_lr: float | None = setting(
-        None, HEALING, "Step relative to a parameter's RMS. Default: 0.1/√d for all layers, 0.02 for windows.", gt=0, le=1e6
+        None, HEALING, "Step relative to a parameter's RMS. Default: 0.03/√d for all layers, 0.02 for windows.", gt=0, le=1e6
     )
     heal_dtype: Literal["bfloat16", "float32"] = setting("bfloat16", HEALING, "Of the matrix products.")
     dtype: str | None = setting(None, OUTPUT, "float32, bfloat16 or float16. Default: as the source.")

@@ -177,7 +177,8 @@ def sample_from_source(
             report(f"sampling calibration text, window {len(rows) + 1}/{wanted}")
             batch = min(16, wanted - len(rows))
             begin = torch.full((batch, 1), start, device=model.device)
-            rows += list(model.generate(begin).cpu())
+            # Without a mask of its own generate takes the first token for padding, and nothing attends to it.
+            rows += list(model.generate(begin, attention_mask=torch.ones_like(begin)).cpu())
     return Windows(torch.stack(rows), None, "self")
 
 
