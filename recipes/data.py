@@ -24,14 +24,14 @@ from kvfold.errors import UserError
 from kvfold.recipes.recipe import Recipe
 
 
-def pack(origins: str, tokenizer_folder: Path, recipe: Recipe, vocab_size: int, folder: Path) -> None:
+def pack(origins: list[str], tokenizer_folder: Path, recipe: Recipe, vocab_size: int, folder: Path) -> None:
     """Cut texts into windows and keep these in `folder` as a dataset of `input_ids`.
 
     The texts are streamed and the windows memory-mapped, so neither has to fit into memory. From each text come at
     most as many tokens as the recipe trains on.
 
     Args:
-        origins: texts as `--calibrate` of convert takes them, separated by commas.
+        origins: texts as `--calibrate` of convert takes them, self apart.
 
     Raises:
         UserError: nothing there, unreadable, not one window, windows of different length, or ids outside the vocabulary.
@@ -40,12 +40,11 @@ def pack(origins: str, tokenizer_folder: Path, recipe: Recipe, vocab_size: int, 
 
     datasets.disable_progress_bars()
     cache = folder.with_name(folder.name + ".cache")
-    listed = several(origins, "--data")
     features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
     length = [0]
 
     def windows() -> Iterator[dict[str, Any]]:
-        for origin in listed:
+        for origin in origins:
             rows = _windows(origin, tokenizer_folder, recipe.window, recipe.tokens)
             for row in rows:
                 refuse_foreign_ids(origin, min(row), max(row), vocab_size)
@@ -61,7 +60,7 @@ def pack(origins: str, tokenizer_folder: Path, recipe: Recipe, vocab_size: int, 
     except datasets.exceptions.DatasetGenerationError as error:
         cause = error.__cause__ or error
         known = isinstance(cause, (UserError, OSError))
-        raise (cause if known else UserError(f"--data {origins} cannot be read: {cause}")) from None
+        raise (cause if known else UserError(f"--data {','.join(origins)} cannot be read: {cause}")) from None
     finally:
         shutil.rmtree(cache, ignore_errors=True)
 

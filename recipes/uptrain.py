@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ import datasets
 import torch
 from accelerate import PartialState
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 import kvfold
@@ -24,7 +26,7 @@ from kvfold.convert.output.record import RECORD
 from kvfold.convert.pipeline import pick_device
 from kvfold.convert.source.checkpoint import CheckpointReader, read_json
 from kvfold.convert.source.configfile import read_config
-from kvfold.convert.source.data import load_tokenizer, several
+from kvfold.convert.source.data import load_tokenizer, own_tokens, sample_from_source, sampled_at_once, several
 from kvfold.convert.source.fetch import fetch_checkpoint
 from kvfold.convert.source.opening import identity
 from kvfold.errors import NothingGained, Stopped, UserError
@@ -140,7 +142,7 @@ def uptrain(
     with holding as partial, resumable(job.partial):
         with processes.main_process_first():
             if partial is not None and not partial.finished:
-                begin(job, partial)
+                begin(job, partial, processes.device, log)
         if not (job.partial / RUN).exists():
             entry = read_json(out / RECORD)["uptraining"][-1]
             made, wanted = {**entry, **entry["recipe"]}, job.asked()["settings"]
@@ -175,12 +177,15 @@ def refuse(job: Job, processes: PartialState, keep_adapter: bool) -> None:
             f"batch={recipe.batch} does not divide into micro_batch={recipe.micro_batch} on {processes.num_processes} "
             "processes: change one of them"
         )
-    texts = [origin for origin in (*several(job.data, "--data"), job.held_out) if origin and ".safetensors" not in origin]
+    listed = several(job.data, "--data")
+    texts = [origin for origin in (*listed, job.held_out) if origin and ".safetensors" not in origin]
     if texts and recipe.window > plan.spec.max_positions:
         raise UserError(
             f"window={recipe.window} exceeds the {plan.spec.max_positions} positions that the source knows: "
             f"give window={plan.spec.max_positions}"
         )
+    if job.teacher is None and any(own_tokens(origin, "--data", recipe.window, recipe.tokens) for origin in listed):
+        raise UserError("--data self: the teacher would write it, and without kl_weight there is none: give a text")
     teacher = 0
     if job.teacher is not None:
         refuse_other_vocabulary(job.folded.reader.folder, job.teacher)
@@ -209,7 +214,7 @@ def refuse_other_vocabulary(student: Path, teacher: Path) -> None:
         raise UserError(f"the tokenizers of {student} and of the teacher {teacher} differ: {remedy}")
 
 
-def begin(job: Job, partial: Partial) -> None:
+def begin(job: Job, partial: Partial, device: torch.device, log: Log) -> None:
     """Put the packed text into `partial`, or check what is there: damaged checkpoints go, damaged text is packed again.
 
     Raises UserError when what was begun was begun otherwise, or with other files or texts.
@@ -223,12 +228,28 @@ def begin(job: Job, partial: Partial) -> None:
         remove_damaged_checkpoints(partial.folder)
     if begun is None or checksums(data) != begun.data:
         shutil.rmtree(data, ignore_errors=True)
-        pack(job.data, job.folded.reader.folder, job.recipe, job.folded.plan.spec.vocab_size, data)
+        with tempfile.TemporaryDirectory() as own:
+            texts = _with_own(job, Path(own), device, log)
+            pack(texts, job.folded.reader.folder, job.recipe, job.folded.plan.spec.vocab_size, data)
     now = Begun(job=asked, data=checksums(data), held_out=checksum_of_rows(_read(job, 1)[1]))
     if begun is not None:
         refuse_other(partial.folder, _texts(begun), _texts(now))
     if now != begun:
         write_whole(run, now.model_dump_json(indent=2) + "\n")
+
+
+def _with_own(job: Job, folder: Path, device: torch.device, log: Log) -> list[str]:
+    """The texts to train on. What the teacher is to write, it writes into `folder` now: other text than the same seed gave to
+    calibration."""
+    recipe, texts = job.recipe, several(job.data, "--data")
+    at_once = sampled_at_once(job.folded.plan.spec, recipe.window, device)
+    for place, origin in enumerate(texts):
+        if tokens := own_tokens(origin, "--data", recipe.window, recipe.tokens):
+            assert job.teacher is not None  # or else it was refused
+            written = sample_from_source(job.teacher, recipe.window, tokens, device, recipe.seed + 1, at_once, log)
+            save_file({"text": written.ids}, folder / f"{place}.safetensors")
+            texts[place] = f"{folder / str(place)}.safetensors:text"
+    return texts
 
 
 def _read_begun(run: Path) -> Begun:

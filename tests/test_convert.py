@@ -384,7 +384,7 @@ def test_its_own_text_is_drawn_from_its_distribution(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(source)
     model.lm_head.weight.normal_(std=1.0)  # what stands before must decide what comes
     model.save_pretrained(source)
-    found = sample_from_source(source, 12, 48, torch.device("cpu"), 3, lambda line: None).ids
+    found = sample_from_source(source, 12, 48, torch.device("cpu"), 3, 4, lambda line: None).ids
     set_seed(3)
     ids = torch.full((4, 1), 1)
     while ids.shape[1] < 12:

@@ -237,6 +237,30 @@ def test_uptraining_can_be_repeated(folds: Path, tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "two" / "kvfold.json").read_text())["uptraining"]) == 2
 
 
+def test_the_teacher_writes_text_to_train_on(folds: Path, tmp_path: Path) -> None:
+    """Beside another text; other text than calibration has of the same seed, and the same of it when a run is repeated."""
+    from kvfold.convert.source.data import sample_from_source
+
+    recipe = load_recipe("distill-attention", [*SHORT, "ce_weight=0", "tokens=1024", "window=32", "eval_every=1"])
+    text, told = f"{folds}/tokens.safetensors:calibration", []
+    for name, data in (("one", f"{text},self:512"), ("two", f"{text},self:512"), ("alone", text)):
+        entry = uptrain(str(folds / "gqa"), tmp_path / name, str(folds / "gqa-source"), recipe, data, log=told.append)
+        assert entry["data"] == data
+    assert [line for line in told if "writes" in line] == 2 * ["the source writes text, window 1/16"]
+    one, two, alone = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two", "alone"))
+    assert all(one[name].equal(tensor) for name, tensor in two.items())
+    assert not all(one[name].equal(tensor) for name, tensor in alone.items())
+    own = [sample_from_source(folds / "gqa-source", 32, 512, torch.device("cpu"), seed, 16, print).ids for seed in (0, 1)]
+    assert not own[0].equal(own[1])
+
+
+def test_nobody_writes_text_without_a_teacher(folds: Path, tmp_path: Path) -> None:
+    recipe = load_recipe("ce-lora", [*SHORT, "window=32"])
+    with pytest.raises(UserError, match="--data self: the teacher would write it, and without kl_weight there is none"):
+        uptrain(str(folds / "gqa"), tmp_path / "out", None, recipe, "self")
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_bf16_checkpoints_stay_bf16(tmp_path: Path) -> None:
     source = save_model(tmp_path / "source", "llama", torch.bfloat16)
     tokens = save_tokens(tmp_path / "t.safetensors", 64, 32)

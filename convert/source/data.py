@@ -21,8 +21,11 @@ from kvfold.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from kvfold.convert.families import AttentionSpec
     from kvfold.convert.planning.conversion_plan import ConversionPlan
 
+SAMPLING_CACHE = 4 << 30
+"""Bytes that the cache of a source may take on a GPU while it writes."""
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".json", ".parquet")
 
 
@@ -109,15 +112,32 @@ def _calibration_windows(
 ) -> Windows:
     """The windows of one text: at most so many tokens."""
     settings = plan.settings
-    kind, _, count = origin.partition(":")
-    if kind == "self":
-        tokens = tokens if not count else int(count) if re.fullmatch("[0-9]{1,15}", count) else 0
-        if tokens < settings.window:
-            raise UserError(f"--calibrate {origin}: write self or self:N, N tokens of at least one --window")
-        wanted = settings.window, tokens, device, settings.seed
+    if (own := own_tokens(origin, "--calibrate", settings.window, tokens)) is not None:
+        at_once = sampled_at_once(plan.spec, settings.window, device)
+        wanted = settings.window, own, device, settings.seed, at_once
         return processes.from_main(lambda: sample_from_source(folder, *wanted, report))
     report("reading calibration text")
     return load_windows(origin, folder, settings.window, tokens, plan.spec.vocab_size)
+
+
+def own_tokens(origin: str, flag: str, window: int, tokens: int) -> int | None:
+    """How many tokens the source is to write for a text called self, which means `tokens`, or self:N; None for any other text.
+
+    Raises UserError where they do not fill a window.
+    """
+    kind, _, count = origin.partition(":")
+    if kind != "self":
+        return None
+    tokens = tokens if not count else int(count) if re.fullmatch("[0-9]{1,15}", count) else 0
+    if tokens < window:
+        raise UserError(f"{flag} {origin}: write self or self:N, N tokens of at least one --window")
+    return tokens
+
+
+def sampled_at_once(spec: "AttentionSpec", window: int, device: torch.device) -> int:
+    """How many windows the source writes side by side: a GPU takes as long for one as for many."""
+    cache = 2 * spec.layers * spec.cache_numbers * window  # bytes of a window in half precision
+    return 16 if device.type == "cpu" else max(16, min(256, SAMPLING_CACHE // cache))
 
 
 def several(origins: str, flag: str) -> list[str]:
@@ -142,9 +162,9 @@ def mixed(parts: list[Windows]) -> Windows:
 
 
 def sample_from_source(
-    folder: Path, window: int, tokens: int, device: torch.device, seed: int, report: Callable[[str], None]
+    folder: Path, window: int, tokens: int, device: torch.device, seed: int, at_once: int, report: Callable[[str], None]
 ) -> Windows:
-    """Let the source write text, sampled at temperature 1 from its first token on: windows of `window` ids.
+    """Let the source write text, sampled at temperature 1 from its first token on: windows of `window` ids, `at_once` together.
 
     This one step holds the whole source; accelerate spreads it over the devices, memory and disk there are.
     """
@@ -174,8 +194,8 @@ def sample_from_source(
         rows: list[Tensor] = []
         wanted = tokens // window
         while len(rows) < wanted:
-            report(f"sampling calibration text, window {len(rows) + 1}/{wanted}")
-            batch = min(16, wanted - len(rows))
+            report(f"the source writes text, window {len(rows) + 1}/{wanted}")
+            batch = min(at_once, wanted - len(rows))
             begin = torch.full((batch, 1), start, device=model.device)
             # Without a mask of its own generate takes the first token for padding, and nothing attends to it.
             rows += list(model.generate(begin, attention_mask=torch.ones_like(begin)).cpu())
