@@ -69,6 +69,7 @@ def said_of(checkpoint: str, asked: dict[str, Any]) -> dict[str, Any]:
         max_num_seqs=64,
         max_num_batched_tokens=CHUNK,
         block_size=BLOCK,
+        tensor_parallel_size=asked.get("ranks", 1),
         disable_log_stats=True,
         attention_backend="CPU_MLA" if latent else None,  # where the CPU has AMX, vLLM takes one for bfloat16 alone
         # vLLM's own CPU rotary kernel is wrong for interleaved DeepSeek-V3 heads; its PyTorch path is right

@@ -75,9 +75,13 @@ FOLDS: dict[str, tuple[str, Path | str, dict[str, Any]]] = {
     "random mistral, window of 100, mfa-kr 60": ("plugin", "mistral", {"to": "mfa-kr", "width": 60}),
     "random llama, RoPE of Llama 3.1, mfa-kr 60": ("plugin", "llama3.1", {"to": "mfa-kr", "width": 60}),
     "random llama, mla 60 + 12, queries of rank 24": ("plugin", "llama", {**WIDE, "q_rank": 24}),
+    "random llama, mla 60 + 12, two ranks": ("plugin", "llama", WIDE),
+    "random qwen3, mfa-kr 60, two ranks": ("plugin", "qwen3", {"to": "mfa-kr", "width": 60}),
     "mla 106 + 22": ("llama_cpp", MODEL, {"to": "mla", "kv_budget": "25%"}),
     "stories260k, mla 24 + 8": ("llama_cpp", STORIES, {"to": "mla", "kv_rank": 24, "rope_dim": 8}),
 }
+RANKS = {name: 2 for name in FOLDS if name.endswith("two ranks")}
+"""Over how many processes vLLM spreads the heads of a row, where it is not one."""
 
 
 def load(folder: Path, choice: dict[str, Any]) -> Any:
@@ -148,12 +152,12 @@ def vllm(python: str) -> subprocess.Popen[str]:
     return subprocess.Popen([python, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
 
-def asked(folder: Path, root: Path, mixed: int, long: int) -> tuple[Path, list[list[int]], list[str]]:
+def asked(folder: Path, root: Path, mixed: int, long: int, ranks: int = 1) -> tuple[Path, list[list[int]], list[str]]:
     """What a checkpoint is asked, in a file for the engine; the prompts, and the texts that they are cut from."""
     heldout = write_texts(root)[1]
     texts = [path.read_text() for path in sorted(heldout.iterdir())]
     windows = load_windows(str(heldout), folder, 64, 512).ids.tolist()
-    question = {"ids": windows, "new_tokens": NEW_TOKENS, "long": long, "texts": texts}
+    question = {"ids": windows, "new_tokens": NEW_TOKENS, "long": long, "ranks": ranks, "texts": texts}
     if mixed:
         ids, lengths = [i for window in windows for i in window], random.Random(0)
         question["mixed"] = [ids[at : at + lengths.randint(1, 200)] for at in range(0, mixed * 4, 4)]
@@ -193,10 +197,12 @@ def agreement(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> tuple
     return sum(same for same, _ in pairs), len(pairs), max(difference for _, difference in pairs) * 1e6
 
 
-def compare(engine: str, choice: dict[str, Any], python: str, out: Path, root: Path, mixed: int, long: int) -> dict[str, Any]:
+def compare(
+    engine: str, choice: dict[str, Any], python: str, out: Path, root: Path, mixed: int, long: int, ranks: int
+) -> dict[str, Any]:
     """Ask both, and say of it what a row of the table says."""
     record = json.loads((out / "kvfold.json").read_text())
-    prompts, windows, texts = asked(out, root, mixed, long)
+    prompts, windows, texts = asked(out, root, mixed, long, ranks)
     theirs, model = in_engine(engine, python, out, prompts), load(out, choice)
     same, tokens, difference = agreement(in_transformers(model, windows, NEW_TOKENS), theirs["found"])
     found = {"architecture": record["target"]["architecture"], "engine": engine, "same_tokens": same, "tokens": tokens}
@@ -272,7 +278,7 @@ def main() -> None:
     for name, engine, choice, folder, mixed in rows:
         with tempfile.TemporaryDirectory() as scratch:
             out, long = folder or fold(name, Path(scratch)), LONG if folder else 0
-            row = compare(engine, choice, args.python, out, Path(scratch), mixed, long)
+            row = compare(engine, choice, args.python, out, Path(scratch), mixed, long, RANKS.get(name, 1))
         agreed &= agrees(row)
         print(line(name, row), flush=True)
         if args.keep:
