@@ -119,7 +119,7 @@ def observe(
         pieces = [block.passed(before[rows]) for rows in original.batches(0, len(before))]
         return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
 
-    with torch.no_grad():
+    with torch.no_grad(), quickly(before):
         if len(before):
             inputs, given, after = original.with_less(passed, tell)
     behind = before + given
@@ -132,11 +132,12 @@ def observe(
     @torch.no_grad()
     def compare(folded: FoldedWeights) -> float:
         attention = design(folded.to(source.device, torch.float32))
-        return error_of(lambda rows: before[rows] + attention.o_proj(block.mix(attention, inputs[rows])), behind)
+        with quickly(before):
+            return error_of(lambda rows: before[rows] + attention.o_proj(block.mix(attention, inputs[rows])), behind)
 
     @torch.no_grad()
     def measure(folded: FoldedWeights) -> float:
-        with block.attention(design(folded.to(source.device, torch.float32))):
+        with block.attention(design(folded.to(source.device, torch.float32))), quickly(before):
             return error_of(lambda rows: block(before[rows]), after)
 
     def inconstancy() -> float:

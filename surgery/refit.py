@@ -19,7 +19,8 @@ RIDGE = 1e-2
 
 
 class OutputRegression:
-    """Collects, token by token, what the regression needs, in float64.
+    """Collects, token by token, what the regression needs, in float64. A CPU multiplies a batch of float32 tokens as they are,
+    whose rounding is far below the ridge.
 
     `m` numbers of the heads side by side, `d` of the output. Each token's error counts relative to `1 / energy` of its hidden
     state, as the error behind a layer does.
@@ -31,9 +32,11 @@ class OutputRegression:
 
     def add(self, heads: Tensor, missing: Tensor, energy: Tensor) -> None:
         """Take in heads (..., m), what the present output lacks (..., d), and the squared norm of the hidden state (...)."""
-        z = torch.cat([heads, torch.ones_like(heads[..., :1])], -1).flatten(0, -2).to(torch.float64)
+        single = torch.float32 if heads.device.type == "cpu" else torch.float64  # products of a GPU may be TF32
+        dtype = torch.promote_types(heads.dtype, single)
+        z = torch.cat([heads, torch.ones_like(heads[..., :1])], -1).flatten(0, -2).to(dtype)
         counted = z / energy.reshape(-1, 1).clamp_min(torch.finfo(energy.dtype).tiny).to(z)
-        gram, cross = symmetric(counted.T, z), counted.T @ missing.flatten(0, -2).to(torch.float64)
+        gram, cross = symmetric(counted.T, z), counted.T @ missing.flatten(0, -2).to(dtype)
         self.gram += gram
         self.cross += cross
 
