@@ -61,14 +61,14 @@ class Cost:
     def window(self) -> int:
         return min(self.plan.settings.window, self.plan.spec.max_positions)
 
-    def mixed(self, tokens: float, kind: str = "float32") -> Work:
+    def mixed(self, tokens: float) -> Work:
         """Attention alone on windows; what is masked is worked out, too."""
         scores = 4 * self.plan.spec.heads * self.plan.spec.head_dim * self.window * tokens
-        return {kind: 2 * self.attention * tokens, "attention": scores}
+        return {"stream": 2 * self.attention * tokens, "attention": scores}
 
-    def forward(self, tokens: float, kind: str = "float32") -> Work:
-        """A layer on tokens that it is measured on, or on all of a `stream`."""
-        return total(self.mixed(tokens, kind), {kind: 2 * self.rest * tokens})
+    def forward(self, tokens: float) -> Work:
+        """A layer, without gradients."""
+        return total(self.mixed(tokens), {"stream": 2 * self.rest * tokens})
 
     def trained(self, tokens: float) -> Work:
         """Forward and back: attention's weights get gradients, all others pass them on."""
@@ -104,21 +104,21 @@ class Cost:
         if self.plan.measures_widths:
             few = min(tokens, WIDTH_TOKENS)
             split = times(splits, self.algebra(), self.forward(compared(few)))
-            found["measuring widths"] = total(self.seen(few), self.prepared(), self.forward(few, "stream"), split)
-        found["observing"] = total(self.seen(tokens), self.forward(tokens, "stream"))
+            found["measuring widths"] = total(self.seen(few), self.prepared(), self.forward(few), split)
+        found["observing"] = total(self.seen(tokens), self.forward(tokens))
         tried = times(candidates, self.algebra(), self.mixed(compared(tokens)))
         found["candidates"] = total(self.prepared(), tried, times(4, self.forward(compared(tokens))))
         if self.plan.method in REFITTED:
             wide = spec.heads * spec.head_dim
             fitted: Work = {"float64": 2 * wide * (wide + spec.hidden_size) * tokens + wide**3}
-            found["output projection"] = total(fitted, self.mixed(tokens, "stream"))
+            found["output projection"] = total(fitted, self.mixed(tokens))
         if settings.heal_steps:
             trained = settings.heal_steps * settings.heal_batch_tokens
             if self.at_once:
                 output: Work = {"healing": 6 * self.head * trained, "elements": 8 * spec.vocab_size * trained}
                 found["healing"] = total(self.trained(trained), times(1 / spec.layers, output))
             else:
-                found["healing"] = total(times(self.ahead, self.trained(trained)), self.forward(tokens, "stream"))
+                found["healing"] = total(times(self.ahead, self.trained(trained)), self.forward(tokens))
         return {name: times(spec.layers, work) for name, work in found.items()}
 
     @cached_property

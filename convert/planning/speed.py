@@ -9,7 +9,7 @@ from kvfold.convert.planning.conversion_plan import ConversionPlan
 if TYPE_CHECKING:
     import torch
 
-SHARES = {"float32": 0.15, "stream": 0.15, "float64": 0.03, "healing": 0.3, "attention": 0.1, "eigen": 1e-4, "elements": 5e-4}
+SHARES = {"stream": 0.15, "float64": 0.03, "healing": 0.3, "attention": 0.1, "eigen": 1e-4, "elements": 5e-4}
 """What a GPU is taken to do of the peak that its data sheet states for bfloat16. On an H200 (9.9e14) layers of an 8B took what
 follows from these within a quarter: docs/numbers.md."""
 
@@ -66,7 +66,6 @@ def measured(plan: ConversionPlan, device: "torch.device") -> dict[str, float]:
         torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, mask)
 
     return {
-        "float32": rate(2 * tokens * w.numel(), lambda: x @ w),
         "stream": rate(2 * tokens * w.numel(), streamed),
         "float64": rate(2 * tokens * w.numel(), lambda: x.double() @ w64),
         "healing": rate(6 * tokens * w.numel(), trained),
