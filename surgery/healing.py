@@ -22,7 +22,8 @@ QUIET = 1e-2
 HELD_OUT = 16
 """One of so many windows is not healed on, and says what healing is worth: a text gone over often is learned by heart."""
 LOOKS, PATIENCE = 12, 3
-"""How often it is asked, and how many times in a row without a gain end healing."""
+"""How often it is asked, and after how many rises in a row healing ends, in its second half: where the first steps are coarse,
+the loss jumps, and falls below what it was only as the rate falls."""
 Loss = Callable[[Tensor, Tensor], Tensor]
 Total = Callable[..., list[Tensor]]
 """Of tensors their sums over all processes."""
@@ -57,32 +58,34 @@ def kept_back(windows: int) -> int:
 
 @dataclass
 class Looks:
-    """What windows that are held out say of healing: the loss before it, the least since, at which step that was, how many
-    looks in a row it was not undercut, and the parameters of then."""
+    """What windows that are held out say of healing: the loss before it, the last one, the least, at which step that was and
+    the parameters of then, and how many looks in a row the loss did not fall."""
 
     before: float
+    last: float
     least: float
     step: int
-    in_vain: int
+    rises: int
     parameters: list[Tensor]
 
     @staticmethod
     def begun(before: float, parameters: Sequence[nn.Parameter]) -> "Looks":
-        return Looks(before, before, 0, 0, [p.detach().clone() for p in parameters])
+        return Looks(before, before, before, 0, 0, [p.detach().clone() for p in parameters])
 
     @torch.no_grad()
     def behind(self, step: int, steps: int, measure: Callable[[], float], parameters: Sequence[nn.Parameter]) -> bool:
         """Look, where it is time to, behind one of so many steps; whether it was the last."""
         if step % -(-steps // LOOKS) == 0 or step == steps:
-            self.in_vain += 1
-            if (loss := measure()) < self.least:
-                self.least, self.step, self.in_vain = loss, step, 0
+            loss = measure()
+            self.rises, self.last = 0 if loss < self.last else self.rises + 1, loss
+            if loss < self.least:
+                self.least, self.step = loss, step
                 for kept, p in zip(self.parameters, parameters, strict=True):
                     kept.copy_(p)
         return self.ended(step, steps)
 
     def ended(self, step: int, steps: int) -> bool:
-        return step == steps or self.in_vain >= PATIENCE
+        return step == steps or (2 * step >= steps and self.rises >= PATIENCE)
 
     @torch.no_grad()
     def restore(self, parameters: Sequence[nn.Parameter]) -> None:
