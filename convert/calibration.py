@@ -12,7 +12,7 @@ from torch import Tensor
 from kvfold.convert import processes
 from kvfold.convert.planning.conversion_plan import ConversionPlan
 from kvfold.convert.source.checkpoint import CheckpointReader
-from kvfold.convert.source.stream import Block, HiddenStates, SourceModel, check_finite, quickly
+from kvfold.convert.source.stream import Block, HiddenStates, SourceModel, check_finite
 from kvfold.surgery import latent, norms
 from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.constant import constant_direction, off_one
@@ -119,7 +119,7 @@ def observe(
         pieces = [block.passed(before[rows]) for rows in original.batches(0, len(before))]
         return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
 
-    with torch.no_grad(), quickly(before):
+    with torch.no_grad(), block.quickly(before):
         if len(before):
             inputs, given, after = original.with_less(passed, tell)
     behind = before + given
@@ -132,12 +132,12 @@ def observe(
     @torch.no_grad()
     def compare(folded: FoldedWeights) -> float:
         attention = design(folded.to(source.device, torch.float32))
-        with quickly(before):
+        with block.quickly(before):
             return error_of(lambda rows: before[rows] + attention.o_proj(block.mix(attention, inputs[rows])), behind)
 
     @torch.no_grad()
     def measure(folded: FoldedWeights) -> float:
-        with block.attention(design(folded.to(source.device, torch.float32))), quickly(before):
+        with block.attention(design(folded.to(source.device, torch.float32))), block.quickly(before):
             return error_of(lambda rows: block(before[rows]), after)
 
     def inconstancy() -> float:
@@ -184,7 +184,7 @@ def refit_output(folded: Folded, block: Block, original: HiddenStates, bias: boo
     regression = OutputRegression(attention.o_proj.in_features, attention.o_proj.out_features, block.device)
 
     def watch(hidden: Tensor, x: Tensor, wanted: Tensor) -> None:
-        with quickly(hidden):
+        with block.quickly(hidden):
             heads = block.mix(attention, x)
             missing = wanted - attention.o_proj(heads)
         regression.add(heads, missing, (hidden + wanted).square().sum(-1))

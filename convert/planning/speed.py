@@ -59,7 +59,7 @@ def measured(plan: ConversionPlan, device: "torch.device") -> dict[str, float]:
         (read @ weight).sum().backward()
 
     def streamed() -> None:
-        with quickly(x):
+        with quickly(x, spec.qkv_bias or spec.o_bias):
             torch.nn.functional.linear(x, w.T)
 
     def attended() -> None:
