@@ -151,7 +151,7 @@ def test_packing_gives_the_windows_of_calibration(tmp_path: Path) -> None:
     for name in ("1.md", "2.md"):
         (tmp_path / "b" / name).write_text(f"{name} und so weiter. " * 20)
     recipe = Recipe(train="lora", learning_rate=1, window=64, tokens=10_000)
-    pack(f"{tmp_path}/a.txt, {tmp_path}/b", tmp_path / "model", recipe, 258, tmp_path / "data")
+    pack([f"{tmp_path}/a.txt", f"{tmp_path}/b"], tmp_path / "model", recipe, 258, tmp_path / "data")
     rows = torch.tensor(load_from_disk(str(tmp_path / "data"))["input_ids"])
     expected = [load_windows(f"{tmp_path}/{name}", tmp_path / "model", 64, 10_000).ids for name in ("a.txt", "b")]
     assert torch.equal(rows, torch.cat(expected))

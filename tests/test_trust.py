@@ -335,7 +335,7 @@ def test_evaluate_opens_no_pickles(tmp_path: Path, source: Path) -> None:
 
 def test_the_source_writes_its_text_whatever_it_is_set_to_chat_like(source: Path) -> None:
     def text() -> Tensor:
-        return sample_from_source(source, 12, 24, torch.device("cpu"), 0, lambda line: None).ids
+        return sample_from_source(source, 12, 24, torch.device("cpu"), 0, 16, lambda line: None).ids
 
     change_config(source, bos_token_id=1)
     plain = text()
