@@ -344,7 +344,8 @@ def test_a_device_of_little_memory_takes_fewer_tokens_at_a_time(
 def test_healing_brings_every_window_nearer_to_the_original(tmp_path: Path) -> None:
     source = save_model(tmp_path / "source", "llama", num_hidden_layers=3)
     tokens = save_tokens(tmp_path / "t.safetensors", 128, 40)
-    record = fold(source, tmp_path / "out", to="mqa", calibrate=tokens, heal_steps=80, heal_window=2, heal_batch_tokens=320)
+    healing = {"heal_steps": 80, "heal_window": 2, "heal_batch_tokens": 320, "heal_lr": 0.005}
+    record = fold(source, tmp_path / "out", to="mqa", calibrate=tokens, **healing)
     for layer in record["layers"]:
         assert layer["window_error"]["after"] < layer["window_error"]["before"]
 
