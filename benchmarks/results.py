@@ -75,7 +75,7 @@ def entries(data: dict[str, Json]) -> Iterator[tuple[str, dict[str, Json]]]:
                 "seconds": result["conversion"].get("seconds"),
                 "tokens": data["tokens"] if alone else next(r["tokens"] for r in data.values() if "tokens" in r),
                 "kvfold": data["version"] if alone else result["version"],
-                **({"measured_on": data["device"]} if alone and "device" in data else {}),
+                **({"measured_on": data["device"]} if "device" in data else {}),
                 "wrote": "kvfold evaluate --json" if alone else "benchmarks/real_models.py",
             },
         )

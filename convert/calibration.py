@@ -113,7 +113,8 @@ def observe(
 
     def all_of(work: Callable[[slice], Tensor]) -> Tensor:
         """What `work` makes of the windows that are compared, as many at a time as fit."""
-        return original.with_less(lambda: torch.cat([work(rows) for rows in original.batches(0, len(before))]), tell)
+        with block.quickly(before):
+            return original.with_less(lambda: torch.cat([work(rows) for rows in original.batches(0, len(before))]), tell)
 
     def passed() -> list[Tensor]:
         pieces = [block.passed(before[rows]) for rows in original.batches(0, len(before))]
@@ -132,12 +133,11 @@ def observe(
     @torch.no_grad()
     def compare(folded: FoldedWeights) -> float:
         attention = design(folded.to(source.device, torch.float32))
-        with block.quickly(before):
-            return error_of(lambda rows: before[rows] + attention.o_proj(block.mix(attention, inputs[rows])), behind)
+        return error_of(lambda rows: before[rows] + attention.o_proj(block.mix(attention, inputs[rows])), behind)
 
     @torch.no_grad()
     def measure(folded: FoldedWeights) -> float:
-        with block.attention(design(folded.to(source.device, torch.float32))), block.quickly(before):
+        with block.attention(design(folded.to(source.device, torch.float32))):
             return error_of(lambda rows: block(before[rows]), after)
 
     def inconstancy() -> float:

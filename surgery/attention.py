@@ -99,13 +99,9 @@ class AttentionWeights(Weights):
 
     def states(self, z: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Queries (H, T, D) and keys (G, T, D) as they meet, of augmented inputs (T, d + 1)."""
-
-        def states(weight: Tensor) -> Tensor:
-            heads = z @ weight.to(z).flatten(0, 1).mT  # of all heads in one product
-            return heads.unflatten(1, weight.shape[:2]).transpose(0, 1)
-
-        q, k, _ = self.augmented()
-        return turned(states(q), rope, self.q_norm, self.norm), turned(states(k), rope, self.k_norm, self.norm)
+        # Of all heads in one product.
+        q, k = (per_head(z[None] @ w.to(z).flatten(0, 1).mT, self.head_dim)[0] for w in self.augmented()[:2])
+        return turned(q, rope, self.q_norm, self.norm), turned(k, rope, self.k_norm, self.norm)
 
     def augmented(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v with their biases as a last input column, for the input `[x; 1]`: (·, D, d + 1)."""
