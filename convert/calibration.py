@@ -108,7 +108,7 @@ def observe(
     plain, attended, lags = original.with_less(lambda: _sums(attention, block, original), tell)
     plain.total, attended.total, lags = processes.total(plain.total, attended.total, lags)
     # The stream moves on in place. A process may hold no window of those that are compared.
-    before = original.first(max(1, compared(original.windows * tokens) // tokens)).clone().to(source.device)
+    before = original.first(max(1, compared(original.studied * tokens) // tokens)).clone().to(source.device)
     inputs = given = after = before
 
     def all_of(work: Callable[[slice], Tensor]) -> Tensor:
@@ -162,7 +162,7 @@ def _sums(attention: AttentionWeights, block: Block, original: HiddenStates) -> 
     plain, attended = (SecondMoment(hidden, block.device) for _ in range(2))
     lags = torch.zeros(attention.heads, tokens, device=block.device)
     looked = processes.held(-(-ATTENTION_TOKENS // tokens))
-    for rows in original.batches():
+    for rows in original.batches(0, processes.held(original.studied)):
         counts = None if original.weights is None else original.weights[rows].to(block.device)
         x = block.attention_input(original.data[rows].to(block.device))
         plain.add(x, counts)

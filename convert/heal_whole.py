@@ -80,9 +80,14 @@ def free_bytes(device: torch.device) -> int:
 
 
 def fold_whole(job: Conversion, source: SourceModel, windows: Windows, report: Report) -> None:
-    """Fold all layers, heal them together, write them. Raises ConversionError when something is not finite."""
+    """Fold all layers, heal them together, write them. Raises ConversionError when something is not finite.
+
+    Healing wants the original's stream behind the last layer alone: more text costs one pass, and teaches more than the same
+    text again.
+    """
     file = processes.own_file(job.writer.folder / "original.hidden")
-    original = source.embed(windows.ids, file)
+    original = source.embed(windows.all, file)
+    original.studied = len(windows.ids)
     if job.plan.settings.token_weights == "nll":
         original.weights = SourceModel(job.reader, job.plan.family, source.device, windows.ids.shape[1]).surprise(windows.ids)
     norm, head = source.output()
@@ -101,7 +106,7 @@ def fold_whole(job: Conversion, source: SourceModel, windows: Windows, report: R
     def healing_report(done: float, line: str) -> None:
         report(share + (0.9 - share) * done, line)
 
-    record = _heal(job, source, output, windows.ids, original, layers, healing_report)
+    record = _heal(job, source, output, windows.all, original, layers, healing_report)
     file.unlink(missing_ok=True)
     for layer, item in enumerate(layers):
         if item.design is not None and not job.finished(layer):
@@ -165,7 +170,7 @@ def _heal(
     """
     settings, started = job.plan.settings, time.time()
     rows, tokens = ids.shape
-    held_out = kept_back(rows)
+    held_out = kept_back(original.studied)
     size = min(rows - held_out, max(1, settings.heal_batch_tokens // tokens))
     generator = torch.Generator().manual_seed(settings.seed)
     autocast = autocast_of(settings)
@@ -233,7 +238,7 @@ def _heal(
         except FloatingPointError as found:
             raise failed(settings, found) from None
     looks.restore(parameters)
-    return {"output_kl": looks.record(), "healing_seconds": round(time.time() - started, 2)}
+    return {"output_kl": looks.record(), "healed_on_tokens": rows * tokens, "healing_seconds": round(time.time() - started, 2)}
 
 
 def _keep(job: Conversion, now: Progress, parameters: list[nn.Parameter], looks: Looks) -> None:

@@ -36,12 +36,13 @@ def fold_on_stream(job: Conversion, device: torch.device, windows: Windows, repo
     plan, settings, layers = job.plan, job.plan.settings, job.layers
     if all(job.finished(layer) for layer in plan.folded):
         return
-    tokens = windows.ids.numel()
+    source = SourceModel(job.reader, plan.family, device, windows.ids.shape[1])
+    whole = heals_whole(job, source, windows)
+    tokens = (windows.all if whole else windows.ids).numel()
     if (passes := settings.heal_steps * settings.heal_batch_tokens / tokens) > REPEATED:
         line = f"healing goes {passes:.0f} times over the {tokens:,} tokens of calibration text: give more of it"
         report(None, f"{line}, or --heal-steps {max(1, REPEATED * tokens // settings.heal_batch_tokens)}")
-    source = SourceModel(job.reader, plan.family, device, windows.ids.shape[1])
-    if heals_whole(job, source, windows):
+    if whole:
         fold_whole(job, source, windows, report)
         return
     report(0.0, "embedding")

@@ -151,7 +151,7 @@ def _asked(
         "version": kvfold.__version__,
         "settings": {key: visible(value) if isinstance(value, str) else value for key, value in wanted.items()},
         "source files": identity(reader, times),
-        "calibration text": None if windows is None else checksum_of_rows(windows.ids),
+        "calibration text": None if windows is None else checksum_of_rows(windows.all),
     }
 
 

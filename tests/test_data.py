@@ -176,14 +176,18 @@ def test_max_tokens_of_text_and_of_rows(tmp_path: Path, folder: Path, window: in
     assert windows(rows, folder, window, max_tokens).ids.shape == shape
 
 
-def calibrated(origins: str, folder: Path, tokens: int, window: int = 8) -> list[list[int]]:
+def read(origins: str, folder: Path, tokens: int, window: int = 8, **healing: Any) -> Windows:
     plan = make_plan(
         tiny_config("llama", vocab_size=300).to_dict(),
-        ConvertSettings(to="gqa", kv_heads=2, calibrate=origins, calibration_tokens=tokens, window=window),
+        ConvertSettings(to="gqa", kv_heads=2, calibrate=origins, calibration_tokens=tokens, window=window, **healing),
     )
     windows = calibration_windows(plan, folder, torch.device("cpu"), lambda line: None)
     assert windows is not None
-    return windows.ids.tolist()
+    return windows
+
+
+def calibrated(origins: str, folder: Path, tokens: int, window: int = 8) -> list[list[int]]:
+    return read(origins, folder, tokens, window).ids.tolist()
 
 
 def test_several_calibration_texts_are_mixed_evenly(tmp_path: Path, folder: Path) -> None:
@@ -204,6 +208,28 @@ def test_several_calibration_texts_are_mixed_evenly(tmp_path: Path, folder: Path
         calibrated(f"{tmp_path}/a.txt,{rows_of}", folder, 96)
     (tmp_path / "a, b.txt").write_text("c" * 100)  # a path may have commas
     assert not {row[-1] for row in calibrated(f"{tmp_path}/a, b.txt", folder, 96)} & {a, b}
+
+
+def test_healing_reads_on_where_it_has_steps_for_more(tmp_path: Path, folder: Path) -> None:
+    """What follows the calibration text, as far as it goes, and not at all where layers are healed a few at a time."""
+    (tmp_path / "a.txt").write_text("".join(chr(97 + n % 26) for n in range(399)))  # 400 ids
+    (tmp_path / "b.txt").write_text("Z" * 100)
+    a, b, whole = f"{tmp_path}/a.txt", f"{tmp_path}/b.txt", windows(tmp_path / "a.txt", folder, 8, 10**6).ids
+    steps = {"heal_steps": 10, "heal_batch_tokens": 16}
+    found = read(a, folder, 96, **steps)
+    assert found.ids.tolist() == whole[:12].tolist() and found.more is not None
+    assert found.more.tolist() == whole[12:20].tolist()  # 160 tokens
+    assert found.all.tolist() == whole[:20].tolist()
+    assert len(read(a, folder, 40, heal_steps=10**6).all) == 40  # never more than eight times what layers are folded on
+    assert len(read(a, folder, 96, heal_steps=10**6).all) == 50  # all there is
+    assert read(a, folder, 96, heal_steps=10, heal_batch_tokens=8).all.tolist() == whole[:12].tolist()
+    assert read(a, folder, 96, **steps, heal_window=2).all.tolist() == whole[:12].tolist()
+    both = read(f"{a},{b}", folder, 96, **steps)
+    z = load_tokenizer(folder).convert_tokens_to_ids("Z")
+    assert both.more is not None
+    assert "".join("Z" if row[-1] == z else "a" for row in both.more.tolist()) == "aZaZaZaZ"
+    rows = save_tokens(tmp_path / "rows.safetensors", 9, 12)
+    assert [len(part) for part in (read(rows, folder, 48).ids, read(rows, folder, 48).all)] == [4, 9]
 
 
 def test_one_token_short_of_a_window(tmp_path: Path, folder: Path) -> None:

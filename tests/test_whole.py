@@ -46,6 +46,20 @@ def test_healing_at_the_output_lowers_its_kl(tmp_path: Path, source: Path) -> No
     assert all(layer["output_kl"] == kl for layer in healed["layers"])
 
 
+def test_text_behind_the_calibration_tokens_is_healed_on_and_nothing_else(tmp_path: Path, source: Path) -> None:
+    def converted(name: str, rows: int) -> list[dict[str, Any]]:
+        tokens = save_tokens(tmp_path / f"{rows}.safetensors", rows, 32)
+        asked = settings(tmp_path, calibrate=tokens, calibration_tokens=64 * 32, heal_steps=8)
+        return convert(str(source), tmp_path / name, asked).record["layers"]
+
+    short, long = converted("short", 64), converted("long", 128)
+    assert [layer["healed_on_tokens"] for layer in (short[0], long[0])] == [64 * 32, 128 * 32]
+    for one, other in zip(short, long, strict=True):
+        assert {key: one[key] for key in ("choice", "block_error")} == {key: other[key] for key in ("choice", "block_error")}
+        assert one["output_kl"]["before"] == pytest.approx(other["output_kl"]["before"], rel=1e-6)  # the same held out
+    assert weights(tmp_path / "short") != weights(tmp_path / "long")
+
+
 def test_healing_ends_where_the_windows_held_out_lose(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[str] = []
 

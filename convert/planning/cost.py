@@ -116,7 +116,9 @@ class Cost:
             trained = settings.heal_steps * settings.heal_batch_tokens
             if self.at_once:
                 output: Work = {"healing": 6 * self.head * trained, "elements": 8 * spec.vocab_size * trained}
-                found["healing"] = total(self.trained(trained), times(1 / spec.layers, output))
+                found["healing"] = total(
+                    self.forward(settings.more_tokens), self.trained(trained), times(1 / spec.layers, output)
+                )
             else:
                 found["healing"] = total(times(self.ahead, self.trained(trained)), self.forward(tokens))
         return {name: times(spec.layers, work) for name, work in found.items()}
@@ -153,6 +155,7 @@ class Cost:
             found |= {
                 "healing": needed_bytes(self.plan, self.weights, self.window),
                 "scratch": 4 * 5 * spec.layers * self.attention,
+                "states": 4 * (tokens + settings.more_tokens) * hidden,
             }
         elif settings.heal_steps:
             found |= {"states": 2 * 4 * tokens * hidden, "healing": self.ahead * 4 * (layer + 3 * self.attention)}

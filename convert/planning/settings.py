@@ -27,6 +27,10 @@ def setting(default: Any, panel: str, help: str, **limits: Any) -> Any:
     return Field(default, description=help, json_schema_extra={"panel": panel}, **limits)
 
 
+MOST_TEXT = 8
+"""Times the calibration tokens that healing reads at most: their hidden states are kept."""
+
+
 class ConvertSettings(BaseModel):
     """Everything that decides what a conversion writes. Recorded in kvfold.json, and readable from there."""
 
@@ -89,7 +93,7 @@ class ConvertSettings(BaseModel):
         "Text file, folder, Hub dataset name[:config[:split[:column]]], tokens file.safetensors:name, or self[:tokens] to "
         "let the source write it; several with commas.",
     )
-    calibration_tokens: int = setting(131072, CALIBRATION, "Tokens to take, alike of several texts.", gt=0)
+    calibration_tokens: int = setting(131072, CALIBRATION, "Tokens to fold layers on, alike of several texts.", gt=0)
     window: int = setting(512, CALIBRATION, "Tokens in a window of calibration text.", ge=2)
     token_weights: Literal["uniform", "nll"] = setting(
         "uniform", CALIBRATION, "How much a token counts; nll: by what the source finds surprising."
@@ -108,6 +112,14 @@ class ConvertSettings(BaseModel):
     max_shard_size: str = setting("5GB", OUTPUT, "Size of a weight file, 5GB or 500MiB.")
     seed: int = setting(0, OUTPUT, "Of whatever is drawn.", ge=0, lt=2**32)
     revision: str | None = setting(None, OUTPUT, "Branch, tag or commit of the source on the Hub.")
+
+    @property
+    def more_tokens(self) -> int:
+        """Tokens behind the calibration tokens that healing all layers at once has steps for, where the text has them."""
+        if isinstance(self.heal_window, int):
+            return 0
+        wanted = min(self.heal_steps * self.heal_batch_tokens, MOST_TEXT * self.calibration_tokens)
+        return max(0, wanted - self.calibration_tokens)
 
 
 Settings = TypeVar("Settings", bound=BaseModel)

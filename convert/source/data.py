@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,11 +37,18 @@ class Windows:
         ids: (n, window) int64.
         bytes_per_token: UTF-8 bytes of the text behind one token, None when no tokenizer could tell.
         origin: where they come from, as the user wrote it.
+        more: (m, window) int64, what follows in a calibration text; None for text that nothing more is read of.
     """
 
     ids: Tensor
     bytes_per_token: float | None
     origin: str
+    more: Tensor | None = None
+
+    @property
+    def all(self) -> Tensor:
+        """All ids (n + m, window)."""
+        return self.ids if self.more is None else torch.cat([self.ids, self.more])
 
 
 def load_windows(
@@ -88,7 +95,10 @@ def refuse_foreign_ids(origin: str, least: int, most: int, vocab_size: int | Non
 def calibration_windows(
     plan: "ConversionPlan", folder: Path, device: torch.device, report: Callable[[str], None]
 ) -> Windows | None:
-    """The windows that `--calibrate` names, None when it names none. Raises UserError as `load_windows` does."""
+    """The windows that `--calibrate` names, and more of its texts where healing has steps for more; None when it names none.
+
+    Raises UserError as `load_windows` does.
+    """
     settings = plan.settings
     if settings.calibrate is None:
         return None
@@ -99,7 +109,8 @@ def calibration_windows(
             f"--calibration-tokens {settings.calibration_tokens} are less than a --window of {settings.window} for each of "
             f"{len(origins)} texts: take more tokens"
         )
-    windows = mixed([_calibration_windows(plan, origin, tokens, folder, device, report) for origin in origins])
+    parts = [_calibration_windows(plan, origin, tokens, len(origins), folder, device, report) for origin in origins]
+    windows = mixed(parts)
     if windows.ids.shape[1] > plan.spec.max_positions:
         raise UserError(
             f"{settings.calibrate} has rows of {windows.ids.shape[1]} ids; the source knows {plan.spec.max_positions} positions"
@@ -108,16 +119,24 @@ def calibration_windows(
 
 
 def _calibration_windows(
-    plan: "ConversionPlan", origin: str, tokens: int, folder: Path, device: torch.device, report: Callable[[str], None]
+    plan: "ConversionPlan",
+    origin: str,
+    tokens: int,
+    texts: int,
+    folder: Path,
+    device: torch.device,
+    report: Callable[[str], None],
 ) -> Windows:
-    """The windows of one text: at most so many tokens."""
+    """The windows of one of so many texts: at most so many tokens, and more of it for healing."""
     settings = plan.settings
     if (own := own_tokens(origin, "--calibrate", settings.window, tokens)) is not None:
         at_once = sampled_at_once(plan.spec, settings.window, device)
         wanted = settings.window, own, device, settings.seed, at_once
         return processes.from_main(lambda: sample_from_source(folder, *wanted, report))
     report("reading calibration text")
-    return load_windows(origin, folder, settings.window, tokens, plan.spec.vocab_size)
+    read = load_windows(origin, folder, settings.window, tokens + settings.more_tokens // texts, plan.spec.vocab_size)
+    count = max(1, tokens // read.ids.shape[1])
+    return replace(read, ids=read.ids[:count], more=read.ids[count:])
 
 
 def own_tokens(origin: str, flag: str, window: int, tokens: int) -> int | None:
@@ -156,9 +175,14 @@ def mixed(parts: list[Windows]) -> Windows:
         if other.ids.shape[1] != first.ids.shape[1]:
             lengths = f"windows of {other.ids.shape[1]} ids and {first.origin} of {first.ids.shape[1]}"
             raise UserError(f"{other.origin} has {lengths}: give texts of one --window")
-    places = torch.cat([(torch.arange(len(part.ids)) + 0.5) / len(part.ids) for part in parts])
-    order = places.argsort(stable=True)
-    return Windows(torch.cat([part.ids for part in parts])[order], first.bytes_per_token, first.origin)
+    more = [part.more for part in parts if part.more is not None]
+    return replace(first, ids=_spread([part.ids for part in parts]), more=_spread(more) if more else None)
+
+
+def _spread(texts: list[Tensor]) -> Tensor:
+    """The windows (n, T) of several texts, every one spread evenly over all."""
+    places = torch.cat([(torch.arange(len(ids)) + 0.5) / len(ids) for ids in texts])
+    return torch.cat(texts)[places.argsort(stable=True)]
 
 
 def sample_from_source(

@@ -39,14 +39,15 @@ class HiddenStates:
     """Float32 activations (rows, T, d) of the calibration tokens: on the device where half of its free memory holds `copies` of
     them, else in the host's by the same measure, else in a mapped file.
 
-    `shape` is that of all `windows` together, and `data` has those that this process holds. `weights` (rows, T) say how much
-    each token counts in second moments; None means all alike. `forward_tokens` go through a layer at a time.
+    `shape` is that of all `windows` together, and `data` has those that this process holds. Layers are folded on the first
+    `studied` of all, and the rest is there for healing. `weights` (rows, T) say how much each token of those counts in second
+    moments; None means all alike. `forward_tokens` go through a layer at a time.
     """
 
     forward_tokens = FORWARD_TOKENS
 
     def __init__(self, shape: tuple[int, int, int], device: torch.device, file: Path | None, copies: int = 1) -> None:
-        self.windows = shape[0]
+        self.windows = self.studied = shape[0]
         shape = (processes.held(shape[0]), *shape[1:])
         size = torch.Size(shape).numel()
         self.weights: Tensor | None = None
@@ -71,10 +72,13 @@ class HiddenStates:
         return self.data[: processes.held(windows)]
 
     def batches(self, begin: int = 0, end: int | None = None) -> Iterator[slice]:
+        """Rows that go through a layer together, none of both kinds."""
         rows, tokens, _ = self.data.shape
-        end, step = rows if end is None else end, max(1, self.forward_tokens // tokens)
-        for start in range(begin, end, step):
-            yield slice(start, min(end, start + step))
+        end, step, edge = rows if end is None else end, max(1, self.forward_tokens // tokens), processes.held(self.studied)
+        while begin < end:
+            rows_of = slice(begin, min(end, begin + step, edge if begin < edge else end))
+            yield rows_of
+            begin = rows_of.stop
 
     def with_less(self, work: Callable[[], Result], tell: Callable[[str], None] = lambda line: None) -> Result:
         """`work()`, begun again with half the tokens in a forward pass as often as the device's memory is too small, down to
@@ -194,10 +198,11 @@ class Block:
     ) -> None:
         """Replace the hidden states before this layer by those behind it.
 
-        `watch` sees of every batch the states before the layer, and what the attention reads and gives. Where memory is too
-        small, `tell` is told and `watch` sees half of the batch again, so it must add nothing up before it has room for all.
+        `watch` sees of every batch that is studied the states before the layer, and what the attention reads and gives. Where
+        memory is too small, `tell` is told and `watch` sees half of the batch again, so it must add nothing up before it has
+        room for all.
         """
-        done = 0
+        done, studied = 0, processes.held(states.studied)
 
         def go_on() -> None:
             nonlocal done
@@ -205,7 +210,8 @@ class Block:
                 hidden = states.data[rows].to(self.device)
                 with self.quickly(hidden):
                     read, given, after = self.passed(hidden)
-                watch(hidden, read, given)
+                if rows.stop <= studied:
+                    watch(hidden, read, given)
                 states.data[rows] = after
                 done = rows.stop
 
