@@ -1,4 +1,4 @@
-"""One decoding step of one attention layer on a GPU: the source's grouped attention against latents in pages.
+"""A prompt, and one decoding step, of one attention layer on a GPU: the source's grouped attention against latents in pages.
 
     python benchmarks/serve_gpu.py [--contexts 1024 8192 32768] [--batches 1 8 64] [--out FILE.json] [--tune]
 
@@ -6,8 +6,10 @@ A layer of an 8B Llama (hidden 4096, 32 query and 8 key heads of 128) in bfloat1
 torch's scaled_dot_product_attention over a contiguous cache; MLA, MFA and MFA-KR by kvfold's Triton kernel and by PyTorch's
 operations over pages of 16 tokens in disorder. `attention` is the time from queries to mixed values, `layer` that from hidden
 states to the output projection, projections and writing the cache included. Both are replayed from CUDA graphs, over several
-layers where one would fit the processor's cache, and medians are printed in microseconds. `--tune` tries other tiles of the
-kernel as well. Needs torch and Triton, and `PYTHONPATH=src` where kvfold is not installed.
+layers where one would fit the processor's cache, and medians are printed in microseconds. `prompt` is the layer's share of the
+time to the first token of one request, in milliseconds: the source's whole prompt at once, a fold's 2,048 tokens at a time, as
+an engine cuts it, by PyTorch's operations. `--tune` tries other tiles of the kernel as well. Needs torch and Triton, and
+`PYTHONPATH=src` where kvfold is not installed.
 """
 
 import argparse
@@ -30,6 +32,8 @@ from kvfold.surgery.kvfold_attention import DESIGNS, FoldedAttention, Rope, per_
 
 PAGE, COLD = 16, 128 * 2**20
 """Tokens in a page; numbers of cache that layers read in turn, so that none is in the processor's own."""
+PIECE = 2048
+"""Tokens of a prompt that go through a folded layer at a time."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,14 @@ class Grouped(nn.Module):
         cache[0, :, :, -1:], cache[1, :, :, -1:] = rotate(k, new), v
         mixed = grouped(rotate(per_head(self.q_proj(x)[:, None], self.width), new), cache)
         return self.o_proj(mixed.transpose(1, 2).flatten(1))
+
+    def prompt(self, x: Tensor, rope: Rope) -> Tensor:
+        """(T, d) → (T, d), all at once."""
+        new = rope[0][None], rope[1][None]
+        k, v = per_head(self.kv_proj(x)[None], self.width).chunk(2, 1)
+        q = rotate(per_head(self.q_proj(x)[None], self.width), new)
+        mixed = F.scaled_dot_product_attention(q, rotate(k, new), v, is_causal=True, enable_gqa=True)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))[0]
 
 
 def grouped(q: Tensor, cache: Tensor) -> Tensor:
@@ -151,6 +163,36 @@ class Cell:
                 raise SystemExit(f"the kernel does not serve {name}: see the line above")
         return found
 
+    def prompt(self, name: str | None) -> float:
+        """Milliseconds of a prompt of `context` tokens in a fold, None for the source."""
+        x, places = self.numbers[: self.context * self.size.hidden].view(self.context, -1), torch.arange(self.context)
+        cos, sin = self.rotary(x, places.to(self.device))
+        if name is None:
+            with self.device:
+                source = Grouped(self.size).to(self.dtype)
+            return self.waited(lambda: source.prompt(x, (cos, sin)))
+        layer, pages = paged.Layer(self.layer(name)), self.pages_of(name)[0].clone()
+        slots = self.table[0].long().repeat_interleave(PAGE)[: self.context] * PAGE + places.to(self.device) % PAGE
+
+        def run() -> None:
+            for piece in places.split(PIECE):
+                part = slice(int(piece[0]), int(piece[-1]) + 1)
+                step = paged.Step([0, len(piece)], [part.stop], self.table[:1], slots[part])
+                layer.attention.o_proj(layer.attend(x[part], (cos[part], sin[part]), pages, step))
+
+        return self.waited(run)
+
+    def waited(self, run: Callable[[], Any]) -> float:
+        """Milliseconds of the faster of two runs, behind one that is not counted."""
+        taken = []
+        for _ in range(3):
+            began = time.perf_counter()
+            run()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            taken.append(1e3 * (time.perf_counter() - began))
+        return min(taken[1:])
+
     def case(self, layer: paged.Layer, cache: Tensor) -> tuple[latents.Shape, latents.Asked, latents.Cached]:
         """What the kernel is given in a step of this layer."""
         found: list[Any] = []
@@ -215,6 +257,8 @@ def measure(size: Size, contexts: list[int], batches: list[int], device: str, dt
             row[name] = {"PyTorch": cell.folded(name, kernel=False)}
             if device.startswith("cuda"):
                 row[name]["kernel"] = cell.folded(name, kernel=True)
+        if batch == 1:
+            row["prompt"] = {name or "source": cell.prompt(name) for name in (None, *size.folds)}
         print(line(row), flush=True)
         found.append(row)
     return found
@@ -224,14 +268,15 @@ def line(row: dict[str, Any]) -> str:
     """Of a table: microseconds of the source's attention and layer, and of every fold's, with how much faster its layer is."""
     cells = [f"{row['context']:,}", str(row["batch"]), f"{row['source']['attention']:.0f}, {row['source']['layer']:.0f}"]
     for name, ways in row.items():
-        if name in ("context", "batch", "source"):
+        if name in ("context", "batch", "source", "prompt"):
             continue
         best = ways.get("kernel", ways["PyTorch"])
         attention = f"{best['attention']:.0f}, " if "attention" in best else ""
         faster = row["source"]["layer"] / best["layer"]
         slow = f"; {ways['PyTorch']['layer']:.0f}" if "kernel" in ways else ""
         cells.append(f"{attention}{best['layer']:.0f} ({faster:.2f}×{slow})")
-    return f"| {' | '.join(cells)} |"
+    prompts = ", ".join(f"{name} {ms:.2f}" for name, ms in row.get("prompt", {}).items())
+    return f"| {' | '.join(cells)} |" + (f"  prompt, ms: {prompts}" if prompts else "")
 
 
 @torch.no_grad()

@@ -23,4 +23,6 @@ def test_it_times_the_source_and_every_fold(monkeypatch: pytest.MonkeyPatch, cap
     assert [(row["context"], row["batch"]) for row in rows] == [(20, 1), (20, 3), (33, 1), (33, 3)]
     assert all(row[name]["PyTorch"]["layer"] > 0 for row in rows for name in folds)
     assert all(row["source"]["layer"] > 0 < row["source"]["attention"] for row in rows)
+    assert all((row["batch"] == 1) == ("prompt" in row) for row in rows)
+    assert all(row["prompt"].keys() == {"source", *folds} and min(row["prompt"].values()) > 0 for row in rows[::2])
     assert len(capsys.readouterr().out.splitlines()) == 4
