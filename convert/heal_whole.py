@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kvfold.convert import processes
+from kvfold.convert.compiled import compiled_where_it_pays
 from kvfold.convert.conversion import Conversion, Report
 from kvfold.convert.duration import announced, seconds_of, training_seconds
 from kvfold.convert.folding import OpenLayer, designs_of, fold_layer, packed, reopen_layer, unpacked
@@ -234,6 +235,7 @@ def _heal(
                 keep=keep,
                 rows=size,
                 total=processes.total,
+                unheard=compiled_where_it_pays(blocks, settings.heal_steps * settings.heal_batch_tokens),
             )
         except FloatingPointError as found:
             raise failed(settings, found) from None

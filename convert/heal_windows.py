@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from kvfold.convert import processes
+from kvfold.convert.compiled import compiled_where_it_pays
 from kvfold.convert.conversion import Conversion, Report
 from kvfold.convert.duration import announced, training_seconds
 from kvfold.convert.folding import OpenLayer, designs_of, fold_layer, packed, reopen_layer, unpacked
 from kvfold.convert.heal_whole import autocast_of, failed, fold_whole, heals_whole
-from kvfold.convert.planning.settings import ConvertSettings
+from kvfold.convert.planning.conversion_plan import ConversionPlan
 from kvfold.convert.source.data import Windows
 from kvfold.convert.source.stream import HiddenStates, SourceModel, check_finite
 from kvfold.surgery.designs import weights_of
@@ -75,7 +76,7 @@ def fold_on_stream(job: Conversion, device: torch.device, windows: Windows, repo
                     done = step / settings.heal_steps
                     report(share + 0.9 * done / layers, f"{title}: healing, error {loss:.2e}")
 
-                record["window_error"] = _heal(settings, layer, waiting, folded, original, device, progress)
+                record["window_error"] = _heal(plan, layer, waiting, folded, original, device, progress)
             job.write(weights_of(current.design), layer)
             record["seconds"] = round(time.time() - started, 2)
             if len(waiting) > 1:
@@ -120,7 +121,7 @@ def _waiting(layer: int) -> str:
 
 
 def _heal(
-    settings: ConvertSettings,
+    plan: ConversionPlan,
     layer: int,
     waiting: Iterable[OpenLayer],
     folded: HiddenStates,
@@ -132,6 +133,7 @@ def _heal(
 
     Both are of windows held out; the layers are left as they were when it was least.
     """
+    settings = plan.settings
     tokens, held_out = folded.data.shape[1], kept_back(folded.windows)
     generator = torch.Generator().manual_seed(settings.seed * 100_003 + layer)
     size = min(folded.windows - held_out, max(1, settings.heal_batch_tokens // tokens))
@@ -172,6 +174,7 @@ def _heal(
             keep=lambda now: looks.behind(now.steps, settings.heal_steps, measure, parameters),
             rows=size,
             total=processes.total,
+            unheard=compiled_where_it_pays(blocks, len(plan.folded) * settings.heal_steps * settings.heal_batch_tokens),
         )
     except FloatingPointError as found:
         raise failed(settings, found, f"layer {layer}: ") from None

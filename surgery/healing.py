@@ -202,6 +202,7 @@ def heal(
     keep: Callable[[Progress], bool] | None = None,
     rows: int | None = None,
     total: Total = lambda *tensors: list(tensors),
+    unheard: Callable[[], None] = lambda: None,
 ) -> list[float]:
     """Train the modules `trained` in place so that the window maps each batch's input to its target; returns the losses.
 
@@ -219,6 +220,7 @@ def heal(
             step was the last.
         rows: of a step, where `batches` give only those that this process has, maybe none; None where each is a whole step.
         total: sums over the processes that have the others.
+        unheard: called before the first step whose passes no hook of the optimizer listens to, which is the second of all.
 
     Raises:
         FloatingPointError: the loss stopped being finite.
@@ -228,7 +230,7 @@ def heal(
     progress = begun or Progress()
     if progress.optimizer is not None:
         optimizer.restore(progress.optimizer)
-    warmup = max(1, steps // 20)
+    warmup, unheard_from = max(1, steps // 20), max(1, progress.steps)
 
     def slope(hidden: Tensor, target: Tensor, size: int) -> tuple[float, list[Tensor]]:
         """The loss and its gradients, `size` rows at a time."""
@@ -248,6 +250,8 @@ def heal(
         return value, gradients
 
     for step, (hidden, target) in zip(range(progress.steps, steps), batches, strict=False):
+        if step == unheard_from:
+            unheard()
         size = max(1, min(piece or len(hidden), len(hidden)))
         while True:
             try:

@@ -392,7 +392,7 @@ def test_the_output_is_refitted_by_least_squares() -> None:
 
 @pytest.mark.parametrize("cap", [None, 2.0])
 def test_output_divergence_is_the_kl_and_its_gradient(cap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvfold.surgery.output.PIECE_BYTES", 4 * 11 * 3)  # pieces of three tokens
+    monkeypatch.setattr("kvfold.surgery.output.PIECE_BYTES", 10 * 4 * 11 * 3)  # pieces of three tokens
     generator = torch.Generator().manual_seed(0)
     hidden, reference = (torch.randn(2, 5, 7, generator=generator) for _ in range(2))
     head = torch.randn(11, 7, generator=generator)

@@ -115,8 +115,11 @@ class Block:
     """One decoder layer as a map of hidden states (B, T, d) → (B, T, d) at positions 0…T-1, its attention exchangeable.
 
     `arguments` are what the model calls it with beside the hidden states: tables, masks, whatever its class wants. `positions`
-    says how its attention reads the tables, see `kvfold_attention.half_split`.
+    says how its attention reads the tables, see `kvfold_attention.half_split`. `trained` takes passes with gradients, of layer,
+    states and arguments, where it is set.
     """
+
+    trained: Callable[[nn.Module, Tensor, dict[str, Any]], Tensor] | None = None
 
     def __init__(
         self, layer: nn.Module, arguments: dict[str, Any], device: torch.device, head_dim: int, positions: str
@@ -130,6 +133,8 @@ class Block:
         return quickly(hidden, self.biased)
 
     def __call__(self, hidden: Tensor) -> Tensor:
+        if self.trained is not None and torch.is_grad_enabled():
+            return self.trained(self.layer, hidden, self.arguments)
         after: Tensor = self.layer(hidden, **self.arguments)
         return after
 
