@@ -36,7 +36,7 @@ MLA = (
 )
 WINDOWS = (*MLA, "--heal-steps", 6, "--heal-batch-tokens", 96, "--heal-window", 2)
 WHOLE = (*MLA, "--heal-steps", 20, "--heal-batch-tokens", 320, "--heal-window", "all", "--heal-lr", 0.02)
-WHOLE = (*WHOLE, "--token-weights", "nll", "--layer-budgets", "measured")
+WHOLE = (*WHOLE, "--calibration-tokens", 61 * 32, "--token-weights", "nll", "--layer-budgets", "measured")
 Meddle = Callable[[int], None]
 FORKS: Any = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["kvfold.convert.pipeline", "tests.helpers", "transformers.models.llama.modeling_llama"])
@@ -120,7 +120,7 @@ def test_launched_by_accelerate_two_come_to_what_one_does(folder: Path) -> None:
 
 
 def test_two_heal_the_whole_model_as_one_does(folder: Path) -> None:
-    """With unequal shares, steps in which they have different numbers of windows, and widths measured per layer."""
+    """With unequal shares, also in a step, text that is only healed on, and widths measured per layer."""
     assert together(2, folder, "whole-two", *WHOLE)[0][0] == 0
     assert_same(folder, "whole", "whole-two")
 
