@@ -31,6 +31,7 @@ def settings(tmp_path: Path, **more: Any) -> ConvertSettings:
         "heal_batch_tokens": 512,
         "layout": "kvfold",
         "heal_window": "all",
+        "calibration_tokens": 48 * 32,  # the others are healed on alone
     }
     return ConvertSettings(**{**fixed, "calibrate": tokens, **more})
 
@@ -224,7 +225,8 @@ def test_it_says_at_the_start_how_long_it_will_take(tmp_path: Path, source: Path
     taken = time.monotonic() - started
     widths, repeated, duration = [line for share, line in said if share is None]
     assert widths.startswith("measuring widths will take about ")
-    assert repeated == "healing goes 200 times over the 2,048 tokens of calibration text: give more of it, or --heal-steps 32"
+    over = {"all": ("200 times over the 2,048", 32), 2: ("267 times over the 1,536", 24)}[window]
+    assert repeated == f"healing goes {over[0]} tokens of calibration text: give more of it, or --heal-steps {over[1]}"
     (wanted,) = re.findall(r"^this will take about (\d+) s: folding \d+ s, healing \d+ s ", duration)
     assert taken / 5 < int(wanted) < 5 * taken
     shares = [share for share, _ in said if share is not None]
