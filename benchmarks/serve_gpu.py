@@ -1,6 +1,6 @@
 """A prompt, and one decoding step, of one attention layer on a GPU: the source's grouped attention against latents in pages.
 
-    python benchmarks/serve_gpu.py [--contexts 1024 8192 32768] [--batches 1 8 64] [--out FILE.json] [--tune]
+    python benchmarks/serve_gpu.py [--contexts 1024 8192 32768] [--batches 1 8 64] [--out FILE.json] [--tune FOLD…]
 
 A layer of an 8B Llama (hidden 4096, 32 query and 8 key heads of 128) in bfloat16, of random numbers. The source attends by
 torch's scaled_dot_product_attention over a contiguous cache; MLA, MFA and MFA-KR by kvfold's Triton kernel and by PyTorch's
@@ -8,8 +8,8 @@ operations over pages of 16 tokens in disorder. `attention` is the time from que
 states to the output projection, projections and writing the cache included. Both are replayed from CUDA graphs, over several
 layers where one would fit the processor's cache, and medians are printed in microseconds. `prompt` is the layer's share of the
 time to the first token of one request, in milliseconds: the source's whole prompt at once, a fold's 2,048 tokens at a time, as
-an engine cuts it, by PyTorch's operations. `--tune` tries other tiles of the kernel as well. Needs torch and Triton, and
-`PYTHONPATH=src` where kvfold is not installed.
+an engine cuts it, by PyTorch's operations. `--tune` tries other tiles of the kernel for some folds as well. Needs torch and
+Triton, and `PYTHONPATH=src` where kvfold is not installed.
 """
 
 import argparse
@@ -34,6 +34,9 @@ PAGE, COLD = 16, 128 * 2**20
 """Tokens in a page; numbers of cache that layers read in turn, so that none is in the processor's own."""
 PIECE = 2048
 """Tokens of a prompt that go through a folded layer at a time."""
+TILES = [(16, 16, 4, 2), (16, 16, 8, 2), (16, 16, 8, 3), (16, 32, 4, 2), (16, 32, 4, 5), (16, 32, 8, 1), (16, 32, 8, 3)]
+TILES += [(16, 32, 16, 2), (16, 64, 8, 3), (32, 32, 8, 3), (32, 64, 8, 3)]
+"""Heads, tokens, warps and stages that `--tune` tries."""
 
 
 @dataclass(frozen=True)
@@ -280,7 +283,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 @torch.no_grad()
-def tune(size: Size, context: int, batch: int) -> list[dict[str, Any]]:
+def tune(size: Size, folds: list[str], context: int, batch: int) -> list[dict[str, Any]]:
     """Microseconds of the kernel's attention with other tiles."""
     from triton import OutOfResources
 
@@ -288,10 +291,10 @@ def tune(size: Size, context: int, batch: int) -> list[dict[str, Any]]:
 
     numbers = torch.randn(max(COLD, context * batch * 600), device="cuda", dtype=torch.bfloat16)
     cell, found = Cell(size, context, batch, numbers), []
-    for name in size.folds:
+    for name in folds:
         layer = paged.Layer(cell.layer(name))
         cases = [cell.case(layer, cache) for cache in cell.pages_of(name)]
-        for tiles in [(16, 32, 4, 2), (16, 32, 4, 5), (16, 32, 8, 3), (16, 64, 8, 3), (32, 32, 8, 3), (32, 64, 8, 3)]:
+        for tiles in TILES:
             for programs in (1, 2, 4):
                 cut = Tiles(*tiles, programs)
                 try:
@@ -308,7 +311,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192, 32768])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--tune", nargs="+", default=[], choices=Size().folds, metavar="FOLD")
     args = parser.parse_args()
     size = Size()
     name = torch.cuda.get_device_name()
@@ -317,7 +320,7 @@ def main() -> None:
     found: dict[str, Any] = {"device": name, "torch": torch.__version__}
     found["rows"] = measure(size, args.contexts, args.batches, "cuda", torch.bfloat16)
     if args.tune:
-        found["tiles"] = [row for batch in (8, 64) for row in tune(size, 8192, batch)]
+        found["tiles"] = [row for batch in (8, 64) for row in tune(size, args.tune, 8192, batch)]
     text = json.dumps(found, indent=1)
     print(json.dumps(found))
     if args.out:
