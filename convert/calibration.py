@@ -13,7 +13,7 @@ from kvfold.convert import processes
 from kvfold.convert.planning.conversion_plan import ConversionPlan
 from kvfold.convert.source.checkpoint import CheckpointReader
 from kvfold.convert.source.stream import Block, HiddenStates, SourceModel, check_finite
-from kvfold.surgery import latent, norms
+from kvfold.surgery import baselines, latent, norms
 from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.constant import constant_direction, off_one
 from kvfold.surgery.designs import FoldedWeights, design
@@ -29,6 +29,16 @@ ATTENTION_TOKENS = 32768
 """Calibration tokens, about, on which it is seen where attention goes."""
 MEASURED_TOKENS = (2048, 8192)
 """Calibration tokens on which the candidates of a layer are compared: an eighth of all, between these two."""
+
+
+SINGLE = 2048
+"""Hidden size from which on a CPU folds in float32."""
+
+
+def folding_dtype(inputs: Tensor) -> torch.dtype:
+    """In which a layer with these inputs (..., d) is folded. What float32 rounds off of wide layers is far below what a fold
+    leaves out; products of a GPU may be TF32."""
+    return torch.float32 if inputs.device.type == "cpu" and inputs.shape[-1] >= SINGLE else torch.float64
 
 
 def compared(tokens: int) -> int:
@@ -57,8 +67,8 @@ class Observed:
 
     Attributes:
         plan: what the layer is folded into.
-        weights: its attention, float64.
-        moment: E[z zᵀ] of the attention's augmented inputs (d + 1, d + 1), all tokens alike.
+        attention: the source's, in the checkpoint's dtype.
+        plain: E[z zᵀ] of the attention's augmented inputs (d + 1, d + 1), all tokens alike; None where nothing reads it.
         attended: the same where tokens count by the attention that they receive, with a share of the plain one.
         phase: what each head's attention leaves of every frequency on average, (H, D/2) complex.
         sample: some of the inputs (B, T, d), those that this process holds.
@@ -69,14 +79,25 @@ class Observed:
     """
 
     plan: ConversionPlan
-    weights: AttentionWeights
-    moment: Tensor
+    attention: AttentionWeights
+    plain: Tensor | None
     attended: Tensor
     phase: Tensor
     sample: Tensor
     compare: Callable[[FoldedWeights], float]
     measure: Callable[[FoldedWeights], float]
     inconstancy: Callable[[], float]
+
+    @cached_property
+    def weights(self) -> AttentionWeights:
+        """The attention in float64."""
+        return self.attention.to(torch.float64)
+
+    @property
+    def moment(self) -> Tensor:
+        """`plain`, where it is there."""
+        assert self.plain is not None
+        return self.plain
 
     @cached_property
     def linear(self) -> norms.Linear | None:
@@ -92,21 +113,34 @@ class Observed:
         less to tell it from, and fits other text worse."""
         return constant_direction(self.moment)
 
+    def bare(self, dtype: torch.dtype) -> AttentionWeights:
+        """The attention without norms of queries and keys, scores over √D."""
+        return self.attention.to(dtype).rooted() if self.linear is None else self.linear.weights.to(dtype)
+
     @cached_property
     def layer(self) -> Layer:
         """What the designs whose cache is one latent are folded from, at whatever widths."""
-        weights = self.weights.rooted() if self.linear is None else self.linear.weights
-        return Layer(weights, self.attended, self.phase.to(torch.complex128))
+        weights = self.bare(folding_dtype(self.sample))
+        return Layer(weights, self.attended, self.phase.to(torch.promote_types(weights.k.dtype, torch.complex64)))
+
+    def forget(self) -> None:
+        """Let go of what only candidates are made of, which is as large as the layer."""
+        for name in ("layer", "weights", "linear"):
+            self.__dict__.pop(name, None)
 
 
 def observe(
     plan: ConversionPlan, source: SourceModel, layer: int, block: Block, original: HiddenStates, tell: Callable[[str], None]
 ) -> Observed:
     """Read a layer's attention and run it over its inputs. The original stream stays before the layer."""
-    attention = read_attention(plan, source.reader, layer).to(source.device, torch.float64)
+    attention = read_attention(plan, source.reader, layer).to(source.device)
     rope, tokens = block.rope, original.data.shape[1]
-    plain, attended, lags = original.with_less(lambda: _sums(attention, block, original), tell)
-    plain.total, attended.total, lags = processes.total(plain.total, attended.total, lags)
+    received, lags = original.with_less(lambda: _attention(attention, block, original), tell)
+    alike = torch.ones_like(received) if original.weights is None else original.weights.to(received)
+    shares, lags = processes.total(torch.stack([received.sum(), alike.sum()]), lags)
+    mixed = ATTENDED * received / shares[0] + (1 - ATTENDED) * alike / shares[1]
+    attended = original.with_less(lambda: _moment(block, original, mixed), tell)
+    plain = original.with_less(lambda: _moment(block, original, alike), tell) if _counts_alike(plan) else None
     # The stream moves on in place. A process may hold no window of those that are compared.
     before = original.first(max(1, compared(original.studied * tokens) // tokens)).clone().to(source.device)
     inputs = given = after = before
@@ -144,34 +178,55 @@ def observe(
         sampled = SecondMoment(inputs.shape[-1], source.device)
         sampled.add(inputs, None if original.weights is None else original.weights[: len(inputs)])
         (total,) = processes.total(sampled.total)
+        assert plain is not None
         others = plain.total - total
         found = others if others[-1, -1] > 1e-6 * total[-1, -1] else total
         return off_one(constant_direction(found / found[-1, -1]), total / total[-1, -1])
 
-    moment = plain.value()
-    mixed = ATTENDED * attended.value() + (1 - ATTENDED) * moment
     phase = latent.coherence(lags, rope)
     phase = phase if plan.spec.turning[layer] else torch.ones_like(phase)
-    return Observed(plan, attention, moment, mixed, phase, inputs, compare, measure, inconstancy)
+    return Observed(
+        plan,
+        attention,
+        None if plain is None else plain.value(),
+        attended.value(),
+        phase,
+        inputs,
+        compare,
+        measure,
+        inconstancy,
+    )
 
 
-def _sums(attention: AttentionWeights, block: Block, original: HiddenStates) -> tuple[SecondMoment, SecondMoment, Tensor]:
-    """Of the windows that this process holds: the attention's inputs, all alike and by the attention that they receive, and how
-    much attention goes how far, (H, T)."""
-    tokens, hidden = original.data.shape[1:]
-    plain, attended = (SecondMoment(hidden, block.device) for _ in range(2))
+def _attention(attention: AttentionWeights, block: Block, original: HiddenStates) -> tuple[Tensor, Tensor]:
+    """Of the windows that this process holds to study, how much attention each token receives (rows, T), none in windows that are
+    not looked at, and how much attention goes how far (H, T)."""
+    rows, tokens = processes.held(original.studied), original.data.shape[1]
+    received = torch.zeros(rows, tokens, dtype=torch.float64, device=block.device)
     lags = torch.zeros(attention.heads, tokens, device=block.device)
-    looked = processes.held(-(-ATTENTION_TOKENS // tokens))
-    for rows in original.batches(0, processes.held(original.studied)):
-        counts = None if original.weights is None else original.weights[rows].to(block.device)
-        x = block.attention_input(original.data[rows].to(block.device))
-        plain.add(x, counts)
-        x = x[: max(0, looked - rows.start)]
-        if len(x):
-            seen, received = latent.attention_seen(attention, x, block.rope, block.visible)
-            attended.add(x, received if counts is None else received * counts[: len(x)])
-            lags += seen
-    return plain, attended, lags
+    for batch in original.batches(0, min(rows, processes.held(-(-ATTENTION_TOKENS // tokens)))):
+        x = block.attention_input(original.data[batch].to(block.device))
+        quickly = block.quickly(x) if folding_dtype(x) == torch.float32 else None
+        seen, found = latent.attention_seen(attention, x, block.rope, block.visible, quickly)
+        received[batch] = found.to(received)
+        lags += seen
+    return received if original.weights is None else received * original.weights.to(received), lags
+
+
+def _moment(block: Block, original: HiddenStates, counts: Tensor) -> SecondMoment:
+    """The second moment of the attention's inputs over the studied windows of all processes, each token counted as often as
+    `counts` (rows, T) of this one's say."""
+    found = SecondMoment(original.data.shape[-1], block.device)
+    for batch in original.batches(0, len(counts)):
+        found.add(block.attention_input(original.data[batch].to(block.device)), counts[batch])
+    (found.total,) = processes.total(found.total)
+    return found
+
+
+def _counts_alike(plan: ConversionPlan) -> bool:
+    """Whether something reads the second moment to which all tokens contribute alike."""
+    published = plan.design == "grouped" or plan.method in baselines.METHODS
+    return published or bool(plan.spec.key_norm) or plan.q_rank is not None or plan.settings.biases == "regressed"
 
 
 @torch.no_grad()

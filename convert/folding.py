@@ -63,6 +63,7 @@ def fold_layer(job: Conversion, source: SourceModel, layer: int, original: Hidde
     error, label, folded = best(job.plan, seen, layer)
     if error == math.inf:
         raise ConversionError(f"folding layer {layer} gave no finite result: check the source's weights there")
+    seen.forget()
     folded = _same(folded)
     if job.plan.method in REFITTED:
         refitted = _same(refit_output(folded, block, original, job.plan.layout == "kvfold", job.tell))

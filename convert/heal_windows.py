@@ -90,6 +90,7 @@ def fold_on_stream(job: Conversion, device: torch.device, windows: Windows, repo
             current.block.advance(folded)
             check_finite(folded.data, f"folded layer {layer}")
         waiting.popleft()
+        del current  # or its block stays while the next one is folded
     for file in files:
         file.unlink(missing_ok=True)
 

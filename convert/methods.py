@@ -3,6 +3,7 @@
 import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -35,16 +36,18 @@ def best_latent(
     plan: ConversionPlan, seen: Observed, rank: int, rope_dim: int, search: bool = True
 ) -> tuple[float, str, FoldedWeights]:
     """The same for the designs whose cache is one latent, at these widths; without `search` only where it would begin."""
-    layer, linear, moment = seen.layer, seen.linear, seen.moment
+    layer, linear = seen.layer, seen.linear
 
     def thin(folded: Queried) -> Queried:
         if linear is not None:
-            return linear.restored(folded)
-        return folded if plan.q_rank is None else latent.low_rank_queries(folded, plan.q_rank, moment)
+            return linear.restored(cast(Queried, folded.to(torch.float64)))
+        if plan.q_rank is not None:
+            return latent.low_rank_queries(cast(Queried, folded.to(torch.float64)), plan.q_rank, seen.moment)
+        return folded
 
     if plan.method in baselines.METHODS:
-        sample = torch.cat(processes.gathered(seen.sample.cpu())).to(moment.device)
-        offered = baselines.METHODS[plan.method](layer.weights, rank, rope_dim, moment, sample)
+        sample = torch.cat(processes.gathered(seen.sample.cpu())).to(seen.moment.device)
+        offered = baselines.METHODS[plan.method](seen.bare(torch.float64), rank, rope_dim, seen.moment, sample)
         return _least(seen, ((label, thin(folded)) for label, folded in offered))
 
     def fold(choice: Choice) -> FoldedWeights:

@@ -90,7 +90,7 @@ def convert(
         torch.set_float32_matmul_precision("high")  # the stream stays float32, its products take their factors as TF32
     if not resume:
         parameters = source_parameters(config, plan.spec)
-        refuse_too_little(plan, parameters, cache_dtype(config, settings), out, free_bytes(device))
+        refuse_too_little(plan, parameters, cache_dtype(config, settings), out, free_bytes(device), device.type)
     holding = Partial(out, JOURNAL, resume, overwrite) if processes.is_main() else nullcontext()
     with holding as partial, resumable(partial_folder(out)):
         for stale in partial.folder.glob("*.hidden") if partial is not None else ():

@@ -63,14 +63,14 @@ def mfa_kr(layer: Layer, width: int, choice: Choice = START["mfa-kr"]) -> Reused
     apart = weights.sinks is None  # else attention weights do not sum to one
     slots = rotary_slots(layer, turning // 2, choice)
     values, cached = layer.rows[2], from_complex(slots.key)  # (G, D, 2n), (R, 2n)
-    down, up_k = cached[:0], values.new_zeros(*values.shape[:2], 0)
+    down, up_k = layer.plain(cached[:0]), values.new_zeros(*values.shape[:2], 0)
     if still:
         left = values - regression(layer.seen(values, apart), layer.seen(cached, apart)) @ cached
         rank = min(still, weights.k.shape[-1])  # no input has more to hold; zeros behind that
         down, up_k, _ = joint_latent(layer, slots.rest, left, rank, choice)
         down, up_k = F.pad(down, (0, 0, 0, still - rank)), F.pad(up_k, (0, still - rank))
     order = _halves_first(turning, still).to(cached.device)
-    key = torch.cat([cached, down])[order]  # (C, 2n)
+    key = torch.cat([cached, layer.both(down)])[order]  # (C, 2n)
     up_v = regression(layer.seen(values, apart), layer.seen(key, apart))  # (G, D, C)
     mean = layer.mean(values - up_v @ key)  # (G, D)
     key = layer.plain(key)

@@ -16,6 +16,7 @@ measured: `search`. Inputs are augmented, `z = [x; 1]` of `n = d + 1` numbers, s
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -27,7 +28,15 @@ from kvfold.surgery.attention import AttentionWeights
 from kvfold.surgery.designs import LatentWeights, RebuiltKeyWeights, ReusedKeyWeights
 from kvfold.surgery.kvfold_attention import Rope, with_sinks
 from kvfold.surgery.layer import Layer
-from kvfold.surgery.lowrank import gauge, leading_directions, left_singular, power_and_inverse, symmetric, top_eigenvectors
+from kvfold.surgery.lowrank import (
+    gauge,
+    leading_directions,
+    leading_subspace,
+    left_singular,
+    power_and_inverse,
+    symmetric,
+    top_eigenvectors,
+)
 from kvfold.surgery.names import full_rank
 from kvfold.surgery.rope import from_complex, to_complex
 
@@ -88,10 +97,17 @@ Queried = TypeVar("Queried", bound=LatentWeights | ReusedKeyWeights | RebuiltKey
 
 
 @torch.no_grad()
-def attention_seen(weights: AttentionWeights, x: Tensor, rope: Rope, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def attention_seen(
+    weights: AttentionWeights,
+    x: Tensor,
+    rope: Rope,
+    visible: Tensor | None = None,
+    quickly: AbstractContextManager[Any] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Where the attention of a batch goes: inputs `x` (B, T, d) → lags (H, T), received (B, T).
 
-    `visible` (T, T) says which keys each query may see, None for all before it and its own.
+    `visible` (T, T) says which keys each query may see, None for all before it and its own. Queries and keys are made in
+    `quickly`, where there is one.
 
     `lags` are the summed weights on every distance Δ. Key 0 is left out: trained models rest attention on it that nothing needs
     (attention sinks, 2309.17453), and that mass says nothing of how far a head looks. `received` is the attention that all
@@ -103,7 +119,8 @@ def attention_seen(weights: AttentionWeights, x: Tensor, rope: Rope, visible: Te
     hidden = distance < 0 if visible is None else ~visible.to(x.device)
     lags, received = x.new_zeros(weights.heads, tokens), x.new_zeros(x.shape[:2])
     z, tables = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1), tuple(table.repeat(len(x), 1) for table in rope)
-    states = weights.states(z.flatten(0, 1), (tables[0], tables[1]))  # of all rows, (H or G, B·T, D)
+    with quickly or nullcontext():
+        states = weights.states(z.flatten(0, 1), (tables[0], tables[1]))  # of all rows, (H or G, B·T, D)
     for row, (q, k) in enumerate(zip(*(each.split(tokens, 1) for each in states), strict=True)):
         scores = q @ k.repeat_interleave(weights.heads // weights.kv_heads, 0).mT * weights.score_scale  # (H, T, T)
         scores = scores if weights.cap is None else weights.cap * (scores / weights.cap).tanh()
@@ -190,7 +207,7 @@ def fold(
 
         numbers, gain, rest, read, unread = layer.once("turned", (slots.rest, min(turned, rank), choice.centred), turn)
         down, up_k, up_v = joint_latent(layer, rest, unread, rank - len(numbers), choice)
-        down, up_k, up_v = torch.cat([numbers, down]), F.pad(up_k, (len(numbers), 0)), torch.cat([read, up_v], -1)
+        down, up_k, up_v = torch.cat([layer.plain(numbers), down]), F.pad(up_k, (len(numbers), 0)), torch.cat([read, up_v], -1)
         gain = F.pad(gain, (0, 0, 0, 0, 0, turned - len(gain)))  # where fewer numbers say all
     folded = assemble(layer, slots, down, up_k, up_v, position_free, gain)
     # What a centred latent leaves out of the values is their mean.
@@ -286,7 +303,7 @@ def weighted_latent(
         reading: the keys' metric (G, D, D) and its inverse.
 
     Returns:
-        down (r, 2n), up_k (G, D, r), up_v (G, D, r).
+        down (r, n), up_k (G, D, r), up_v (G, D, r).
     """
     _, k, v = layer.rows
     root_k, inverse_k = reading
@@ -315,14 +332,16 @@ def weighted_latent(
         both = balance * layer.once("keys by values", (moved_k, moved_v), lambda: seen_k @ seen_v.mT)
         gram = torch.cat([torch.cat([balance**2 * gram_k, both], 1), torch.cat([both.mT, gram_v], 1)])
         basis = top_eigenvectors(gram, rank)  # (2·G·D, r)
+        level = gauge(basis.mT, gram)
     else:
         near = layer.held.get("directions", ((), None))[1]
-        directions = top_eigenvectors(balance**2 * gram_k + gram_v, rank, near)
-        layer.held["directions"] = (), directions
-        basis = torch.linalg.qr(torch.cat([balance * (seen_k @ directions), seen_v @ directions])).Q
+        found = leading_subspace(balance**2 * gram_k + gram_v, rank, near)
+        layer.held["directions"] = (), found
+        directions = found[:, :rank]
+        held = torch.cat([balance * (seen_k @ directions), seen_v @ directions])
+        basis, level = torch.linalg.qr(held).Q, gauge(held.mT)
     of_k, of_v = basis.chunk(2)
-    down = (balance * of_k).mT @ moved_k + of_v.mT @ moved_v
-    level = gauge(layer.seen(down))
+    down = (balance * of_k).mT @ layer.plain(moved_k) + of_v.mT @ layer.plain(moved_v)
     up_k, up_v = (part.unflatten(0, (-1, layer.weights.head_dim)) for part in (of_k, of_v))  # (G, D, r) each
     up_k = inverse_k @ up_k / (balance if choice.balance else 1.0)
     return down * level, up_k / level, inverse_v @ up_v / level
@@ -356,7 +375,7 @@ def assemble(
         up_k = from_complex(to_complex(up_k) * layer.phase.conj()[..., None])
     read = to_complex(queries[:, torch.cat([slots.pairs, slots.pairs + width // 2])])
     rotary = from_complex(read * (scale * slots.gain.repeat_interleave(per, 0)[..., None]))  # (H, R, n)
-    cached = layer.plain(torch.cat([down, from_complex(slots.key)]))  # (r + R, n)
+    cached = torch.cat([down, layer.plain(from_complex(slots.key))])  # (r + R, n)
     return LatentWeights(
         q_nope=free[..., :-1],
         q_rope=rotary[..., :-1],

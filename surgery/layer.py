@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvfold.surgery.attention import AttentionWeights
-from kvfold.surgery.lowrank import power_and_inverse, square_root
+from kvfold.surgery.lowrank import power_and_inverse, square_root, times_triangular
 from kvfold.surgery.rope import from_complex, to_complex
 
 Made = TypeVar("Made")
@@ -26,9 +26,9 @@ Made = TypeVar("Made")
 @dataclass(frozen=True)
 class Layer:
     """Attributes:
-    weights: the attention, float64.
-    moment: E[z zᵀ] (d + 1, d + 1).
-    phase: what each head's attention leaves of every frequency on average, (H, D/2) complex.
+    weights: the attention, in the dtype in which all is worked out.
+    moment: E[z zᵀ] (d + 1, d + 1), float64.
+    phase: what each head's attention leaves of every frequency on average, (H, D/2) complex, of the weights' precision.
     held: what `once` made last.
     """
 
@@ -49,14 +49,18 @@ class Layer:
 
     @cached_property
     def root(self) -> Tensor:
-        """R (n, n)."""
-        return square_root(self.moment)
+        """R (n, n), lower triangular."""
+        return square_root(self.moment).to(self.weights.k)
 
     @cached_property
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rows of queries (H, D, 2n), keys and values (G, D, 2n)."""
-        q, k, v = (torch.cat([x, x @ self.root], -1) for x in self.weights.augmented())
+        q, k, v = (self.both(rows) for rows in self.weights.augmented())
         return q, k, v
+
+    def both(self, rows: Tensor) -> Tensor:
+        """Rows `a` (·, n) as `[a, a R]` (·, 2n)."""
+        return torch.cat([rows, times_triangular(rows, self.root)], -1)
 
     def seen(self, rows: Tensor, centred: bool = False) -> Tensor:
         """The half `a R` of rows (·, 2n), without what their mean makes of it where `centred`."""

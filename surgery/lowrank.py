@@ -1,7 +1,12 @@
 """Second moments and the small linear algebra that every fold shares."""
 
+import math
+
 import torch
 from torch import Tensor
+
+AT_ONCE = 2048
+"""Tokens that a second moment has in float64 at a time."""
 
 
 class SecondMoment:
@@ -15,12 +20,11 @@ class SecondMoment:
 
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
         """Take in tokens (..., d), each as often as `weights` (...) says, once without."""
-        x = x.flatten(0, -2).to(torch.float64)
-        counted = x if weights is None else x * weights.reshape(-1, 1).to(x)
-        self.total[:-1, :-1] += symmetric(counted.T, x)
-        self.total[-1, :-1] += counted.sum(0)
-        self.total[:-1, -1] += counted.sum(0)
-        self.total[-1, -1] += len(x) if weights is None else float(weights.sum())
+        x = x.flatten(0, -2)
+        weights = x.new_ones(len(x)) if weights is None else weights.flatten()
+        for some, count in zip(x.split(AT_ONCE), weights.to(torch.float64).split(AT_ONCE), strict=True):
+            z = torch.cat([some, torch.ones_like(some[:, :1])], 1).to(torch.float64)
+            self.total += symmetric((z * count[:, None]).T, z)
 
     def value(self) -> Tensor:
         """The mean over the tokens seen. Raises ValueError when there were none."""
@@ -43,15 +47,25 @@ def symmetric(left: Tensor, right: Tensor) -> Tensor:
     return found
 
 
+def times_triangular(rows: Tensor, lower: Tensor) -> Tensor:
+    """A product (..., n) @ (n, n) with a lower triangular matrix, whose zeros are left out."""
+    found = torch.empty_like(rows)
+    for start in range(0, len(lower), STRIP):
+        columns = slice(start, start + STRIP)
+        found[..., columns] = rows[..., start:] @ lower[start:, columns]
+    return found
+
+
 def power_and_inverse(matrix: Tensor, power: float, floor: float = 1e-9) -> tuple[Tensor, Tensor]:
-    """`A^power` and `A^-power` of positive semi-definite matrices (..., n, n).
+    """`A^power` and `A^-power` of positive semi-definite matrices (..., n, n), worked out in float64.
 
     Eigenvalues below `floor` times the largest are raised to it, so that the inverse stays bounded.
     """
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = torch.linalg.eigh(matrix.to(torch.float64))
     smallest = (values[..., -1:] * floor).clamp_min(torch.finfo(values.dtype).tiny)
     raised = values.maximum(smallest) ** power
-    return (vectors * raised[..., None, :]) @ vectors.mH, (vectors / raised[..., None, :]) @ vectors.mH
+    there, back = ((vectors * size[..., None, :]) @ vectors.mH for size in (raised, 1 / raised))
+    return there.to(matrix), back.to(matrix)
 
 
 ITERATED = 3072
@@ -62,35 +76,70 @@ def top_eigenvectors(matrix: Tensor, rank: int, near: Tensor | None = None) -> T
     """The `rank` leading eigenvectors of Hermitian matrices (..., n, n) → (..., n, rank).
 
     Of a large positive semi-definite matrix (n, n) they span a subspace that holds as much of it as the exact one does, but for
-    a share of `1e-4` of what that leaves. `near` (n, m) are those of a matrix that is much like it.
+    a share of `1e-4` of what that leaves. `near` (n, m) is the `leading_subspace` of a matrix that is much like it.
     """
+    return leading_subspace(matrix, rank, near)[..., :rank]
+
+
+def leading_subspace(matrix: Tensor, rank: int, near: Tensor | None = None) -> Tensor:
+    """`top_eigenvectors`, and behind them those that it has beside them: (..., n, m) with m of `rank` and more."""
     if matrix.ndim == 2 and len(matrix) >= ITERATED and 6 * rank <= len(matrix):
         return subspace_iteration(matrix, rank, near)
-    return torch.linalg.eigh(matrix).eigenvectors[..., -rank:].flip(-1)
+    return torch.linalg.eigh(matrix).eigenvectors.flip(-1)
 
 
 def subspace_iteration(matrix: Tensor, rank: int, near: Tensor | None = None, share: float = 1e-4, most: int = 40) -> Tensor:
-    """Rayleigh-Ritz on products of a random block with a positive semi-definite matrix (n, n) → (n, rank), leading first.
+    """Rayleigh-Ritz on products of a random block with a positive semi-definite matrix (n, n) → (n, m), leading first, of which
+    the `rank` first count.
 
-    The block begins with `near` (n, m), where there is one. It ends when a step adds less than `share` of the trace that is
-    left outside (Halko et al., 0909.4061, section 4.5).
+    The block begins with `near` (n, m), where there is one, and something random: eigenvectors alone would stay what they are,
+    though others may have come to be above them. It is filtered between the steps, which end when there is less to gain than
+    `share` of the trace that is left outside, or when one gains no more than rounding. A Ritz value of residual `r` gains at
+    most `|r|²` over its distance from what is outside (Parlett, The Symmetric Eigenvalue Problem, 11.7).
     """
     size = min(len(matrix), rank + max(16, rank // 4))
     generator = torch.Generator().manual_seed(0)
     block = torch.randn(len(matrix), size, generator=generator, dtype=matrix.dtype).to(matrix.device)
     if near is not None:
-        block[:, : near.shape[1]] = near[:, :size]
-    trace, held, vectors = float(matrix.diagonal().sum()), 0.0, block
+        known = near[:, :size]
+        block[:, : known.shape[1]] = known + block[:, : known.shape[1]] * (FRESH / len(matrix) ** 0.5)
     block = matrix @ block
+    trace, held, rounding = float(matrix.diagonal().sum()), 0.0, torch.finfo(matrix.dtype).eps
     for _ in range(most):
         block = torch.linalg.qr(block).Q
         product = matrix @ block
-        values, turn = torch.linalg.eigh(block.mT @ product)
-        vectors, before, held = block @ turn[:, -rank:].flip(-1), held, float(values[-rank:].sum())
-        if held - before <= share * max(trace - held, trace * 1e-12):
+        values, turn = (found.flip(-1) for found in torch.linalg.eigh(block.mT @ product))
+        block, product = block @ turn, product @ turn
+        before, held = held, float(values[:rank].to(torch.float64).sum())
+        residuals = (product - block * values)[:, :rank].square().sum(0)
+        gain = float((residuals / (values[:rank] - values[-1]).clamp_min(torch.finfo(values.dtype).tiny)).sum())
+        if gain <= share * (trace - held) or held - before <= trace * rounding:
             break
-        block = matrix @ product
-    return vectors
+        block = chebyshev(matrix, block, product, values)
+    return block
+
+
+FRESH = 0.1
+"""Size of the random part of what begins with a vector that is near."""
+DEGREE = 4
+"""Products with the matrix between two steps of `subspace_iteration`, at most."""
+
+
+def chebyshev(matrix: Tensor, block: Tensor, product: Tensor, values: Tensor) -> Tensor:
+    """The Chebyshev polynomial of a matrix (n, n) times a block (n, m) of Ritz vectors: it is at most one on eigenvalues from 0
+    to the last of the Ritz `values` (m,), which the block leaves out, and grows fast behind them (Zhou, Saad, Tiago and
+    Chelikowsky, 2006, doi:10.1016/j.jcp.2006.03.017).
+
+    Its degree is such that the last of the block is not lost in the rounding of the first. `product` is matrix @ block.
+    """
+    rounding = torch.finfo(values.dtype).eps
+    edge = values[-1].maximum(values[0] * rounding)
+    grown = float(torch.acosh(2 * values[0] / edge - 1))
+    degree = min(DEGREE, max(1, int(math.acosh(0.1 / rounding) / max(grown, rounding))))
+    before, found = block, product * (2 / edge) - block
+    for _ in range(degree - 1):
+        before, found = found, torch.addmm(2 * found + before, matrix, found, beta=-1, alpha=float(4 / edge))
+    return found
 
 
 def leading_directions(rows: Tensor, moment: Tensor, rank: int) -> Tensor:
@@ -104,15 +153,15 @@ def leading_directions(rows: Tensor, moment: Tensor, rank: int) -> Tensor:
 
 
 def square_root(moment: Tensor) -> Tensor:
-    """`R` with `R Rᵀ = moment` (n, n), lower triangular where the moment is not singular."""
+    """The lower triangular `R` with `R Rᵀ = moment` (n, n)."""
     for share in (1e-13, 1e-12, 1e-11):  # with fewer tokens than numbers it is singular, and rounding takes it below zero
-        shift = moment.diagonal().mean() * share + torch.finfo(moment.dtype).tiny
-        identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-        root, failed = torch.linalg.cholesky_ex(moment + shift * identity)
+        shifted = moment.clone()
+        shifted.diagonal().add_(moment.diagonal().mean() * share + torch.finfo(moment.dtype).tiny)
+        root, failed = torch.linalg.cholesky_ex(shifted)
         if not failed:
             return root
     values, vectors = torch.linalg.eigh(moment)
-    return vectors * values.clamp_min(0).sqrt()
+    return torch.linalg.qr((vectors * values.clamp_min(0).sqrt()).mT, mode="r").R.mT
 
 
 def left_singular(rows: Tensor, rank: int) -> Tensor:
@@ -132,9 +181,10 @@ def gauge(down: Tensor, moment: Tensor | None = None) -> Tensor:
 def regression(target: Tensor, source: Tensor, ridge: float = 1e-9) -> Tensor:
     """The map (..., a, b) of least `|target - map source|²`, ridge relative to the source's mean energy.
 
-    target (..., a, n), source (b, n).
+    target (..., a, n), source (b, n). Worked out in float64.
     """
+    dtype, target, source = target.dtype, target.to(torch.float64), source.to(torch.float64)
     gram = source @ source.mT
     shift = gram.diagonal().mean() * ridge + torch.finfo(gram.dtype).tiny
     gram = gram + shift * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve(gram, source @ target.mT).mT
+    return torch.linalg.solve(gram, source @ target.mT).mT.to(dtype)

@@ -37,7 +37,6 @@ def rebuilt(layer: Layer, rank: int, choice: Choice = START) -> RebuiltKeyWeight
     metric = power_and_inverse(reading, choice.slots / 2)
     apart = weights.sinks is None
     down, up_k, up_v = weighted_latent(layer, k, v, metric, rank, replace(choice, centred=apart))
-    down = layer.plain(down)
     return RebuiltKeyWeights(
         q=weights.q,
         down=down[:, :-1],

@@ -15,8 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
+from kvfold.convert import folding
+from kvfold.convert.calibration import Observed
 from kvfold.convert.families import FAMILIES, family_of
 from kvfold.convert.layouts import deepseek_v3
+from kvfold.convert.methods import best
 from kvfold.convert.pipeline import convert
 from kvfold.convert.planning.plan import make_plan
 from kvfold.convert.planning.settings import ConvertSettings
@@ -28,6 +31,8 @@ from kvfold.evaluation.layers import measure_cache
 from kvfold.surgery.attention import GroupedAttention
 from kvfold.surgery.designs import design
 from kvfold.surgery.kvfold_attention import exchange
+from kvfold.surgery.latent import attention_seen
+from kvfold.surgery.lowrank import SecondMoment
 from tests.helpers import MIXED, OTHERS, SIMILAR, save_model, save_tokens
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -132,6 +137,47 @@ def test_a_wide_stream_is_as_exact_as_its_choices_need(tmp_path: Path, monkeypat
     errors = [[layer["block_error"] for layer in layers] for layers in (found, wanted)]
     assert errors[0] != errors[1]
     assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"to": "mla", "layout": "kvfold"}),
+        ("llama", {"to": "mla", "q_rank": 16}),
+        ("qwen3", {"to": "mla"}),
+        ("qwen2", {"to": "mfa-kr"}),
+    ],
+)
+def test_a_wide_layer_is_folded_in_float32_as_in_float64(
+    family: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, tokens = save_model(tmp_path / "source", family), save_tokens(tmp_path / "tokens.safetensors", 24, 32)
+    wanted = fold(source, tmp_path / "exact", calibrate=tokens, kv_budget=0.25, **settings)["layers"]
+    dtypes: set[torch.dtype] = set()
+    monkeypatch.setattr(folding, "best", lambda *args: dtypes.add(args[1].layer.root.dtype) or best(*args))
+    monkeypatch.setattr("kvfold.convert.calibration.SINGLE", 1)
+    found = fold(source, tmp_path / "single", calibrate=tokens, kv_budget=0.25, **settings)["layers"]
+    assert dtypes == {torch.float32}
+    assert [layer["choice"] for layer in found] == [layer["choice"] for layer in wanted]
+    errors = [[layer["block_error"] for layer in layers] for layers in (found, wanted)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+
+
+def test_the_moment_that_is_folded_under_counts_tokens_by_their_attention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine tenths by what they receive, one tenth alike: of the sample, which is all of so short a text."""
+    seen: list[Observed] = []
+    monkeypatch.setattr(folding, "best", lambda plan, found, layer: seen.append(found) or best(plan, found, layer))
+    source, tokens = save_model(tmp_path / "source", "llama"), save_tokens(tmp_path / "tokens.safetensors", 24, 32)
+    fold(source, tmp_path / "out", to="mla", kv_budget=0.25, calibrate=tokens)
+    reader = CheckpointReader(source)
+    first, block = seen[0], SourceModel(reader, family_of(reader.config), torch.device("cpu"), 32).block(0)
+    received = attention_seen(first.weights, first.sample, block.rope)[1]
+    by_attention, alike = SecondMoment(first.sample.shape[-1]), SecondMoment(first.sample.shape[-1])
+    by_attention.add(first.sample, received)
+    alike.add(first.sample)
+    torch.testing.assert_close(first.attended, 0.9 * by_attention.value() + 0.1 * alike.value(), rtol=1e-6, atol=1e-9)
 
 
 def test_large_biases_are_not_rounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ def test_operations_are_about_those_that_torch_counts(
     settings = ConvertSettings.model_validate({**target, **healing, **calibration})
     config = read_config(source)
     plan = make_plan(config, settings)
-    work = cost.Cost(plan, source_parameters(config, plan.spec), 1e12).steps(*forms_tried(plan))
+    work = cost.Cost(plan, source_parameters(config, plan.spec), 1e12, "cpu").steps(*forms_tried(plan))
     said = sum(part.get(kind, 0) for part in work.values() for kind in PRODUCTS)
     with FlopCounterMode(display=False) as counter:
         convert(str(source), tmp_path / "out", settings, check=False)

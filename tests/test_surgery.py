@@ -13,7 +13,7 @@ from kvfold.surgery import grouping
 from kvfold.surgery.attention import AttentionWeights, GroupedAttention
 from kvfold.surgery.healing import Progress, heal, relative_error
 from kvfold.surgery.kvfold_attention import Rope, rotate
-from kvfold.surgery.lowrank import SecondMoment, power_and_inverse, square_root, symmetric
+from kvfold.surgery.lowrank import SecondMoment, power_and_inverse, square_root, symmetric, times_triangular
 from kvfold.surgery.output import output_divergence
 from kvfold.surgery.refit import RIDGE, OutputRegression
 from kvfold.surgery.rope import from_complex, to_complex
@@ -248,8 +248,9 @@ def test_neighbours_refuse_what_does_not_divide() -> None:
         grouping.neighbours(4, 3)
 
 
-def test_second_moment_is_the_mean_outer_product() -> None:
+def test_second_moment_is_the_mean_outer_product(monkeypatch: pytest.MonkeyPatch) -> None:
     x = inputs()
+    monkeypatch.setattr("kvfold.surgery.lowrank.AT_ONCE", 7)
     whole, parts = SecondMoment(HIDDEN), SecondMoment(HIDDEN)
     whole.add(x)
     for row in x:
@@ -269,10 +270,14 @@ def test_a_symmetric_product_is_the_product(strip: int, monkeypatch: pytest.Monk
     weighted = x * torch.arange(1.0, len(x) + 1, dtype=x.dtype)[:, None]
     torch.testing.assert_close(symmetric(weighted.T, x), weighted.T @ x)
     torch.testing.assert_close(symmetric(x[:11], x[:11].T), x[:11] @ x[:11].T)
+    lower = weighted[:HIDDEN].tril()
+    torch.testing.assert_close(times_triangular(x, lower), x @ lower)
 
 
-def test_a_moment_that_rounding_took_below_zero_has_a_triangular_root() -> None:
-    values = torch.tensor([4.0, 2.0, -5e-13], dtype=torch.float64)
+@pytest.mark.parametrize("least", [-5e-13, -5e-11])
+def test_a_moment_that_rounding_took_below_zero_has_a_triangular_root(least: float) -> None:
+    """Far below zero it comes from eigenvectors."""
+    values = torch.tensor([4.0, 2.0, least], dtype=torch.float64)
     turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).Q
     moment = (turn * values) @ turn.T
     root = square_root(moment)

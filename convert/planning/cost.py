@@ -30,7 +30,7 @@ Work = dict[str, float]
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a plan whose source has so many `parameters`, on a device with so many bytes of `room`.
+    """Of a plan whose source has so many `parameters`, on a `device`, cuda or cpu, with so many bytes of `room`.
 
     Of a layer `attention` parameters are the source's attention's and `rest` the others, of the model `body` all layers' and
     `head` the output embedding's. Work is one layer's where nothing else is said.
@@ -39,6 +39,7 @@ class Cost:
     plan: ConversionPlan
     parameters: int
     room: float
+    device: str
 
     @cached_property
     def head(self) -> int:
@@ -149,7 +150,7 @@ class Cost:
             return {"working": 8 * self.attention, **found}
         rows = spec.head_dim * (spec.heads + 2 * spec.kv_heads)
         algebra = 8 * (4 * hidden * (hidden + rows)) + 16 * self.attention
-        passing = 4 * min(FORWARD_TOKENS, tokens) * (6 * hidden + self.rest // hidden)
+        passing = 4 * min(FORWARD_TOKENS[self.device], tokens) * (6 * hidden + self.rest // hidden)
         found |= {"working": max(4 * layer + algebra + passing, 4 * self.head), "states": 4 * tokens * hidden}
         if settings.heal_steps and self.at_once:
             found |= {
@@ -179,11 +180,13 @@ def estimate(plan: ConversionPlan, parameters: int, dtype: str, device_flops: fl
     from kvfold.convert.pipeline import pick_device
 
     if device_flops:
-        name, rates, room = f"{device_flops:.3g} operations per second, not measured", speed.stated(device_flops), CARD
+        kind, name = "cuda", f"{device_flops:.3g} operations per second, not measured"
+        rates, room = speed.stated(device_flops), CARD
     else:
         device = pick_device(plan.settings.device)
-        name, rates, room = f"{device.type}, measured", speed.measured(plan, device), float(free_bytes(device))
-    cost = Cost(plan, parameters, room)
+        kind, name = device.type, f"{device.type}, measured"
+        rates, room = speed.measured(plan, device), float(free_bytes(device))
+    cost = Cost(plan, parameters, room, kind)
     found = {
         step: {"operations": round(sum(work.values())), "seconds": sum(n / rates[kind] for kind, n in work.items())}
         for step, work in cost.steps(*forms_tried(plan)).items()
@@ -192,9 +195,9 @@ def estimate(plan: ConversionPlan, parameters: int, dtype: str, device_flops: fl
     return {"device": name, "steps": found, **whole, "bytes": cost.memory(dtype), "operations_per_second": rates}
 
 
-def refuse_too_little(plan: ConversionPlan, parameters: int, dtype: str, out: Path, free: int) -> None:
+def refuse_too_little(plan: ConversionPlan, parameters: int, dtype: str, out: Path, free: int, device: str) -> None:
     """Raise UserError when the result does not fit on the disk, or most of a layer's work not into `free` bytes of memory."""
-    needed = Cost(plan, parameters, free).memory(dtype)
+    needed = Cost(plan, parameters, free, device).memory(dtype)
     refuse_full_disk(out, needed["disk"], "about ")
     if 0.7 * needed["working"] > free:
         sizes = f"{needed['working'] / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free"

@@ -26,7 +26,7 @@ from kvfold.surgery.kvfold_attention import Attention, Rope, attention_of, excha
 from kvfold.surgery.output import capped
 
 Result = TypeVar("Result")
-FORWARD_TOKENS = 8192
+FORWARD_TOKENS = {"cuda": 8192, "cpu": 4096}
 """Tokens in one forward pass, where they fit into the device's memory."""
 WIDE = 512
 """Hidden size from which on bfloat16 pays where the CPU multiplies it."""
@@ -44,10 +44,9 @@ class HiddenStates:
     moments; None means all alike. `forward_tokens` go through a layer at a time.
     """
 
-    forward_tokens = FORWARD_TOKENS
-
     def __init__(self, shape: tuple[int, int, int], device: torch.device, file: Path | None, copies: int = 1) -> None:
         self.windows = self.studied = shape[0]
+        self.forward_tokens = FORWARD_TOKENS[device.type]
         shape = (processes.held(shape[0]), *shape[1:])
         size = torch.Size(shape).numel()
         self.weights: Tensor | None = None
