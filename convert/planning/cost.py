@@ -20,7 +20,7 @@ from kvfold.convert.output.files import refuse_full_disk
 from kvfold.convert.planning import speed
 from kvfold.convert.planning.conversion_plan import ConversionPlan
 from kvfold.convert.planning.settings import DTYPE_BYTES
-from kvfold.convert.source.stream import FORWARD_TOKENS
+from kvfold.convert.source.stream import forward_tokens
 from kvfold.errors import UserError
 
 SEEN = 12  # times that what sees where attention goes passes through its scores
@@ -150,7 +150,7 @@ class Cost:
             return {"working": 8 * self.attention, **found}
         rows = spec.head_dim * (spec.heads + 2 * spec.kv_heads)
         algebra = 8 * (4 * hidden * (hidden + rows)) + 16 * self.attention
-        passing = 4 * min(FORWARD_TOKENS[self.device], tokens) * (6 * hidden + self.rest // hidden)
+        passing = 4 * min(forward_tokens(self.device, hidden), tokens) * (6 * hidden + self.rest // hidden)
         found |= {"working": max(4 * layer + algebra + passing, 4 * self.head), "states": 4 * tokens * hidden}
         if settings.heal_steps and self.at_once:
             found |= {

@@ -26,13 +26,17 @@ from kvfold.surgery.kvfold_attention import Attention, Rope, attention_of, excha
 from kvfold.surgery.output import capped
 
 Result = TypeVar("Result")
-FORWARD_TOKENS = {"cuda": 8192, "cpu": 4096}
-"""Tokens in one forward pass, where they fit into the device's memory."""
 WIDE = 512
 """Hidden size from which on bfloat16 pays where the CPU multiplies it."""
 Watch = Callable[[Tensor, Tensor, Tensor], None]
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm")
 """What models call the norm behind their last layer."""
+
+
+def forward_tokens(device: str, hidden: int) -> int:
+    """Tokens in one forward pass, where they fit into the memory of the `device`, cuda or cpu. A CPU gains nothing by many of
+    wide layers, and has to clear the memory that they take."""
+    return 4096 if device == "cpu" and hidden >= 2048 else 8192
 
 
 class HiddenStates:
@@ -46,7 +50,7 @@ class HiddenStates:
 
     def __init__(self, shape: tuple[int, int, int], device: torch.device, file: Path | None, copies: int = 1) -> None:
         self.windows = self.studied = shape[0]
-        self.forward_tokens = FORWARD_TOKENS[device.type]
+        self.forward_tokens = forward_tokens(device.type, shape[-1])
         shape = (processes.held(shape[0]), *shape[1:])
         size = torch.Size(shape).numel()
         self.weights: Tensor | None = None
