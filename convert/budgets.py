@@ -6,13 +6,14 @@ widths of least summed error, or `alike` where a layout has the same in all laye
 """
 
 import time
+from functools import partial
 from math import inf
 from pathlib import Path
 
 import torch
 
 from kvfold.convert import processes
-from kvfold.convert.calibration import observe
+from kvfold.convert.calibration import Observed, observe
 from kvfold.convert.conversion import Report
 from kvfold.convert.duration import spoken
 from kvfold.convert.methods import best_latent
@@ -50,7 +51,8 @@ def measured_widths(
         started = time.monotonic()
         seen = observe(plan, source, layer, block, original, lambda line: report(None, line))
         tried = widths_to_try(plan, plan.spec.turning[layer])
-        measured.append({widths: best_latent(plan, seen, *widths, search=False)[0] for widths in tried})
+        errors = processes.spread(tried, partial(_error, plan, seen.alone()))
+        measured.append(dict(zip(tried, errors, strict=True)))
         block.advance(original)
         if len(measured) == 1:
             report(None, f"measuring widths will take about {spoken((time.monotonic() - started) * len(plan.folded))}")
@@ -58,6 +60,11 @@ def measured_widths(
     if plan.layout == "deepseek_v3":
         return (alike(measured),) * len(plan.folded)
     return allocate([best_of_totals(errors) for errors in measured], int(plan.width_numbers) * len(plan.folded))
+
+
+def _error(plan: ConversionPlan, seen: Observed, _: int, widths: Widths) -> float:
+    """What these widths break."""
+    return best_latent(plan, seen, *widths, search=False)[0]
 
 
 def alike(measured: list[dict[Widths, float]]) -> Widths:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -62,6 +62,62 @@ def read_attention(
 
 
 @dataclass(frozen=True)
+class Compared:
+    """Windows on which the candidates of a layer are compared, (B, T, d) each: those that this process holds, or those of all.
+
+    Attributes:
+        before: hidden states before the layer.
+        inputs: what its attention reads.
+        behind: hidden states behind the attention.
+        after: those behind the layer.
+        shared: whether other processes hold more of them, so that errors are means over all; else they are those of all.
+    """
+
+    block: Block
+    original: HiddenStates
+    before: Tensor
+    inputs: Tensor
+    behind: Tensor
+    after: Tensor
+    tell: Callable[[str], None]
+    shared: bool = True
+
+    @torch.no_grad()
+    def compare(self, folded: FoldedWeights) -> float:
+        """The relative error behind the attention with other weights in its place."""
+        attention = design(folded.to(self.block.device, torch.float32))
+        mixed = self._all_of(lambda rows: self.before[rows] + attention.o_proj(self.block.mix(attention, self.inputs[rows])))
+        return self._error(mixed, self.behind)
+
+    @torch.no_grad()
+    def measure(self, folded: FoldedWeights) -> float:
+        """The same behind the whole layer."""
+        with self.block.attention(design(folded.to(self.block.device, torch.float32))):
+            return self._error(self._all_of(lambda rows: self.block(self.before[rows])), self.after)
+
+    def of_all(self) -> "Compared":
+        """Those of all processes, on each of them."""
+        own = torch.stack([self.before, self.inputs, self.behind, self.after]).float().cpu()
+        before, inputs, behind, after = torch.cat(processes.gathered(own), 1).to(self.block.device)
+        return replace(self, before=before, inputs=inputs, behind=behind, after=after, shared=False)
+
+    def _all_of(self, work: Callable[[slice], Tensor]) -> Tensor:
+        """What `work` makes of the windows, as many at a time as fit."""
+        rows = len(self.before)
+
+        def batches() -> Tensor:
+            return torch.cat([work(batch) for batch in self.original.batches(0, rows)]) if rows else self.before
+
+        with self.block.quickly(self.before):
+            return self.original.with_less(batches, self.tell)
+
+    def _error(self, output: Tensor, target: Tensor) -> float:
+        found: Tensor | float = relative_error(output, target) if len(target) else 0.0
+        error = processes.mean(found, len(target)) if self.shared else float(found)
+        return error if math.isfinite(error) else math.inf
+
+
+@dataclass(frozen=True)
 class Observed:
     """A source layer and what was seen of it on the calibration tokens.
 
@@ -71,9 +127,7 @@ class Observed:
         plain: E[z zᵀ] of the attention's augmented inputs (d + 1, d + 1), all tokens alike; None where nothing reads it.
         attended: the same where tokens count by the attention that they receive, with a share of the plain one.
         phase: what each head's attention leaves of every frequency on average, (H, D/2) complex.
-        sample: some of the inputs (B, T, d), those that this process holds.
-        compare: the relative error behind the attention with other weights in its place.
-        measure: the same behind the whole layer, which takes several times as long.
+        windows: those on which its candidates are compared.
         inconstancy: how far the inputs of the sample are from one in the direction in which the others are most nearly so, root
             mean square; in that of all where there are no others.
     """
@@ -83,10 +137,25 @@ class Observed:
     plain: Tensor | None
     attended: Tensor
     phase: Tensor
-    sample: Tensor
-    compare: Callable[[FoldedWeights], float]
-    measure: Callable[[FoldedWeights], float]
+    windows: Compared
     inconstancy: Callable[[], float]
+
+    @property
+    def sample(self) -> Tensor:
+        """Some of the attention's inputs (B, T, d)."""
+        return self.windows.inputs
+
+    def compare(self, folded: FoldedWeights) -> float:
+        """The relative error behind the attention with other weights in its place."""
+        return self.windows.compare(folded)
+
+    def measure(self, folded: FoldedWeights) -> float:
+        """The same behind the whole layer, which takes several times as long."""
+        return self.windows.measure(folded)
+
+    def alone(self) -> "Observed":
+        """The same with the windows of all processes, which must all ask for it: what it measures, it measures by itself."""
+        return replace(self, windows=self.windows.of_all()) if self.windows.shared and processes.count() > 1 else self
 
     @cached_property
     def weights(self) -> AttentionWeights:
@@ -145,11 +214,6 @@ def observe(
     before = original.first(max(1, compared(original.studied * tokens) // tokens)).clone().to(source.device)
     inputs = given = after = before
 
-    def all_of(work: Callable[[slice], Tensor]) -> Tensor:
-        """What `work` makes of the windows that are compared, as many at a time as fit."""
-        with block.quickly(before):
-            return original.with_less(lambda: torch.cat([work(rows) for rows in original.batches(0, len(before))]), tell)
-
     def passed() -> list[Tensor]:
         pieces = [block.passed(before[rows]) for rows in original.batches(0, len(before))]
         return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
@@ -157,22 +221,8 @@ def observe(
     with torch.no_grad(), block.quickly(before):
         if len(before):
             inputs, given, after = original.with_less(passed, tell)
-    behind = before + given
-    check_finite(after, f"source layer {layer}")
-
-    def error_of(output: Callable[[slice], Tensor], target: Tensor) -> float:
-        error = processes.mean(relative_error(all_of(output), target) if len(target) else 0.0, len(target))
-        return error if math.isfinite(error) else math.inf
-
-    @torch.no_grad()
-    def compare(folded: FoldedWeights) -> float:
-        attention = design(folded.to(source.device, torch.float32))
-        return error_of(lambda rows: before[rows] + attention.o_proj(block.mix(attention, inputs[rows])), behind)
-
-    @torch.no_grad()
-    def measure(folded: FoldedWeights) -> float:
-        with block.attention(design(folded.to(source.device, torch.float32))):
-            return error_of(lambda rows: block(before[rows]), after)
+    windows = Compared(block, original, before, inputs, before + given, after, tell)
+    check_finite(windows.behind, f"source layer {layer}")
 
     def inconstancy() -> float:
         sampled = SecondMoment(inputs.shape[-1], source.device)
@@ -191,9 +241,7 @@ def observe(
         None if plain is None else plain.value(),
         attended.value(),
         phase,
-        inputs,
-        compare,
-        measure,
+        windows,
         inconstancy,
     )
 

@@ -36,7 +36,8 @@ def best_latent(
     plan: ConversionPlan, seen: Observed, rank: int, rope_dim: int, search: bool = True
 ) -> tuple[float, str, FoldedWeights]:
     """The same for the designs whose cache is one latent, at these widths; without `search` only where it would begin."""
-    layer, linear = seen.layer, seen.linear
+    alone = seen.alone()  # each candidate is one process's
+    layer, linear = alone.layer, alone.linear
 
     def thin(folded: Queried) -> Queried:
         if linear is not None:
@@ -46,8 +47,7 @@ def best_latent(
         return folded
 
     if plan.method in baselines.METHODS:
-        sample = torch.cat(processes.gathered(seen.sample.cpu())).to(seen.moment.device)
-        offered = baselines.METHODS[plan.method](seen.bare(torch.float64), rank, rope_dim, seen.moment, sample)
+        offered = baselines.METHODS[plan.method](seen.bare(torch.float64), rank, rope_dim, seen.moment, alone.sample)
         return _least(seen, ((label, thin(folded)) for label, folded in offered))
 
     def fold(choice: Choice) -> FoldedWeights:
@@ -63,8 +63,17 @@ def best_latent(
     start, tries = _search(plan)
     if plan.design == "latent" and not rope_dim:
         tries = {name: values for name, values in tries.items() if name not in ("picked", "slots")}
-    found = latent.search(fold, seen.compare, start, tries) if search else [(0.0, start, fold(start))]
-    return _measured(seen, ((str(choice), folded) for _, choice, folded in found))
+    if not search:
+        return _measured(alone, [(str(start), fold(start))])
+    found = latent.search(fold, alone.compare, start, tries, processes.spread)
+    return _measured(seen, [(str(choice), _shared(folded, seen.attended.device)) for _, choice, folded in found])
+
+
+def _shared(folded: FoldedWeights | None, device: torch.device) -> FoldedWeights:
+    """On all processes what one of them has folded."""
+    if processes.count() == 1 and folded is not None:
+        return folded
+    return cast(FoldedWeights, processes.from_one(None if folded is None else folded.to("cpu")).to(device))
 
 
 def forms_tried(plan: ConversionPlan) -> tuple[int, int]:

@@ -196,6 +196,11 @@ def gathered(value: Result) -> list[Result]:
     return values
 
 
+def from_one(value: Result | None) -> Result:
+    """The value of the first process that has one, on all of them. Tensors in it must be on the CPU."""
+    return next(found for found in gathered(value) if found is not None)
+
+
 def spread(items: Sequence[Item], work: Callable[[int, Item], Result]) -> list[Result]:
     """`work(number, item)` for every item, in order; each is done whole by one process, and all processes get the list."""
     mine = [work(number, item) for number, item in enumerate(items) if number % count() == index()]

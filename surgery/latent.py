@@ -15,7 +15,7 @@ Which weight of the queries, which weight of the values, which balance between k
 measured: `search`. Inputs are augmented, `z = [x; 1]` of `n = d + 1` numbers, so that biases are one column of the weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -144,24 +144,46 @@ def coherence(lags: Tensor, rope: Rope) -> Tensor:
     return share.to(turn.dtype) @ turn
 
 
+Spread = Callable[[Sequence[Choice], Callable[[int, Choice], float]], list[float]]
+"""Errors of choices, in order: `work(number, choice)` of each."""
+
+
+def one_by_one(choices: Sequence[Choice], work: Callable[[int, Choice], float]) -> list[float]:
+    return [work(number, choice) for number, choice in enumerate(choices)]
+
+
 def search(
     fold: Callable[[Choice], Folded],
     measure: Callable[[Folded], float],
     start: Choice = START,
     tries: Tries = STOCK,
-) -> list[tuple[float, Choice, Folded]]:
-    """What is best of `fold` by `measure`, one setting after the other: error, choice, weights; the second best behind it."""
+    spread: Spread = one_by_one,
+) -> list[tuple[float, Choice, Folded | None]]:
+    """What is best of `fold` by `measure`, one setting after the other: error, choice, weights; the second best behind it.
 
-    def tried(choice: Choice) -> tuple[float, Choice, Folded]:
+    All values of one setting are tried at once, by `spread`. Where that leaves some to others, there are no weights here.
+    """
+    made: dict[Choice, tuple[float, Folded]] = {}
+
+    def tried(number: int, choice: Choice) -> float:
         folded = fold(choice)
-        return measure(folded), choice, folded
+        error = measure(folded)
+        made[choice] = error, folded
+        for worse in sorted(made, key=lambda each: made[each][0])[2:]:
+            del made[worse]
+        return error
 
-    best = [tried(start)]
+    def two_best(known: list[tuple[float, Choice]], choices: list[Choice]) -> list[tuple[float, Choice]]:
+        errors = spread(choices, tried)
+        return sorted([*known, *zip(errors, choices, strict=True)], key=lambda entry: entry[0])[:2]
+
+    best: list[tuple[float, Choice]] = []
     for name, values in tries.items():
-        for value in values:
-            if value != getattr(best[0][1], name):
-                best = sorted([*best, tried(replace(best[0][1], **{name: value}))], key=lambda entry: entry[0])[:2]
-    return best
+        known = best[0][1] if best else start
+        others = [replace(known, **{name: value}) for value in values if value != getattr(known, name)]
+        best = two_best(best, others if best else [start, *others])
+    best = best or two_best([], [start])
+    return [(error, choice, made[choice][1] if choice in made else None) for error, choice in best]
 
 
 def fold(

@@ -1,6 +1,7 @@
 """MLA's mathematics on tensors alone. Helpers and the source layers are those of test_surgery.py."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -244,7 +245,18 @@ def test_search_returns_what_it_measured_as_best() -> None:
     assert [error, second[0]] == sorted(seen)[:2]
     assert len(seen) == 9
     again = fold(layer_of(weights, x), 12, 4, choice)
+    assert folded is not None
     torch.testing.assert_close(again.down, folded.down)
+
+    def every_second(choices: Sequence[Choice], work: Callable[[int, Choice], float]) -> list[float]:
+        """As the first of two processes: what the other one measures comes without weights."""
+        found = [work(number, each) for number, each in enumerate(choices) if number % 2 == 0]
+        others = [measure(fold(layer_of(weights, x), 12, 4, each)) for each in choices[1::2]]
+        return [(found, others)[number % 2][number // 2] for number in range(len(choices))]
+
+    shared = search(lambda each: fold(Layer(weights, moment_of(x), phase), 12, 4, each), measure, spread=every_second)
+    assert [entry[:2] for entry in shared] == [pytest.approx(best[:2]), pytest.approx(second[:2])]
+    assert any(entry[2] is None for entry in shared)
 
 
 def test_latent_attention_gives_its_weights_back() -> None:
