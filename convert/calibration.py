@@ -35,10 +35,11 @@ SINGLE = 2048
 """Hidden size from which on a CPU folds in float32."""
 
 
-def folding_dtype(inputs: Tensor) -> torch.dtype:
+def folding_dtype(block: Block, inputs: Tensor) -> torch.dtype:
     """In which a layer with these inputs (..., d) is folded. What float32 rounds off of wide layers is far below what a fold
-    leaves out; products of a GPU may be TF32."""
-    return torch.float32 if inputs.device.type == "cpu" and inputs.shape[-1] >= SINGLE else torch.float64
+    leaves out, but where attention has biases, beside which keys may be small; products of a GPU may be TF32."""
+    single = inputs.device.type == "cpu" and inputs.shape[-1] >= SINGLE and not block.biased
+    return torch.float32 if single else torch.float64
 
 
 def compared(tokens: int) -> int:
@@ -189,7 +190,7 @@ class Observed:
     @cached_property
     def layer(self) -> Layer:
         """What the designs whose cache is one latent are folded from, at whatever widths."""
-        weights = self.bare(folding_dtype(self.sample))
+        weights = self.bare(folding_dtype(self.windows.block, self.sample))
         return Layer(weights, self.attended, self.phase.to(torch.promote_types(weights.k.dtype, torch.complex64)))
 
     def forget(self) -> None:
@@ -222,7 +223,7 @@ def observe(
         if len(before):
             inputs, given, after = original.with_less(passed, tell)
     windows = Compared(block, original, before, inputs, before + given, after, tell)
-    check_finite(windows.behind, f"source layer {layer}")
+    check_finite(after, f"source layer {layer}")
 
     def inconstancy() -> float:
         sampled = SecondMoment(inputs.shape[-1], source.device)
@@ -247,15 +248,14 @@ def observe(
 
 
 def _attention(attention: AttentionWeights, block: Block, original: HiddenStates) -> tuple[Tensor, Tensor]:
-    """Of the windows that this process holds to study, how much attention each token receives (rows, T), none in windows that are
-    not looked at, and how much attention goes how far (H, T)."""
+    """Of the studied windows that this process holds, how much attention each token receives (rows, T), none in windows that
+    are not looked at, and how much attention goes how far (H, T)."""
     rows, tokens = processes.held(original.studied), original.data.shape[1]
     received = torch.zeros(rows, tokens, dtype=torch.float64, device=block.device)
     lags = torch.zeros(attention.heads, tokens, device=block.device)
     for batch in original.batches(0, min(rows, processes.held(-(-ATTENTION_TOKENS // tokens)))):
         x = block.attention_input(original.data[batch].to(block.device))
-        quickly = block.quickly(x) if folding_dtype(x) == torch.float32 else None
-        seen, found = latent.attention_seen(attention, x, block.rope, block.visible, quickly)
+        seen, found = latent.attention_seen(attention, x, block.rope, block.visible)
         received[batch] = found.to(received)
         lags += seen
     return received if original.weights is None else received * original.weights.to(received), lags

@@ -16,7 +16,6 @@ measured: `search`. Inputs are augmented, `z = [x; 1]` of `n = d + 1` numbers, s
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -97,17 +96,10 @@ Queried = TypeVar("Queried", bound=LatentWeights | ReusedKeyWeights | RebuiltKey
 
 
 @torch.no_grad()
-def attention_seen(
-    weights: AttentionWeights,
-    x: Tensor,
-    rope: Rope,
-    visible: Tensor | None = None,
-    quickly: AbstractContextManager[Any] | None = None,
-) -> tuple[Tensor, Tensor]:
+def attention_seen(weights: AttentionWeights, x: Tensor, rope: Rope, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Where the attention of a batch goes: inputs `x` (B, T, d) → lags (H, T), received (B, T).
 
-    `visible` (T, T) says which keys each query may see, None for all before it and its own. Queries and keys are made in
-    `quickly`, where there is one.
+    `visible` (T, T) says which keys each query may see, None for all before it and its own.
 
     `lags` are the summed weights on every distance Δ. Key 0 is left out: trained models rest attention on it that nothing needs
     (attention sinks, 2309.17453), and that mass says nothing of how far a head looks. `received` is the attention that all
@@ -119,8 +111,7 @@ def attention_seen(
     hidden = distance < 0 if visible is None else ~visible.to(x.device)
     lags, received = x.new_zeros(weights.heads, tokens), x.new_zeros(x.shape[:2])
     z, tables = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1), tuple(table.repeat(len(x), 1) for table in rope)
-    with quickly or nullcontext():
-        states = weights.states(z.flatten(0, 1), (tables[0], tables[1]))  # of all rows, (H or G, B·T, D)
+    states = weights.states(z.flatten(0, 1), (tables[0], tables[1]))  # of all rows, (H or G, B·T, D)
     for row, (q, k) in enumerate(zip(*(each.split(tokens, 1) for each in states), strict=True)):
         scores = q @ k.repeat_interleave(weights.heads // weights.kv_heads, 0).mT * weights.score_scale  # (H, T, T)
         scores = scores if weights.cap is None else weights.cap * (scores / weights.cap).tanh()
