@@ -51,8 +51,11 @@ class OutputRegression:
         shift = gram.diagonal()[: len(self.gram) - 1].mean() * RIDGE + torch.finfo(gram.dtype).tiny
         ridge = torch.full_like(gram.diagonal(), float(shift))
         ridge[len(self.gram) - 1 :] = 0  # a bias is free
-        root = torch.linalg.cholesky(gram + torch.diag(ridge))
-        change = torch.cholesky_solve(cross, root).T.to(folded.o)  # (d, m [+ 1])
+        gram = gram + torch.diag(ridge)
+        root, failed = torch.linalg.cholesky_ex(gram.to(folded.o))
+        if failed:  # the ridge is lost in float32 where a few directions of the heads outweigh all others
+            root = torch.linalg.cholesky(gram)
+        change = torch.cholesky_solve(cross.to(root), root).T.to(folded.o)  # (d, m [+ 1])
         heads = len(self.gram) - 1
         o = folded.o + change[:, :heads].unflatten(1, (folded.o.shape[0], -1)).permute(1, 0, 2)  # (H, d, D)
         if not bias:

@@ -395,6 +395,22 @@ def test_the_output_is_refitted_by_least_squares() -> None:
             assert float(after) < 0.1 * float(before)
 
 
+def test_a_refit_that_float32_cannot_solve_is_solved_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, generator = random_weights(), torch.Generator().manual_seed(3)
+    regression = OutputRegression(WIDTH, HIDDEN)
+    heads, missing = (torch.randn(200, size, dtype=torch.float64, generator=generator) for size in (WIDTH, HIDDEN))
+    regression.add(heads, missing, torch.ones(200, dtype=torch.float64))
+    exact, single = regression.solve(weights, True), weights.to(torch.float32)
+    torch.testing.assert_close(regression.solve(single, True).o, exact.o.float(), rtol=1e-4, atol=1e-5)
+    whole = torch.linalg.cholesky_ex
+
+    def failing(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return whole(-matrix)  # what is not positive definite
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", failing)
+    torch.testing.assert_close(regression.solve(single, True).o, exact.o.float(), rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("cap", [None, 2.0])
 def test_output_divergence_is_the_kl_and_its_gradient(cap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvfold.surgery.output.PIECE_BYTES", 10 * 4 * 11 * 3)  # pieces of three tokens
