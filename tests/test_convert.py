@@ -145,7 +145,8 @@ def test_a_wide_stream_is_as_exact_as_its_choices_need(tmp_path: Path, monkeypat
         ("llama", {"to": "mla", "layout": "kvfold"}),
         ("llama", {"to": "mla", "q_rank": 16}),
         ("qwen3", {"to": "mla"}),
-        ("qwen2", {"to": "mfa-kr"}),
+        ("mistral", {"to": "mfa-kr"}),
+        ("qwen2", {"to": "mla"}),
     ],
 )
 def test_a_wide_layer_is_folded_in_float32_as_in_float64(
@@ -157,7 +158,7 @@ def test_a_wide_layer_is_folded_in_float32_as_in_float64(
     monkeypatch.setattr(folding, "best", lambda *args: dtypes.add(args[1].layer.root.dtype) or best(*args))
     monkeypatch.setattr("kvfold.convert.calibration.SINGLE", 1)
     found = fold(source, tmp_path / "single", calibrate=tokens, kv_budget=0.25, **settings)["layers"]
-    assert dtypes == {torch.float32}
+    assert dtypes == {torch.float64 if family == "qwen2" else torch.float32}  # biases may be far larger than keys
     assert [layer["choice"] for layer in found] == [layer["choice"] for layer in wanted]
     errors = [[layer["block_error"] for layer in layers] for layers in (found, wanted)]
     assert errors[0] == pytest.approx(errors[1], rel=1e-3)
