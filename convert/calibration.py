@@ -97,9 +97,11 @@ class Compared:
             return self._error(self._all_of(lambda rows: self.block(self.before[rows])), self.after)
 
     def of_all(self) -> "Compared":
-        """Those of all processes, on each of them."""
+        """Those of all processes, on each of them, in the order in which one process would have them."""
         own = torch.stack([self.before, self.inputs, self.behind, self.after]).float().cpu()
-        before, inputs, behind, after = torch.cat(processes.gathered(own), 1).to(self.block.device)
+        shares = processes.gathered(own)  # (4, B, T, d) each
+        places = torch.cat([torch.arange(share.shape[1]) * len(shares) + number for number, share in enumerate(shares)])
+        before, inputs, behind, after = torch.cat(shares, 1)[:, places.argsort()].to(self.block.device)
         return replace(self, before=before, inputs=inputs, behind=behind, after=after, shared=False)
 
     def _all_of(self, work: Callable[[slice], Tensor]) -> Tensor:
