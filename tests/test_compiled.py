@@ -47,7 +47,7 @@ def healed(tmp_path: Path, source: Path, name: str, window: Any = "all") -> dict
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler on a CPU")
-@pytest.mark.parametrize("window", ["all", 2])
+@pytest.mark.parametrize("window", [pytest.param("all", marks=pytest.mark.slow), 2])
 def test_compiled_healing_is_the_same(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, window: Any) -> None:
     plain = healed(tmp_path, source, "plain", window)
     monkeypatch.setattr(compiled, "PAYS", 0.0)
