@@ -158,9 +158,10 @@ def decodings(shape: Json, places: Any, folds: dict[str, Json], device: str, ste
             }
             try:
                 seconds, size = min(decode.decode(model, context, batch, steps) for _ in range(2))
-                yield {**found, "milliseconds": 1e3 * seconds, "cache_bytes": size}
+                each = 1e3 * seconds / found["layers"]
+                yield {**found, "milliseconds": 1e3 * seconds, "milliseconds_per_layer": each, "cache_bytes": size}
             except torch.OutOfMemoryError:
-                yield {**found, "milliseconds": None, "cache_bytes": None}
+                yield {**found, "milliseconds": None, "milliseconds_per_layer": None, "cache_bytes": None}
             fresh_peak()
 
 
@@ -196,7 +197,7 @@ def table(found: list[Json]) -> str:
         ]
         for name in dict.fromkeys(r["model"] for r in rows):
             times = [next(r for r in rows if (r["model"], r["context"], r["batch"]) == (name, *place)) for place in places]
-            cells = ["none" if r["milliseconds"] is None else f"{r['milliseconds'] / r['layers']:.2f}" for r in times]
+            cells = [f"{r['milliseconds_per_layer']:.2f}" if r["milliseconds_per_layer"] else "none" for r in times]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

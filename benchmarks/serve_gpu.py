@@ -80,20 +80,20 @@ class Grouped(nn.Module):
         self.kv_proj = nn.Linear(size.hidden, 2 * size.kv_heads * size.width, bias=False)
         self.o_proj = nn.Linear(size.heads * size.width, size.hidden, bias=False)
 
+    def states(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, d), tables (B, T, D) → queries (B, H, T, D), keys and values (B, G, T, D)."""
+        k, v = per_head(self.kv_proj(x), self.width).chunk(2, 1)
+        return rotate(per_head(self.q_proj(x), self.width), rope), rotate(k, rope), v
+
     def forward(self, x: Tensor, rope: Rope, cache: Tensor) -> Tensor:
         """x (B, d), cache (2, B, G, S, D) → (B, d)."""
-        new = rope[0][:, None], rope[1][:, None]
-        k, v = per_head(self.kv_proj(x)[:, None], self.width).chunk(2, 1)
-        cache[0, :, :, -1:], cache[1, :, :, -1:] = rotate(k, new), v
-        mixed = grouped(rotate(per_head(self.q_proj(x)[:, None], self.width), new), cache)
-        return self.o_proj(mixed.transpose(1, 2).flatten(1))
+        q, cache[0, :, :, -1:], cache[1, :, :, -1:] = self.states(x[:, None], (rope[0][:, None], rope[1][:, None]))
+        return self.o_proj(grouped(q, cache).transpose(1, 2).flatten(1))
 
     def prompt(self, x: Tensor, rope: Rope) -> Tensor:
         """(T, d) → (T, d), all at once."""
-        new = rope[0][None], rope[1][None]
-        k, v = per_head(self.kv_proj(x)[None], self.width).chunk(2, 1)
-        q = rotate(per_head(self.q_proj(x)[None], self.width), new)
-        mixed = F.scaled_dot_product_attention(q, rotate(k, new), v, is_causal=True, enable_gqa=True)
+        q, k, v = self.states(x[None], (rope[0][None], rope[1][None]))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))[0]
 
 
@@ -187,14 +187,13 @@ class Cell:
 
     def waited(self, run: Callable[[], Any]) -> float:
         """Milliseconds of the faster of two runs, behind one that is not counted."""
-        taken = []
-        for _ in range(3):
-            began = time.perf_counter()
+
+        def whole() -> None:
             run()
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
-            taken.append(1e3 * (time.perf_counter() - began))
-        return min(taken[1:])
+
+        return 1e3 * min([_seconds(whole) for _ in range(3)][1:])
 
     def case(self, layer: paged.Layer, cache: Tensor) -> tuple[latents.Shape, latents.Asked, latents.Cached]:
         """What the kernel is given in a step of this layer."""

@@ -47,7 +47,7 @@ def best_latent(
         return folded
 
     if plan.method in baselines.METHODS:
-        offered = baselines.METHODS[plan.method](seen.bare(torch.float64), rank, rope_dim, seen.moment, alone.sample)
+        offered = baselines.METHODS[plan.method](alone.bare(torch.float64), rank, rope_dim, seen.moment, alone.sample)
         return _least(seen, ((label, thin(folded)) for label, folded in offered))
 
     def fold(choice: Choice) -> FoldedWeights:

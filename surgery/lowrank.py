@@ -72,17 +72,20 @@ ITERATED = 3072
 """From this size on, leading eigenvectors come from iterations on a few of them rather than from all."""
 
 
-def top_eigenvectors(matrix: Tensor, rank: int, near: Tensor | None = None) -> Tensor:
+def top_eigenvectors(matrix: Tensor, rank: int) -> Tensor:
     """The `rank` leading eigenvectors of Hermitian matrices (..., n, n) → (..., n, rank).
 
     Of a large positive semi-definite matrix (n, n) they span a subspace that holds as much of it as the exact one does, but for
-    a share of `1e-4` of what that leaves. `near` (n, m) is the `leading_subspace` of a matrix that is much like it.
+    a share of `1e-4` of what that leaves.
     """
-    return leading_subspace(matrix, rank, near)[..., :rank]
+    return leading_subspace(matrix, rank)[..., :rank]
 
 
 def leading_subspace(matrix: Tensor, rank: int, near: Tensor | None = None) -> Tensor:
-    """`top_eigenvectors`, and behind them those that it has beside them: (..., n, m) with m of `rank` and more."""
+    """`top_eigenvectors`, and behind them those that it has beside them: (..., n, m) with m of `rank` and more.
+
+    `near` (n, m) is that of a matrix that is much like it.
+    """
     if matrix.ndim == 2 and len(matrix) >= ITERATED and 6 * rank <= len(matrix):
         return subspace_iteration(matrix, rank, near)
     return torch.linalg.eigh(matrix).eigenvectors.flip(-1)

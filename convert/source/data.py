@@ -109,8 +109,8 @@ def calibration_windows(
             f"--calibration-tokens {settings.calibration_tokens} are less than a --window of {settings.window} for each of "
             f"{len(origins)} texts: take more tokens"
         )
-    parts = [_calibration_windows(plan, origin, tokens, len(origins), folder, device, report) for origin in origins]
-    windows = mixed(parts)
+    more = settings.more_tokens // len(origins)
+    windows = mixed([_calibration_windows(plan, origin, tokens, more, folder, device, report) for origin in origins])
     if windows.ids.shape[1] > plan.spec.max_positions:
         raise UserError(
             f"{settings.calibrate} has rows of {windows.ids.shape[1]} ids; the source knows {plan.spec.max_positions} positions"
@@ -122,19 +122,19 @@ def _calibration_windows(
     plan: "ConversionPlan",
     origin: str,
     tokens: int,
-    texts: int,
+    more: int,
     folder: Path,
     device: torch.device,
     report: Callable[[str], None],
 ) -> Windows:
-    """The windows of one of so many texts: at most so many tokens, and more of it for healing."""
+    """The windows of one text: at most so many tokens, and at most so many more of it for healing."""
     settings = plan.settings
     if (own := own_tokens(origin, "--calibrate", settings.window, tokens)) is not None:
         at_once = sampled_at_once(plan.spec, settings.window, device)
         wanted = settings.window, own, device, settings.seed, at_once
         return processes.from_main(lambda: sample_from_source(folder, *wanted, report))
     report("reading calibration text")
-    read = load_windows(origin, folder, settings.window, tokens + settings.more_tokens // texts, plan.spec.vocab_size)
+    read = load_windows(origin, folder, settings.window, tokens + more, plan.spec.vocab_size)
     count = max(1, tokens // read.ids.shape[1])
     return replace(read, ids=read.ids[:count], more=read.ids[count:])
 
