@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# two processes of one thread, each with a file of tests at a time
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 READY := $(VENV)/.ready
 
 .PHONY: demo test test-all test-gpu check docs engines clean
@@ -10,10 +12,10 @@ demo: $(READY)
 	$(BIN)/kvfold demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(TESTS)
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -m "not gpu"
+	$(TESTS) -m "not gpu"
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
@@ -22,7 +24,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p kvfold
-	$(BIN)/python -m pytest
+	$(TESTS)
 
 # links, the numbers of every table against docs/results, and the README's plot from them
 docs: $(READY)
