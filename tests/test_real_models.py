@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+
 from kvfold.convert.pipeline import convert
 from kvfold.convert.planning.settings import ConvertSettings
 
@@ -65,7 +68,11 @@ def test_uptraining_is_measured_beside_the_source_fine_tuned(shared: Path, tmp_p
     source = shared / "models/stories260k"
     tokens, fold = source / "tokens.safetensors", tmp_path / "gqa-2"
     convert(str(source), fold, ConvertSettings(to="gqa", kv_heads=2, method="mean"))
-    texts = ["--data", f"{tokens}:uptraining", "--on", f"{tokens}:evaluation", "--second", f"{tokens}:calibration"]
+    stories = load_file(tokens)["uptraining"]  # its own samples, of which it has nothing to learn: half of them backwards
+    backwards = torch.where((torch.arange(len(stories)) % 2 == 0)[:, None], stories, stories.flip(1))
+    save_file({"both": backwards.contiguous()}, tmp_path / "learned.safetensors")
+    texts = ["--data", f"{tmp_path}/learned.safetensors:both"]
+    texts += ["--on", f"{tokens}:evaluation", "--second", f"{tokens}:calibration"]
     pairs = ["tokens=8192", "eval_tokens=2048", "learning_rate=0.0003", "eval_every=1", "device=cpu"]
     command = [sys.executable, BENCHMARKS / "uptraining.py", source, fold, *texts, "--out", tmp_path / "out"]
     command += ["--max-tokens", "4096", "--set", *pairs]
