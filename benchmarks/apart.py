@@ -10,6 +10,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from kvfold.allocator import hold_memory
+
 
 def apart(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
     """`work(*args)` in a process of its own, with its seconds and peak memory."""
@@ -30,6 +32,7 @@ def _end_with_parent() -> None:
 
 
 def _weighed(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    hold_memory()  # as the commands do
     started, made = time.time(), work(*args)
     # not getrusage, which counts the process that this one was begun from
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())

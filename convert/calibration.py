@@ -35,11 +35,10 @@ SINGLE = 2048
 """Hidden size from which on a CPU folds in float32."""
 
 
-def folding_dtype(block: Block, inputs: Tensor) -> torch.dtype:
-    """In which a layer with these inputs (..., d) is folded. What float32 rounds off of wide layers is far below what a fold
+def single(device: str, hidden: int, biased: bool) -> bool:
+    """Whether layers of this hidden size are folded in float32. What it rounds off of wide layers is far below what a fold
     leaves out, but where attention has biases, beside which keys may be small; products of a GPU may be TF32."""
-    single = inputs.device.type == "cpu" and inputs.shape[-1] >= SINGLE and not block.biased
-    return torch.float32 if single else torch.float64
+    return device == "cpu" and hidden >= SINGLE and not biased
 
 
 def compared(tokens: int) -> int:
@@ -192,7 +191,9 @@ class Observed:
     @cached_property
     def layer(self) -> Layer:
         """What the designs whose cache is one latent are folded from, at whatever widths."""
-        weights = self.bare(folding_dtype(self.windows.block, self.sample))
+        inputs = self.sample
+        in_single = single(inputs.device.type, inputs.shape[-1], self.windows.block.biased)
+        weights = self.bare(torch.float32 if in_single else torch.float64)
         return Layer(weights, self.attended, self.phase.to(torch.promote_types(weights.k.dtype, torch.complex64)))
 
     def forget(self) -> None:
@@ -212,7 +213,7 @@ def observe(
     shares, lags = processes.total(torch.stack([received.sum(), alike.sum()]), lags)
     mixed = ATTENDED * received / shares[0] + (1 - ATTENDED) * alike / shares[1]
     attended = original.with_less(lambda: _moment(block, original, mixed), tell)
-    plain = original.with_less(lambda: _moment(block, original, alike), tell) if _counts_alike(plan) else None
+    plain = original.with_less(lambda: _moment(block, original, alike), tell) if counts_alike(plan) else None
     # The stream moves on in place. A process may hold no window of those that are compared.
     before = original.first(max(1, compared(original.studied * tokens) // tokens)).clone().to(source.device)
     inputs = given = after = before
@@ -273,7 +274,7 @@ def _moment(block: Block, original: HiddenStates, counts: Tensor) -> SecondMomen
     return found
 
 
-def _counts_alike(plan: ConversionPlan) -> bool:
+def counts_alike(plan: ConversionPlan) -> bool:
     """Whether something reads the second moment to which all tokens contribute alike."""
     published = plan.design == "grouped" or plan.method in baselines.METHODS
     return published or bool(plan.spec.key_norm) or plan.q_rank is not None or plan.settings.biases == "regressed"

@@ -33,7 +33,7 @@ class SecondMoment:
         return self.total / self.total[-1, -1]
 
 
-STRIP = 512
+STRIP = 192
 """Rows of a symmetric product at a time."""
 
 

@@ -23,7 +23,7 @@ from kvfold.errors import UserError
 from tests.helpers import invoke, save_model, save_tokens
 from tests.test_plan import LLAMA_31_8B
 
-PRODUCTS = ("stream", "float64", "healing", "attention")
+PRODUCTS = ("stream", "float32", "float64", "healing", "attention")
 
 
 @pytest.fixture(scope="module")

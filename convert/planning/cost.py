@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvfold.convert.budgets import WIDTH_TOKENS
-from kvfold.convert.calibration import ATTENTION_TOKENS, compared
+from kvfold.convert.calibration import ATTENTION_TOKENS, compared, counts_alike, single
 from kvfold.convert.folding import REFITTED
 from kvfold.convert.heal_whole import free_bytes, needed_bytes, worth_and_fits
 from kvfold.convert.heal_windows import WINDOW
@@ -22,8 +22,9 @@ from kvfold.convert.planning.conversion_plan import ConversionPlan
 from kvfold.convert.planning.settings import DTYPE_BYTES
 from kvfold.convert.source.stream import forward_tokens
 from kvfold.errors import UserError
+from kvfold.surgery.lowrank import ITERATED
 
-SEEN = 12  # times that what sees where attention goes passes through its scores
+SEEN = 12  # times that what sees where attention goes passes through its scores; the other passes are counted where they are
 CARD = 80e9  # bytes of a device that is not here
 Work = dict[str, float]
 
@@ -62,14 +63,39 @@ class Cost:
     def window(self) -> int:
         return min(self.plan.settings.window, self.plan.spec.max_positions)
 
-    def mixed(self, tokens: float) -> Work:
-        """Attention alone on windows; what is masked is worked out, too."""
-        scores = 4 * self.plan.spec.heads * self.plan.spec.head_dim * self.window * tokens
-        return {"stream": 2 * self.attention * tokens, "attention": scores}
+    @cached_property
+    def folds(self) -> str:
+        """In which products a layer is folded."""
+        spec = self.plan.spec
+        return "float32" if single(self.device, spec.hidden_size, spec.qkv_bias or spec.o_bias) else "float64"
+
+    @cached_property
+    def widths(self) -> tuple[int, int]:
+        """Latent and shared key of a layer that becomes latent attention, else nothing."""
+        plan = self.plan
+        return plan.layer_widths(plan.folded[0]) if plan.folded and plan.design != "grouped" else (0, 0)
+
+    @cached_property
+    def width(self) -> int:
+        """Of a folded head's queries or values, whichever are wider."""
+        head_dim, position_free = self.plan.spec.head_dim, self.plan.design == "latent" and self.plan.settings.to == "mla"
+        return max(head_dim, (head_dim if position_free else 0) + self.widths[1])
+
+    def mixed(self, tokens: float, width: int | None = None) -> Work:
+        """Attention alone on windows, of heads so wide; what is masked is worked out, too."""
+        spec, width = self.plan.spec, width or self.plan.spec.head_dim
+        passes = 8 * (spec.heads + spec.kv_heads) * width + 4 * spec.heads * width  # they are turned, and brought side by side
+        return {
+            "stream": 2 * self.attention * tokens,
+            "attention": 4 * spec.heads * width * self.window * tokens,
+            "elements": passes * tokens,
+        }
 
     def forward(self, tokens: float) -> Work:
         """A layer, without gradients."""
-        return total(self.mixed(tokens), {"stream": 2 * self.rest * tokens})
+        hidden = self.plan.spec.hidden_size
+        passes = 16 * hidden + 5 * self.rest // (3 * hidden)  # norms and residuals, and the MLP's gate
+        return total(self.mixed(tokens), {"stream": 2 * self.rest * tokens, "elements": passes * tokens})
 
     def trained(self, tokens: float) -> Work:
         """Forward and back: attention's weights get gradients, all others pass them on."""
@@ -77,24 +103,29 @@ class Cost:
         return {"healing": products, "attention": scores, "elements": 40 * tokens * self.plan.spec.hidden_size}
 
     def seen(self, tokens: float) -> Work:
-        """What is observed of the layer's inputs: moments, and where attention goes."""
+        """What is observed of the layer's inputs: moments, of which half is worked out, and where attention goes."""
         spec, few = self.plan.spec, min(tokens, ATTENTION_TOKENS)
-        states = 2 * spec.hidden_size * spec.head_dim * (spec.heads + 2 * spec.kv_heads) * few
+        states = 2 * spec.hidden_size * spec.head_dim * (spec.heads + spec.kv_heads) * few
         scores = 2 * spec.heads * self.window * spec.head_dim * few
-        moments = 2 * spec.hidden_size**2 * (tokens + few)
-        return {"float64": moments + states + scores, "elements": SEEN * spec.heads * self.window * few}
+        moments = (2 if counts_alike(self.plan) else 1) * spec.hidden_size**2 * tokens
+        passes = 8 * spec.hidden_size * tokens + SEEN * spec.heads * self.window * few
+        return {"float64": moments, "float32": states + scores, "elements": passes}
 
     def prepared(self) -> Work:
         """What all candidates share: the moment's root, and rows under it."""
         spec, n = self.plan.spec, self.plan.spec.hidden_size
-        return {"float64": n**3 / 3 + 2 * n * n * spec.head_dim * (spec.heads + 2 * spec.kv_heads)}
+        rows = spec.head_dim * (spec.heads + 2 * spec.kv_heads)
+        return total({"float64": n**3 / 3}, {self.folds: n * n * rows})
 
     def algebra(self) -> Work:
         """One candidate's: a Gram matrix, its leading directions, and what they make of the rows."""
         spec, n = self.plan.spec, self.plan.spec.hidden_size
         rows = 2 * spec.kv_heads * spec.head_dim
-        small = min(rows, n)
-        return {"float64": 2 * small * small * (max(rows, n) + n), "eigen": small**3}
+        small, rank = min(rows, n), sum(self.widths) or spec.head_dim
+        products = small * small * max(rows, n) + 2 * rows * n * rank
+        if small < ITERATED or 6 * rank > small:
+            return {self.folds: products, "eigen": small**3}
+        return {self.folds: products + 20 * small * small * rank}
 
     def steps(self, candidates: int, splits: int) -> dict[str, Work]:
         """Work of every step, all layers together."""
@@ -107,12 +138,13 @@ class Cost:
             split = times(splits, self.algebra(), self.forward(compared(few)))
             found["measuring widths"] = total(self.seen(few), self.prepared(), self.forward(few), split)
         found["observing"] = total(self.seen(tokens), self.forward(tokens))
-        tried = times(candidates, self.algebra(), self.mixed(compared(tokens)))
+        tried = times(candidates, self.algebra(), self.mixed(compared(tokens), self.width))
         found["candidates"] = total(self.prepared(), tried, times(4, self.forward(compared(tokens))))
         if self.plan.method in REFITTED:
             wide = spec.heads * spec.head_dim
-            fitted: Work = {"float64": 2 * wide * (wide + spec.hidden_size) * tokens + wide**3}
-            found["output projection"] = total(fitted, self.mixed(tokens))
+            products = wide * (wide + 2 * spec.hidden_size) * tokens
+            fitted: Work = {"float32" if self.device == "cpu" else "float64": products, "elements": 8 * wide * tokens}
+            found["output projection"] = total(fitted, {"float64": wide**3 / 3}, self.mixed(tokens, self.width))
         if settings.heal_steps:
             trained = settings.heal_steps * settings.heal_batch_tokens
             if self.at_once:

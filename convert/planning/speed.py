@@ -4,12 +4,21 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from kvfold.allocator import hold_memory
 from kvfold.convert.planning.conversion_plan import ConversionPlan
 
 if TYPE_CHECKING:
     import torch
 
-SHARES = {"stream": 0.15, "float64": 0.03, "healing": 0.3, "attention": 0.1, "eigen": 1e-4, "elements": 5e-4}
+SHARES = {
+    "stream": 0.15,
+    "float32": 0.1,
+    "float64": 0.03,
+    "healing": 0.3,
+    "attention": 0.1,
+    "eigen": 1e-4,
+    "elements": 5e-4,
+}
 """What a GPU is taken to do of the peak that its data sheet states for bfloat16. On an H200 (9.9e14) layers of an 8B took what
 follows from these within a quarter: docs/numbers.md."""
 
@@ -22,6 +31,7 @@ def stated(flops: float) -> dict[str, float]:
 def measured(plan: ConversionPlan, device: "torch.device") -> dict[str, float]:
     """Operations of each kind per second on a device, from a test of a second or two. On the CPU it is the threads' own time
     that counts, so that a busy machine does not look like a slow one."""
+    hold_memory()  # as a conversion does
     import torch
 
     from kvfold.convert.source.stream import quickly
@@ -51,7 +61,7 @@ def measured(plan: ConversionPlan, device: "torch.device") -> dict[str, float]:
     gram = w64[:small] @ w64[:small].T
     healing = getattr(torch, settings.heal_dtype)
     heads = torch.randn(1, spec.heads, length, spec.head_dim, device=device)
-    scores = torch.randn(min(spec.heads, 8), length, length, device=device)
+    gate = torch.randn(8192, wide, device=device)  # as many tokens as go through a layer together
     mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
     def trained() -> None:
@@ -67,9 +77,10 @@ def measured(plan: ConversionPlan, device: "torch.device") -> dict[str, float]:
 
     return {
         "stream": rate(2 * tokens * w.numel(), streamed),
+        "float32": rate(2 * tokens * w.numel(), lambda: x @ w),
         "float64": rate(2 * tokens * w.numel(), lambda: x.double() @ w64),
         "healing": rate(6 * tokens * w.numel(), trained),
         "attention": rate(4 * heads.numel() * length, attended),
         "eigen": rate(small**3, lambda: torch.linalg.eigh(gram)),
-        "elements": rate(4 * scores.numel(), lambda: scores.softmax(-1).add_(1.0)),
+        "elements": rate(6 * gate.numel(), lambda: (torch.nn.functional.silu(gate) * gate).add_(1.0).softmax(-1)),
     }
