@@ -49,8 +49,9 @@ def entries(data: dict[str, Json]) -> Iterator[tuple[str, dict[str, Json]]]:
             way.append(f"{target['kv_rank']}+{target['rope_dim']}")
         way += [target["method"]] if target["method"] in BASELINES else []
         way += [settings["layer_budgets"]] if settings["layer_budgets"] != "uniform" else []
-        texts = len((settings.get("calibrate") or "").split(","))
-        way += [f"{texts}-texts"] if texts > 1 else []
+        texts = (settings.get("calibrate") or "").split(",")
+        way += [f"{len(texts)}-texts"] if len(texts) > 1 else []
+        way += ["self"] if any(text.partition(":")[0] == "self" for text in texts) else []
         way += ["mean-sizes"] if settings.get("key_norm") == "mean" else []
         healed = stage != "closed form" and settings["heal_steps"] and settings.get("calibrate", True)
         steps = [f"{settings['heal_steps']}x{settings['heal_batch_tokens']}"] if healed else []

@@ -70,6 +70,16 @@ def test_what_is_kept_has_no_paths_and_replaces_what_it_repeats(page: Path) -> N
     assert json.loads((page.parent / "model.json").read_text())["mla-kvfold-latent-96-healed-120x4096"]["damage_nats"] == 0.1
 
 
+def test_other_texts_are_another_result() -> None:
+    """One text, another beside it, and one that the source writes."""
+    names = []
+    for text in ("a.txt", "a.txt,b.txt", "a.txt,self:65536"):
+        data = evaluated()
+        data["models"][0]["conversion"]["settings"]["calibrate"] = text
+        names += [name for name, _ in results.entries(data)]
+    assert len(set(names)) == 3 and "2-texts-self" in names[2], names
+
+
 @pytest.mark.parametrize(
     ("written", "instead", "said"),
     [
