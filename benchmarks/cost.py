@@ -20,6 +20,7 @@ from results import RESULTS
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from kvfold.allocator import hold_memory
 from kvfold.convert.pipeline import convert
 from kvfold.convert.planning import cost
 from kvfold.convert.planning.parameters import source_parameters
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument("shapes", nargs="*", default=list(SHAPES), metavar="SHAPE", help=", ".join(SHAPES))
     parser.add_argument("--publish", action="store_true", help="keep the results in docs/results/cost.json")
     args = parser.parse_args()
+    hold_memory()
     found = []
     with tempfile.TemporaryDirectory() as scratch:
         for name in args.shapes:

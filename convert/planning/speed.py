@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from kvfold.allocator import hold_memory
 from kvfold.convert.planning.conversion_plan import ConversionPlan
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ def stated(flops: float) -> dict[str, float]:
 def measured(plan: ConversionPlan, device: "torch.device") -> dict[str, float]:
     """Operations of each kind per second on a device, from a test of a second or two. On the CPU it is the threads' own time
     that counts, so that a busy machine does not look like a slow one."""
-    hold_memory()  # as a conversion does
     import torch
 
     from kvfold.convert.source.stream import quickly

@@ -41,6 +41,8 @@ def plan(
 ) -> None:
     """What would change: geometry, cache, parameters, refusals; with --device also what it takes. Reads config.json only."""
     settings = parse_settings(ConvertSettings, flags)
+    if "device" in flags:  # how fast it is, is measured as a conversion has its memory
+        hold_memory()
     from kvfold.convert.planning.told import tell
 
     made, record = tell(source, settings, batch, "device" in flags or device_flops is not None, device_flops)
