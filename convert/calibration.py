@@ -97,10 +97,8 @@ class Compared:
 
     def of_all(self) -> "Compared":
         """Those of all processes, on each of them, in the order in which one process would have them."""
-        own = torch.stack([self.before, self.inputs, self.behind, self.after]).float().cpu()
-        shares = processes.gathered(own)  # (4, B, T, d) each
-        places = torch.cat([torch.arange(share.shape[1]) * len(shares) + number for number, share in enumerate(shares)])
-        before, inputs, behind, after = torch.cat(shares, 1)[:, places.argsort()].to(self.block.device)
+        held = (self.before, self.inputs, self.behind, self.after)
+        before, inputs, behind, after = (processes.of_all(rows.float().cpu()).to(self.block.device) for rows in held)
         return replace(self, before=before, inputs=inputs, behind=behind, after=after, shared=False)
 
     def _all_of(self, work: Callable[[slice], Tensor]) -> Tensor:
@@ -191,9 +189,8 @@ class Observed:
     @cached_property
     def layer(self) -> Layer:
         """What the designs whose cache is one latent are folded from, at whatever widths."""
-        inputs = self.sample
-        in_single = single(inputs.device.type, inputs.shape[-1], self.windows.block.biased)
-        weights = self.bare(torch.float32 if in_single else torch.float64)
+        block, hidden = self.windows.block, self.sample.shape[-1]
+        weights = self.bare(torch.float32 if single(block.device.type, hidden, block.biased) else torch.float64)
         return Layer(weights, self.attended, self.phase.to(torch.promote_types(weights.k.dtype, torch.complex64)))
 
     def forget(self) -> None:

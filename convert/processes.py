@@ -136,6 +136,13 @@ def held(first: int) -> int:
     return len(range(index(), first, count()))
 
 
+def of_all(rows: Tensor) -> Tensor:
+    """The windows (rows, ...) of all processes, on each of them, in the order from which `share` took them. On the CPU."""
+    shares = gathered(rows)
+    places = torch.cat([torch.arange(len(each)) * len(shares) + number for number, each in enumerate(shares)])
+    return torch.cat(shares)[places.argsort()]
+
+
 def own(picked: Tensor) -> Tensor:
     """Of windows by their number among all, those that this process holds, by their number among its own."""
     return picked[picked % count() == index()] // count()

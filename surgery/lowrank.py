@@ -72,6 +72,11 @@ ITERATED = 3072
 """From this size on, leading eigenvectors come from iterations on a few of them rather than from all."""
 
 
+def iterates(size: int, rank: int) -> bool:
+    """Whether so many leading eigenvectors of a matrix of this size come from iterations."""
+    return size >= ITERATED and 6 * rank <= size
+
+
 def top_eigenvectors(matrix: Tensor, rank: int) -> Tensor:
     """The `rank` leading eigenvectors of Hermitian matrices (..., n, n) → (..., n, rank).
 
@@ -86,7 +91,7 @@ def leading_subspace(matrix: Tensor, rank: int, near: Tensor | None = None) -> T
 
     `near` (n, m) is that of a matrix that is much like it.
     """
-    if matrix.ndim == 2 and len(matrix) >= ITERATED and 6 * rank <= len(matrix):
+    if matrix.ndim == 2 and iterates(len(matrix), rank):
         return subspace_iteration(matrix, rank, near)
     return torch.linalg.eigh(matrix).eigenvectors.flip(-1)
 

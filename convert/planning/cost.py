@@ -22,9 +22,9 @@ from kvfold.convert.planning.conversion_plan import ConversionPlan
 from kvfold.convert.planning.settings import DTYPE_BYTES
 from kvfold.convert.source.stream import forward_tokens
 from kvfold.errors import UserError
-from kvfold.surgery.lowrank import ITERATED
+from kvfold.surgery.lowrank import iterates
 
-SEEN = 12  # times that what sees where attention goes passes through its scores; the other passes are counted where they are
+SEEN = 12  # times that what sees where attention goes passes through its scores
 CARD = 80e9  # bytes of a device that is not here
 Work = dict[str, float]
 
@@ -123,9 +123,9 @@ class Cost:
         rows = 2 * spec.kv_heads * spec.head_dim
         small, rank = min(rows, n), sum(self.widths) or spec.head_dim
         products = small * small * max(rows, n) + 2 * rows * n * rank
-        if small < ITERATED or 6 * rank > small:
-            return {self.folds: products, "eigen": small**3}
-        return {self.folds: products + 20 * small * small * rank}
+        if iterates(small, rank):
+            return {self.folds: products + 20 * small * small * rank}
+        return {self.folds: products, "eigen": small**3}
 
     def steps(self, candidates: int, splits: int) -> dict[str, Work]:
         """Work of every step, all layers together."""

@@ -32,7 +32,7 @@ def measured(plan: ConversionPlan, device: "torch.device") -> dict[str, float]:
     that counts, so that a busy machine does not look like a slow one."""
     import torch
 
-    from kvfold.convert.source.stream import quickly
+    from kvfold.convert.source.stream import forward_tokens, quickly
 
     spec, settings = plan.spec, plan.settings
     clock: Callable[[], float] = time.perf_counter
@@ -59,7 +59,7 @@ def measured(plan: ConversionPlan, device: "torch.device") -> dict[str, float]:
     gram = w64[:small] @ w64[:small].T
     healing = getattr(torch, settings.heal_dtype)
     heads = torch.randn(1, spec.heads, length, spec.head_dim, device=device)
-    gate = torch.randn(8192, wide, device=device)  # as many tokens as go through a layer together
+    gate = torch.randn(forward_tokens(device.type, spec.hidden_size), wide, device=device)
     mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
     def trained() -> None:

@@ -41,7 +41,7 @@ def plan(
 ) -> None:
     """What would change: geometry, cache, parameters, refusals; with --device also what it takes. Reads config.json only."""
     settings = parse_settings(ConvertSettings, flags)
-    if "device" in flags:  # how fast it is, is measured as a conversion has its memory
+    if "device" in flags:  # its speed is measured with memory as a conversion has it
         hold_memory()
     from kvfold.convert.planning.told import tell
 
