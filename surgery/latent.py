@@ -108,19 +108,27 @@ def attention_seen(weights: AttentionWeights, x: Tensor, rope: Rope, visible: Te
     tokens, weights = x.shape[1], weights.to(x.dtype)
     places = torch.arange(tokens, device=x.device)
     distance = places[:, None] - places
-    hidden = distance < 0 if visible is None else ~visible.to(x.device)
+    unseen = distance < 0 if visible is None else ~visible.to(x.device)
+    hidden = torch.zeros_like(unseen, dtype=x.dtype).masked_fill_(unseen, -torch.inf)
     lags, received = x.new_zeros(weights.heads, tokens), x.new_zeros(x.shape[:2])
     z, tables = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1), tuple(table.repeat(len(x), 1) for table in rope)
     states = weights.states(z.flatten(0, 1), (tables[0], tables[1]))  # of all rows, (H or G, B·T, D)
     for row, (q, k) in enumerate(zip(*(each.split(tokens, 1) for each in states), strict=True)):
-        scores = q @ k.repeat_interleave(weights.heads // weights.kv_heads, 0).mT * weights.score_scale  # (H, T, T)
+        scores = (q * weights.score_scale).unflatten(0, (weights.kv_heads, -1)) @ k[:, None].mT  # (G, H/G, T, T)
         scores = scores if weights.cap is None else weights.cap * (scores / weights.cap).tanh()
-        scores = scores.masked_fill(hidden, -torch.inf).unflatten(0, (weights.kv_heads, -1))
-        attention = with_sinks(scores, weights.sinks).softmax(-1)[..., :tokens].flatten(0, 1)
+        attention = with_sinks(scores.add_(hidden), weights.sinks).softmax(-1)[..., :tokens].flatten(0, 1)
         received[row] = attention.sum((0, 1))
         attention[:, :, 0] = 0
-        lags.index_add_(1, distance.clamp_min(0).flatten(), attention.flatten(1))
+        lags += along_diagonals(attention)
     return lags, received
+
+
+def along_diagonals(attention: Tensor) -> Tensor:
+    """The sums of lower triangular matrices (H, T, T) along their diagonals, the main one first: (H, T)."""
+    tokens, flat = attention.shape[-1], attention.flatten(1)
+    # In rows of T + 1 the main diagonal is the first column and the one below it the last; the zeros above share the others.
+    columns = flat[:, :-1].unflatten(1, (tokens - 1, tokens + 1)).sum(1)
+    return torch.cat([columns[:, :1] + flat[:, -1:], columns[:, 2:].flip(1)], 1)
 
 
 def coherence(lags: Tensor, rope: Rope) -> Tensor:
@@ -326,15 +334,18 @@ def weighted_latent(
     def weighted(what: str, root: Tensor, rows: Tensor, whole: Tensor, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Rows (G·D, 2n) by their metric, the energy of the whole ones, and where that is smaller the Gram matrix (n, n)."""
 
-        def make() -> tuple[Tensor, Tensor, Tensor]:
+        def make() -> tuple[Tensor, Tensor]:
             moved = (root @ rows).flatten(0, 1)
             moved = layer.deviations(moved) if centred else moved
-            # Against the energy of the whole keys, so that a rest of nothing is given nothing.
-            energy = (root @ layer.seen(whole, centred)).square().sum().clamp_min(torch.finfo(rows.dtype).tiny)
             seen = layer.seen(moved)
-            return moved, energy, symmetric(seen, seen.mT) if few else symmetric(seen.mT, seen)
+            return moved, symmetric(seen, seen.mT) if few else symmetric(seen.mT, seen)
 
-        return layer.once(what, (root, rows, centred), make)
+        def energy() -> Tensor:
+            """Of the whole ones, so that a rest of nothing is given nothing."""
+            return (root @ layer.seen(whole, centred)).square().sum().clamp_min(torch.finfo(rows.dtype).tiny)
+
+        moved, gram = layer.once(what, (root, rows, centred), make)
+        return moved, layer.once(f"energy of {what}", (root, centred), energy), gram
 
     few = 2 * values[..., 0].numel() <= len(layer.root)  # rows (2·G·D) of keys and values together
     moved_k, energy_k, gram_k = weighted("weighted keys", root_k, keys, k, choice.centred)

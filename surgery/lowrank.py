@@ -6,24 +6,26 @@ import torch
 from torch import Tensor
 
 AT_ONCE = 2048
-"""Tokens that a second moment has in float64 at a time."""
+"""Tokens of a second moment that are multiplied at a time."""
 
 
 class SecondMoment:
     """`E[z zᵀ]` of the augmented input `z = [x; 1]`, accumulated in float64: (d + 1, d + 1).
 
-    The last row and column hold the mean, so one matrix serves weights with biases and covariances alike.
+    The last row and column hold the mean, so one matrix serves weights with biases and covariances alike. `products` is the
+    dtype in which so many tokens as `AT_ONCE` are multiplied.
     """
 
-    def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, size: int, device: torch.device | str = "cpu", products: torch.dtype = torch.float64) -> None:
+        self.products = products
         self.total = torch.zeros(size + 1, size + 1, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
         """Take in tokens (..., d), each as often as `weights` (...) says, once without."""
         x = x.flatten(0, -2)
         weights = x.new_ones(len(x)) if weights is None else weights.flatten()
-        for some, count in zip(x.split(AT_ONCE), weights.to(torch.float64).split(AT_ONCE), strict=True):
-            z = torch.cat([some, torch.ones_like(some[:, :1])], 1).to(torch.float64)
+        for some, count in zip(x.split(AT_ONCE), weights.to(self.products).split(AT_ONCE), strict=True):
+            z = torch.cat([some, torch.ones_like(some[:, :1])], 1).to(self.products)
             self.total += symmetric((z * count[:, None]).T, z)
 
     def value(self) -> Tensor:
@@ -162,7 +164,8 @@ def leading_directions(rows: Tensor, moment: Tensor, rank: int) -> Tensor:
 
 def square_root(moment: Tensor) -> Tensor:
     """The lower triangular `R` with `R Rᵀ = moment` (n, n)."""
-    for share in (1e-13, 1e-12, 1e-11):  # with fewer tokens than numbers it is singular, and rounding takes it below zero
+    # With fewer tokens than numbers it is singular, and rounding takes it below zero: that of float64 or float32 products.
+    for share in (1e-13, 1e-11, 1e-6):
         shifted = moment.clone()
         shifted.diagonal().add_(moment.diagonal().mean() * share + torch.finfo(moment.dtype).tiny)
         root, failed = torch.linalg.cholesky_ex(shifted)
