@@ -53,7 +53,7 @@ def measured_widths(
         tried = widths_to_try(plan, plan.spec.turning[layer])
         errors = processes.spread(tried, partial(_error, plan, seen.alone()))
         measured.append(dict(zip(tried, errors, strict=True)))
-        block.advance(original)
+        block.advance(original, known=seen.passed)
         if len(measured) == 1:
             report(None, f"measuring widths will take about {spoken((time.monotonic() - started) * len(plan.folded))}")
     scratch.unlink(missing_ok=True)

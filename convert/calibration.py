@@ -1,7 +1,7 @@
 """A source layer: its attention as tensors, and what the calibration tokens show of it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
@@ -29,16 +29,39 @@ ATTENTION_TOKENS = 32768
 """Calibration tokens, about, on which it is seen where attention goes."""
 MEASURED_TOKENS = (2048, 8192)
 """Calibration tokens on which the candidates of a layer are compared: an eighth of all, between these two."""
-
-
+FITTED = 48
+"""Tokens, about, for each number of the heads on which the output projection is fitted where there are more."""
+JUDGED = 2
+"""Of the tokens that candidates are compared on, one in so many is looked at behind the attention, and of their windows one in
+so many behind the whole layer."""
 SINGLE = 2048
 """Hidden size from which on a CPU folds in float32."""
 
 
 def single(device: str, hidden: int, biased: bool) -> bool:
-    """Whether layers of this hidden size are folded in float32. What it rounds off of wide layers is far below what a fold
-    leaves out, but where attention has biases, beside which keys may be small; products of a GPU may be TF32."""
+    """Whether layers of this hidden size are folded in float32, their moments too. What it rounds off of wide layers is far
+    below what a fold leaves out, but where attention has biases, beside which keys may be small; products of a GPU may be
+    TF32."""
     return device == "cpu" and hidden >= SINGLE and not biased
+
+
+def fitted(tokens: int, numbers: int) -> int:
+    """Of so many calibration tokens, one in how many the output projection is fitted on, which reads so many `numbers`."""
+    return max(1, tokens // (FITTED * numbers))
+
+
+def in_turn(windows: Tensor, share: int) -> Iterator[tuple[Tensor | slice, slice]]:
+    """Every `share`-th token of windows, given by their numbers among all: which of them, and which of their tokens.
+
+    Windows begin with another token each. Attention is worked out for these tokens alone, and every text still has a say.
+    """
+    if share == 1:
+        yield slice(None), slice(None)
+        return
+    for first in range(share):
+        rows = (windows % share == first).nonzero()[:, 0]
+        if len(rows):
+            yield rows, slice(first, None, share)
 
 
 def compared(tokens: int) -> int:
@@ -68,7 +91,7 @@ class Compared:
     Attributes:
         before: hidden states before the layer.
         inputs: what its attention reads.
-        behind: hidden states behind the attention.
+        given: what it gives.
         after: those behind the layer.
         shared: whether other processes hold more of them, so that errors are means over all; else they are those of all.
     """
@@ -77,7 +100,7 @@ class Compared:
     original: HiddenStates
     before: Tensor
     inputs: Tensor
-    behind: Tensor
+    given: Tensor
     after: Tensor
     tell: Callable[[str], None]
     shared: bool = True
@@ -86,34 +109,54 @@ class Compared:
     def compare(self, folded: FoldedWeights) -> float:
         """The relative error behind the attention with other weights in its place."""
         attention = design(folded.to(self.block.device, torch.float32))
-        mixed = self._all_of(lambda rows: self.before[rows] + attention.o_proj(self.block.mix(attention, self.inputs[rows])))
-        return self._error(mixed, self.behind)
+
+        def made(batch: slice) -> Iterator[tuple[Tensor, Tensor]]:
+            for rows, asking in in_turn(self.numbers[batch], JUDGED):
+                before, given = (states[batch][rows, asking] for states in (self.before, self.given))
+                mixed = attention.o_proj(self.block.mix(attention, self.inputs[batch][rows], asking))
+                yield before + mixed, before + given
+
+        return self._error(made)
 
     @torch.no_grad()
     def measure(self, folded: FoldedWeights) -> float:
         """The same behind the whole layer."""
+
+        def made(batch: slice) -> Iterator[tuple[Tensor, Tensor]]:
+            rows = self.numbers[batch] % JUDGED == 0
+            if rows.any():
+                yield self.block(self.before[batch][rows]), self.after[batch][rows]
+
         with self.block.attention(design(folded.to(self.block.device, torch.float32))):
-            return self._error(self._all_of(lambda rows: self.block(self.before[rows])), self.after)
+            return self._error(made)
+
+    @property
+    def numbers(self) -> Tensor:
+        """Those of the windows among all."""
+        return processes.numbers(len(self.before)) if self.shared else torch.arange(len(self.before))
 
     def of_all(self) -> "Compared":
         """Those of all processes, on each of them, in the order in which one process would have them."""
-        held = (self.before, self.inputs, self.behind, self.after)
-        before, inputs, behind, after = (processes.of_all(rows.float().cpu()).to(self.block.device) for rows in held)
-        return replace(self, before=before, inputs=inputs, behind=behind, after=after, shared=False)
+        held = (self.before, self.inputs, self.given, self.after)
+        before, inputs, given, after = (processes.of_all(rows.float().cpu()).to(self.block.device) for rows in held)
+        return replace(self, before=before, inputs=inputs, given=given, after=after, shared=False)
 
-    def _all_of(self, work: Callable[[slice], Tensor]) -> Tensor:
-        """What `work` makes of the windows, as many at a time as fit."""
-        rows = len(self.before)
+    def _error(self, made: Callable[[slice], Iterable[tuple[Tensor, Tensor]]]) -> float:
+        """The relative error of outputs, beside what they should be (..., d), that are `made` of as many windows as fit."""
 
-        def batches() -> Tensor:
-            return torch.cat([work(batch) for batch in self.original.batches(0, rows)]) if rows else self.before
+        def summed() -> tuple[Tensor | float, int]:
+            error: Tensor | float = 0.0
+            tokens = 0
+            for batch in self.original.batches(0, len(self.before)):
+                for output, target in made(batch):
+                    count = target.shape[:-1].numel()
+                    error, tokens = error + relative_error(output, target) * count, tokens + count
+            return error, tokens
 
         with self.block.quickly(self.before):
-            return self.original.with_less(batches, self.tell)
-
-    def _error(self, output: Tensor, target: Tensor) -> float:
-        found: Tensor | float = relative_error(output, target) if len(target) else 0.0
-        error = processes.mean(found, len(target)) if self.shared else float(found)
+            total, tokens = self.original.with_less(summed, self.tell)
+        mean = float(total) / max(1, tokens)
+        error = processes.mean(mean, tokens) if self.shared else mean
         return error if math.isfinite(error) else math.inf
 
 
@@ -144,6 +187,11 @@ class Observed:
     def sample(self) -> Tensor:
         """Some of the attention's inputs (B, T, d)."""
         return self.windows.inputs
+
+    @property
+    def passed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What `Block.passed` made of the first windows."""
+        return self.windows.inputs, self.windows.given, self.windows.after
 
     def compare(self, folded: FoldedWeights) -> float:
         """The relative error behind the attention with other weights in its place."""
@@ -222,7 +270,7 @@ def observe(
     with torch.no_grad(), block.quickly(before):
         if len(before):
             inputs, given, after = original.with_less(passed, tell)
-    windows = Compared(block, original, before, inputs, before + given, after, tell)
+    windows = Compared(block, original, before, inputs, given, after, tell)
     check_finite(after, f"source layer {layer}")
 
     def inconstancy() -> float:
@@ -255,7 +303,8 @@ def _attention(attention: AttentionWeights, block: Block, original: HiddenStates
     lags = torch.zeros(attention.heads, tokens, device=block.device)
     for batch in original.batches(0, min(rows, processes.held(-(-ATTENTION_TOKENS // tokens)))):
         x = block.attention_input(original.data[batch].to(block.device))
-        seen, found = latent.attention_seen(attention, x, block.rope, block.visible)
+        with block.quickly(x):
+            seen, found = latent.attention_seen(attention, x, block.rope, block.visible)
         received[batch] = found.to(received)
         lags += seen
     return received if original.weights is None else received * original.weights.to(received), lags
@@ -264,7 +313,9 @@ def _attention(attention: AttentionWeights, block: Block, original: HiddenStates
 def _moment(block: Block, original: HiddenStates, counts: Tensor) -> SecondMoment:
     """The second moment of the attention's inputs over the studied windows of all processes, each token counted as often as
     `counts` (rows, T) of this one's say."""
-    found = SecondMoment(original.data.shape[-1], block.device)
+    hidden = original.data.shape[-1]
+    products = torch.float32 if single(block.device.type, hidden, block.biased) else torch.float64
+    found = SecondMoment(hidden, block.device, products)
     for batch in original.batches(0, len(counts)):
         found.add(block.attention_input(original.data[batch].to(block.device)), counts[batch])
     (found.total,) = processes.total(found.total)
@@ -278,20 +329,25 @@ def counts_alike(plan: ConversionPlan) -> bool:
 
 
 @torch.no_grad()
-def refit_output(folded: Folded, block: Block, original: HiddenStates, bias: bool, tell: Callable[[str], None]) -> Folded:
-    """`folded` with the output projection that brings it nearest to the source's attention on all calibration tokens.
+def refit_output(folded: Folded, seen: Observed, bias: bool) -> Folded:
+    """`folded` with the output projection that brings it nearest to the source's attention on the calibration tokens.
 
-    The block still has the source's attention, and `original` moves behind it.
+    The block still has the source's attention, and the original stream moves behind it.
     """
+    block, original = seen.windows.block, seen.windows.original
     attention = design(folded.to(block.device, torch.float32))
     regression = OutputRegression(attention.o_proj.in_features, attention.o_proj.out_features, block.device)
+    windows = processes.numbers(len(original.data))
+    share = fitted(original.studied * original.data.shape[1], attention.o_proj.in_features)
 
-    def watch(hidden: Tensor, x: Tensor, wanted: Tensor) -> None:
-        with block.quickly(hidden):
-            heads = block.mix(attention, x)
-            missing = wanted - attention.o_proj(heads)
-        regression.add(heads, missing, (hidden + wanted).square().sum(-1))
+    def watch(batch: slice, hidden: Tensor, x: Tensor, wanted: Tensor) -> None:
+        for rows, asking in in_turn(windows[batch], share):
+            there = wanted[rows, asking]
+            with block.quickly(hidden):
+                heads = block.mix(attention, x[rows], asking)
+                missing = there - attention.o_proj(heads)
+            regression.add(heads, missing, (hidden[rows, asking] + there).square().sum(-1))
 
-    block.advance(original, watch, tell)
+    block.advance(original, watch, seen.windows.tell, seen.passed)
     regression.gram, regression.cross = processes.total(regression.gram, regression.cross)
     return regression.solve(folded, bias)

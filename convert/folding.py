@@ -66,12 +66,12 @@ def fold_layer(job: Conversion, source: SourceModel, layer: int, original: Hidde
     seen.forget()
     folded = _same(folded)
     if job.plan.method in REFITTED:
-        refitted = _same(refit_output(folded, block, original, job.plan.layout == "kvfold", job.tell))
+        refitted = _same(refit_output(folded, seen, job.plan.layout == "kvfold"))
         refitted_error = seen.measure(refitted)
         if refitted_error < error:
             error, folded = refitted_error, refitted
     else:
-        block.advance(original)
+        block.advance(original, known=seen.passed)
     record = {"choice": label, "block_error": error}
     if job.plan.settings.biases == "regressed":
         record["inconstancy"] = seen.inconstancy()

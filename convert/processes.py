@@ -143,6 +143,11 @@ def of_all(rows: Tensor) -> Tensor:
     return torch.cat(shares)[places.argsort()]
 
 
+def numbers(held: int) -> Tensor:
+    """The numbers among all of the first so many windows that this process holds."""
+    return torch.arange(held) * count() + index()
+
+
 def own(picked: Tensor) -> Tensor:
     """Of windows by their number among all, those that this process holds, by their number among its own."""
     return picked[picked % count() == index()] // count()

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kvfold.surgery.kvfold_attention import Attention, Rope, attend, inverse_size, per_head, rotate
+from kvfold.surgery.kvfold_attention import Attention, Rope, at, attend, inverse_size, per_head, rotate
 
 Kind = TypeVar("Kind", bound="Weights")
 
@@ -149,10 +149,12 @@ class GroupedAttention(Attention):
         self.v_proj = linear(weights.v.flatten(0, 1), weights.v_bias)  # (G·D, d)
         self.o_proj = linear(weights.o.permute(1, 0, 2).flatten(1), weights.o_bias)  # (H, d, D) → (d, H·D)
 
-    def heads(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
-        q, k, v = (per_head(proj(x), self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        weights = (None, None) if self.norm is None else (self.q_norm, self.k_norm)
-        q, k = (turned(states, rope, weight, self.norm).to(v) for states, weight in zip((q, k), weights, strict=True))
+    def heads(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Any, asking: slice | None) -> Tensor:
+        some = asking or slice(None)
+        q, k, v = (per_head(proj, self.head_dim) for proj in (self.q_proj(x[:, some]), self.k_proj(x), self.v_proj(x)))
+        q_norm, k_norm = (None, None) if self.norm is None else (self.q_norm, self.k_norm)
+        q, k = turned(q, at(rope, some), q_norm, self.norm).to(v), turned(k, rope, k_norm, self.norm).to(v)
+        mask = mask if mask is None else mask[..., some, :]
         cap = None if self.cap is None else float(self.cap)
         return attend(q, k, v, mask, self.scale, None, cap, self.sinks)
 

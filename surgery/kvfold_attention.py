@@ -39,6 +39,12 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
+def at(rope: Rope, tokens: slice) -> Rope:
+    """The tables of some tokens."""
+    cos, sin = (table[..., tokens, :] for table in rope)
+    return cos, sin
+
+
 def pick(rope: Rope, pairs: Tensor) -> Rope:
     """The tables of some frequencies, (..., D) → (..., 2·len(pairs)): `pairs` counts the source's, D/2 means no rotation."""
     cos, sin = (table[..., : table.shape[-1] // 2] for table in rope)
@@ -89,6 +95,12 @@ def inverse_size(states: Tensor, eps: float, together: bool = False) -> Tensor:
     return (exact.square().mean((-3, -1) if together else -1, keepdim=True) + eps).rsqrt()
 
 
+SCORES = 1 << 24
+"""Scores that exist at a time, about, where attention is written out and nothing is trained."""
+FEW = 64
+"""Fewer queries than this at a time are slower written out."""
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -106,14 +118,16 @@ def attend(
     causal. `cap` soft-caps scores by `cap · tanh(score / cap)`; `sinks` (H,) are scores that a head has beside those of its
     keys, with nothing behind them.
     """
-    tokens = q.shape[2]
+    heads, tokens = q.shape[1:3]
     groups = max(t.shape[1] for t in (k, v, gains) if t is not None)
     k, v = (t.expand(-1, groups, -1, -1) for t in (k, v))
     if gains is not None:
         gains = gains.repeat_interleave(groups // gains.shape[1], 1).to(k)
-    # Written out where it is trained too: the backward pass of PyTorch's fused CPU kernel takes twice as long in bf16.
-    if tokens > 1 and cap is None and sinks is None and not (q.requires_grad and q.device.type == "cpu"):
-        heads, widest = q.shape[1], max(q.shape[-1], v.shape[-1])  # the fused kernels take one number and one width only
+    at_once = tokens if tokens == 1 or q.requires_grad else max(1, SCORES // (len(q) * heads * k.shape[2]))
+    fusable = tokens > 1 and cap is None and sinks is None and (mask is not None or tokens == k.shape[2])
+    # A CPU's fused kernel takes up to three times as long as what it fuses, but where keys are so many that few queries fit.
+    if fusable and (q.device.type != "cpu" or at_once < min(tokens, FEW)):
+        widest = max(q.shape[-1], v.shape[-1])  # the fused kernels take one number and one width only
         k = k if gains is None else k * gains
         q, k, padded = (F.pad(part, (0, widest - part.shape[-1])) for part in (q, k, v))
         if groups == 1:
@@ -121,19 +135,42 @@ def attend(
         elif groups < heads:
             k, padded = (t.repeat_interleave(heads // groups, 1) for t in (k, padded))
         return F.scaled_dot_product_attention(q, k, padded, mask, is_causal=mask is None, scale=scale)[..., : v.shape[-1]]
-    grouped = (q * scale).unflatten(1, (groups, -1)).flatten(2, 3)  # (B, G, H/G·T, E)
+    parts, before = [], k.shape[2] - tokens
+    for start in range(0, tokens, at_once):
+        rows = slice(start, min(start + at_once, tokens))
+        seen = slice(before + rows.stop if mask is None else None)
+        sizes = gains if gains is None else gains[:, :, seen]
+        visible = mask if mask is None else mask[..., rows, :]
+        parts.append(_written_out(q[:, :, rows], k[:, :, seen], v[:, :, seen], visible, scale, sizes, cap, sinks))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _written_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    gains: Tensor | None,
+    cap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """`attend` by its parts, (B, G, S, ·) each of keys, values and gains: the last of the keys are the queries'."""
+    tokens, keys = q.shape[2], k.shape[2]
+    grouped = (q * scale).unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, G, H/G·T, E)
     scores = (grouped @ k.mT).unflatten(2, (-1, tokens))  # (B, G, H/G, T, S)
     scores = scores if gains is None else scores * gains[:, :, None].mT
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     scores = scores if cap is None else cap * (scores / cap).tanh()
-    if mask is None and tokens > 1:
-        mask = torch.ones(tokens, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - tokens)
+    hidden = torch.finfo(scores.dtype).min
     if mask is not None:
-        mask = mask if mask.ndim == 2 else mask[:, :, None]
         if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, torch.finfo(scores.dtype).min)
-        scores.add_(mask)  # scores are fresh, and a sum passes its gradient on as it is
-    weights = with_sinks(scores, sinks).softmax(-1)[..., : k.shape[2]]
+            mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, hidden)
+        scores.add_(mask[:, :, None])  # scores are fresh, and a sum passes its gradient on as it is
+    elif tokens > 1:
+        new = scores if keys == tokens else scores[..., -tokens:]
+        new.add_(scores.new_full((tokens, tokens), hidden).triu(1))
+    weights = with_sinks(scores, sinks).softmax(-1)[..., :keys]
     return (weights.to(v.dtype).flatten(2, 3) @ v).unflatten(2, (-1, tokens)).flatten(1, 2)
 
 
@@ -192,12 +229,17 @@ class Attention(nn.Module):
         rope, cache = half_split(position_embeddings, self.head_dim, self.positions), past_key_values
         return self.o_proj(self.mix(hidden_states, rope, attention_mask, layer_past if cache is None else cache)), None
 
-    def mix(self, x: Tensor, rope: Rope, mask: Tensor | None = None, cache: Any = None) -> Tensor:
-        """The heads' outputs side by side, before `o_proj`: (B, T, d) → (B, T, H·D)."""
-        return self.heads(x, rope, mask, cache).transpose(1, 2).flatten(2)
+    def mix(self, x: Tensor, rope: Rope, mask: Tensor | None = None, cache: Any = None, asking: slice | None = None) -> Tensor:
+        """The heads' outputs side by side, before `o_proj`: (B, T, d) → (B, T, H·D).
 
-    def heads(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
-        """(B, T, d), the rotary tables of its tokens, mask and cache → (B, H, T, D)."""
+        Without a cache `asking` says which of the tokens attend, where only some do: → (B, ·, H·D).
+        """
+        if asking is not None and mask is None:
+            mask = torch.ones(1, 1, x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        return self.heads(x, rope, mask, cache, asking).transpose(1, 2).flatten(2)
+
+    def heads(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Any, asking: slice | None) -> Tensor:
+        """As `mix`, with the rotary tables of the tokens: → (B, H, T, D)."""
         raise NotImplementedError
 
 
@@ -248,15 +290,22 @@ class FoldedAttention(Attention):
             self.q_b_proj = nn.Linear(q_rank, heads * query_width, bias=query_bias)
         self.o_proj = nn.Linear(heads * value_dim, hidden, bias=output_bias)
 
-    def heads(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
-        return self.read(x, self.states(x, rope), rope, mask, cache)
+    def heads(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: Any, asking: slice | None) -> Tensor:
+        states = self.states(x, rope)
+        if asking is None:
+            return self.read(x, states, rope, mask, cache)
+        assert mask is not None
+        return self.read(x[:, asking], states, at(rope, asking), mask[..., asking, :], None, rope)
 
     def states(self, x: Tensor, rope: Rope) -> Tensor:
         """What is cached of new tokens: (B, T, d) → (B, 1, T, W)."""
         raise NotImplementedError
 
-    def read(self, x: Tensor, states: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
-        """Cache the states of new tokens (B, T, d), and let these attend → (B, H, T, D)."""
+    def read(self, x: Tensor, states: Tensor, rope: Rope, mask: Tensor | None, cache: Any, every: Rope | None = None) -> Tensor:
+        """Cache the states of new tokens (B, T, d), and let these attend → (B, H, T, D).
+
+        Without a cache `states` may be those of more tokens, whose tables are `every`.
+        """
         raise NotImplementedError
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gains: Tensor | None = None) -> Tensor:
@@ -301,13 +350,13 @@ class FoldedAttention(Attention):
         """Put (B, 1, T, E) into the cache, as keys without values → (B, 1, S, E)."""
         return states if cache is None else cache.update(states, states[..., :0], self.layer_idx)[0]
 
-    def extended(self, states: Tensor, rope: Rope, cache: Any) -> tuple[Tensor, Rope, Rope]:
+    def extended(self, states: Tensor, rope: Rope, cache: Any, every: Rope | None) -> tuple[Tensor, Rope, Rope]:
         """New states (B, 1, T, E) → all of them (B, 1, S, E), the tables of the new ones and of all.
 
         Their places in the cache turn them, for RoPE knows distances only; where a norm stands behind it, their positions.
         """
         if cache is None:
-            return states, rope, rope
+            return states, rope, every or rope
         before = cache.get_seq_length(self.layer_idx)  # a tensor in a static cache, which moves on in place
         before = before.clone() if isinstance(before, Tensor) else before
         states, tokens = self.cached(states, cache), states.shape[2]
@@ -371,12 +420,12 @@ class LatentAttention(FoldedAttention):
         key = rotate(key, pick(rope, self.rope_pairs)).to(latent)
         return self.with_gains(x, torch.cat([latent, key], -1))
 
-    def read(self, x: Tensor, states: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
+    def read(self, x: Tensor, states: Tensor, rope: Rope, mask: Tensor | None, cache: Any, every: Rope | None = None) -> Tensor:
         whole, q_rope = self.split_queries(x, rope)
         q_nope = whole[0] if self.behind else whole
-        new, every = rope, rope
+        new = turns = rope
         if self.turned:
-            keys, new, every = self.extended(states, rope, cache)
+            keys, new, turns = self.extended(states, rope, cache, every)
         else:
             keys = self.cached(states, cache)
         keys, gains = self.without_gains(keys)  # (B, 1, S, r + R)
@@ -388,7 +437,7 @@ class LatentAttention(FoldedAttention):
             shared = keys if self.nope else keys[..., self.rank :]
             if self.turned:
                 q = torch.cat([q, self.turned_queries(whole, new)], -1)
-                shared = torch.cat([shared, self._shared_turned(keys, every)], -1)
+                shared = torch.cat([shared, self._shared_turned(keys, turns)], -1)
             mixed = self.attend(q, shared, keys[..., : self.rank], mask, gains)  # (B, H, T, r)
             return by_head(mixed, up_v.mT)
         latent, key = keys.split([self.rank, self.rope_dim], dim=-1)
@@ -398,7 +447,7 @@ class LatentAttention(FoldedAttention):
         if self.turned:
             constant, linear = self.turned_keys.to(k).split([1, self.turned - 1])
             turned = constant.transpose(0, 1) + torch.einsum("bsj,jhn->bhsn", latent[:, 0, :, : self.turned - 1], linear)
-            q, k = torch.cat([q, self.turn(whole, new).to(q)], -1), torch.cat([k, rotate(turned, every).to(k)], -1)
+            q, k = torch.cat([q, self.turn(whole, new).to(q)], -1), torch.cat([k, rotate(turned, turns).to(k)], -1)
         return self.attend(q, k, v, mask, gains)
 
     def split_queries(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
@@ -454,10 +503,10 @@ class ReusedKeyAttention(FoldedAttention):
     def states(self, x: Tensor, rope: Rope) -> Tensor:
         return self.with_gains(x, self.k_proj(x)[:, None])
 
-    def read(self, x: Tensor, states: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
-        key, new, every = self.extended(states, rope, cache)
+    def read(self, x: Tensor, states: Tensor, rope: Rope, mask: Tensor | None, cache: Any, every: Rope | None = None) -> Tensor:
+        key, new, turns = self.extended(states, rope, cache, every)
         key, gains = self.without_gains(key)
-        q, k = self.queries(x), rotate(key, pick(every, self.rope_pairs)).to(key)
+        q, k = self.queries(x), rotate(key, pick(turns, self.rope_pairs)).to(key)
         if self.behind:  # what does not turn has no mirror image
             q = torch.stack([q[0], q[1] * (self.rope_pairs < self.head_dim // 2).repeat(2)])
         q = self.turn(q, pick(new, self.rope_pairs)).to(key)
@@ -500,10 +549,10 @@ class RebuiltKeyAttention(FoldedAttention):
     def states(self, x: Tensor, rope: Rope) -> Tensor:
         return self.kv_a_proj(x)[:, None]
 
-    def read(self, x: Tensor, states: Tensor, rope: Rope, mask: Tensor | None, cache: Any) -> Tensor:
-        latent, new, every = self.extended(states, rope, cache)
+    def read(self, x: Tensor, states: Tensor, rope: Rope, mask: Tensor | None, cache: Any, every: Rope | None = None) -> Tensor:
+        latent, new, turns = self.extended(states, rope, cache, every)
         k, v = (per_head(proj(latent[:, 0]), self.value_dim) for proj in (self.k_b_proj, self.v_b_proj))
-        q, k = self.normed(self.queries(x), new, "q_norm"), self.normed(k, every, "k_norm")
+        q, k = self.normed(self.queries(x), new, "q_norm"), self.normed(k, turns, "k_norm")
         return self.attend(q.to(v), k.to(v), v, mask)
 
     def queries(self, x: Tensor) -> Tensor:

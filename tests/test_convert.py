@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from kvfold.convert import folding
@@ -33,6 +34,7 @@ from kvfold.surgery.designs import design
 from kvfold.surgery.kvfold_attention import exchange
 from kvfold.surgery.latent import attention_seen
 from kvfold.surgery.lowrank import SecondMoment
+from kvfold.surgery.refit import OutputRegression
 from tests.helpers import MIXED, OTHERS, SIMILAR, save_model, save_tokens
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -122,7 +124,11 @@ def test_the_stream_runs_the_model(family: str, changes: dict[str, Any], tmp_pat
         wanted = load(folder)(IDS, output_hidden_states=True).hidden_states
     for layer in range(known.spec(reader.config).layers - 1):
         torch.testing.assert_close(states.data, wanted[layer], atol=1e-5, rtol=1e-5)
-        source.block(layer).advance(states)
+        block = source.block(layer)
+        with torch.no_grad():
+            known = block.passed(states.data[:1])  # goes behind the layer as it is
+        block.advance(states, known=(*known[:2], known[2] + layer))
+        states.data[:1] -= layer
 
 
 def test_a_wide_stream_is_as_exact_as_its_choices_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +142,7 @@ def test_a_wide_stream_is_as_exact_as_its_choices_need(tmp_path: Path, monkeypat
     assert [layer["choice"] for layer in found] == [layer["choice"] for layer in wanted]
     errors = [[layer["block_error"] for layer in layers] for layers in (found, wanted)]
     assert errors[0] != errors[1]
-    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+    assert errors[0] == pytest.approx(errors[1], rel=3e-3)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +167,7 @@ def test_a_wide_layer_is_folded_in_float32_as_in_float64(
     assert dtypes == {torch.float64 if family == "qwen2" else torch.float32}  # biases may be far larger than keys
     assert [layer["choice"] for layer in found] == [layer["choice"] for layer in wanted]
     errors = [[layer["block_error"] for layer in layers] for layers in (found, wanted)]
-    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+    assert errors[0] == pytest.approx(errors[1], rel=3e-3)
 
 
 def test_the_moment_that_is_folded_under_counts_tokens_by_their_attention(
@@ -179,6 +185,26 @@ def test_the_moment_that_is_folded_under_counts_tokens_by_their_attention(
     by_attention.add(first.sample, received)
     alike.add(first.sample)
     torch.testing.assert_close(first.attended, 0.9 * by_attention.value() + 0.1 * alike.value(), rtol=1e-6, atol=1e-9)
+
+
+def test_the_output_is_fitted_on_as_many_tokens_as_it_has_use_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every fourth of all windows it comes near to what all of them give."""
+    source, tokens = save_model(tmp_path / "source", "llama"), save_tokens(tmp_path / "tokens.safetensors", 96, 32)
+    add, read = OutputRegression.add, [0]
+
+    def counting(self: OutputRegression, heads: Tensor, missing: Tensor, energy: Tensor) -> None:
+        read[0] += energy.numel()
+        add(self, heads, missing, energy)
+
+    monkeypatch.setattr(OutputRegression, "add", counting)
+    errors = []
+    for number, (fitted, share) in enumerate([(48, 1), (12, 4)]):
+        monkeypatch.setattr("kvfold.convert.calibration.FITTED", fitted)
+        read[0] = 0
+        layers = fold(source, tmp_path / str(number), to="mla", kv_budget=0.25, calibrate=tokens)["layers"]
+        assert read[0] * share == 96 * 32 * len(layers)
+        errors.append([layer["block_error"] for layer in layers])
+    assert errors[1] == pytest.approx(errors[0], rel=0.1) and errors[1] != errors[0]
 
 
 def test_large_biases_are_not_rounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from torch import distributed
 from transformers import AutoModelForCausalLM
 
 import kvfold
-from kvfold.convert import folding, heal_whole
+from kvfold.convert import calibration, folding, heal_whole
 from kvfold.convert.output.record import RECORD
 from kvfold.convert.source.checkpoint import read_json
 from tests.helpers import invoke, save_model, save_tokens
@@ -123,6 +123,22 @@ def test_two_heal_the_whole_model_as_one_does(folder: Path) -> None:
     """With unequal shares, also in a step, text that is only healed on, and widths measured per layer."""
     assert together(2, folder, "whole-two", *WHOLE)[0][0] == 0
     assert_same(folder, "whole", "whole-two")
+
+
+def fitting_on_fewer(number: int) -> None:
+    calibration.FITTED = 8
+
+
+def test_of_which_tokens_the_output_is_fitted_on_two_have_those_of_one(folder: Path) -> None:
+    """A sixth of them: windows begin with another token each, by their numbers among all."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(calibration, "FITTED", 8)
+        assert convert(folder, "fewer", *MLA, "--heal-steps", 0)[0] == 0
+    assert together(2, folder, "fewer-two", *MLA, "--heal-steps", 0, meddle=fitting_on_fewer)[0][0] == 0
+    ours, theirs = (read_json(folder / name / RECORD)["layers"] for name in ("fewer", "fewer-two"))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert other["choice"] == mine["choice"]
+        assert other["block_error"] == pytest.approx(mine["block_error"], rel=1e-5)
 
 
 def killed(number: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvfold.convert.budgets import WIDTH_TOKENS
-from kvfold.convert.calibration import ATTENTION_TOKENS, compared, counts_alike, single
+from kvfold.convert.calibration import ATTENTION_TOKENS, JUDGED, compared, counts_alike, fitted, single
 from kvfold.convert.folding import REFITTED
 from kvfold.convert.heal_whole import free_bytes, needed_bytes, worth_and_fits
 from kvfold.convert.heal_windows import WINDOW
@@ -24,7 +24,7 @@ from kvfold.convert.source.stream import forward_tokens
 from kvfold.errors import UserError
 from kvfold.surgery.lowrank import iterates
 
-SEEN = 12  # times that what sees where attention goes passes through its scores
+SEEN = 8  # times that what sees where attention goes passes through its scores
 CARD = 80e9  # bytes of a device that is not here
 Work = dict[str, float]
 
@@ -81,14 +81,16 @@ class Cost:
         head_dim, position_free = self.plan.spec.head_dim, self.plan.design == "latent" and self.plan.settings.to == "mla"
         return max(head_dim, (head_dim if position_free else 0) + self.widths[1])
 
-    def mixed(self, tokens: float, width: int | None = None) -> Work:
-        """Attention alone on windows, of heads so wide; what is masked is worked out, too."""
-        spec, width = self.plan.spec, width or self.plan.spec.head_dim
-        passes = 8 * (spec.heads + spec.kv_heads) * width + 4 * spec.heads * width  # they are turned, and brought side by side
+    def mixed(self, tokens: float, width: int | None = None, share: int = 1) -> Work:
+        """Attention alone on windows, of queries so wide, by one in `share` tokens; what is masked is worked out, too."""
+        spec, width, asking = self.plan.spec, width or self.plan.spec.head_dim, tokens / share
+        values = spec.head_dim if self.device == "cpu" else width  # a fused kernel takes one width only
+        both = 2 * spec.hidden_size * spec.head_dim
+        passes = (12 * spec.heads * asking + 8 * spec.kv_heads * tokens) * width  # they are turned, and brought side by side
         return {
-            "stream": 2 * self.attention * tokens,
-            "attention": 4 * spec.heads * width * self.window * tokens,
-            "elements": passes * tokens,
+            "stream": 2 * both * (spec.heads * asking + spec.kv_heads * tokens),
+            "attention": 2 * spec.heads * (width + values) * self.window * asking,
+            "elements": passes,
         }
 
     def forward(self, tokens: float) -> Work:
@@ -107,9 +109,9 @@ class Cost:
         spec, few = self.plan.spec, min(tokens, ATTENTION_TOKENS)
         states = 2 * spec.hidden_size * spec.head_dim * (spec.heads + spec.kv_heads) * few
         scores = 2 * spec.heads * self.window * spec.head_dim * few
-        moments = (2 if counts_alike(self.plan) else 1) * spec.hidden_size**2 * tokens
+        moments: Work = {self.folds: (2 if counts_alike(self.plan) else 1) * spec.hidden_size**2 * tokens}
         passes = 8 * spec.hidden_size * tokens + SEEN * spec.heads * self.window * few
-        return {"float64": moments, "float32": states + scores, "elements": passes}
+        return total(moments, {"stream": states + scores, "elements": passes})
 
     def prepared(self) -> Work:
         """What all candidates share: the moment's root, and rows under it."""
@@ -135,16 +137,18 @@ class Cost:
         found: dict[str, Work] = {}
         if self.plan.measures_widths:
             few = min(tokens, WIDTH_TOKENS)
-            split = times(splits, self.algebra(), self.forward(compared(few)))
+            split = times(splits, self.algebra(), self.forward(compared(few) / JUDGED))
             found["measuring widths"] = total(self.seen(few), self.prepared(), self.forward(few), split)
         found["observing"] = total(self.seen(tokens), self.forward(tokens))
-        tried = times(candidates, self.algebra(), self.mixed(compared(tokens), self.width))
-        found["candidates"] = total(self.prepared(), tried, times(4, self.forward(compared(tokens))))
+        tried = times(candidates, self.algebra(), self.mixed(compared(tokens), self.width, JUDGED))
+        found["candidates"] = total(self.prepared(), tried, self.forward(3 * compared(tokens) / JUDGED))
         if self.plan.method in REFITTED:
             wide = spec.heads * spec.head_dim
-            products = wide * (wide + 2 * spec.hidden_size) * tokens
-            fitted: Work = {"float32" if self.device == "cpu" else "float64": products, "elements": 8 * wide * tokens}
-            found["output projection"] = total(fitted, {"float64": wide**3 / 3}, self.mixed(tokens, self.width))
+            share = fitted(tokens, wide)
+            asking, kind = tokens / share, "float32" if self.device == "cpu" else "float64"
+            added: Work = {kind: wide * (wide + 2 * spec.hidden_size) * asking, "elements": 8 * wide * asking}
+            mixed = self.mixed(tokens, self.width, share)
+            found["output projection"] = total(added, {"float64": wide**3 / 3}, mixed)
         if settings.heal_steps:
             trained = settings.heal_steps * settings.heal_batch_tokens
             if self.at_once:

@@ -33,6 +33,7 @@ def measured(plan: ConversionPlan, device: "torch.device") -> dict[str, float]:
     import torch
 
     from kvfold.convert.source.stream import forward_tokens, quickly
+    from kvfold.surgery.kvfold_attention import attend
 
     spec, settings = plan.spec, plan.settings
     clock: Callable[[], float] = time.perf_counter
@@ -58,9 +59,8 @@ def measured(plan: ConversionPlan, device: "torch.device") -> dict[str, float]:
     small = min(512, 2 * spec.kv_heads * spec.head_dim, spec.hidden_size)
     gram = w64[:small] @ w64[:small].T
     healing = getattr(torch, settings.heal_dtype)
-    heads = torch.randn(1, spec.heads, length, spec.head_dim, device=device)
+    heads = torch.randn(max(1, tokens // length), spec.heads, length, spec.head_dim, device=device)
     gate = torch.randn(forward_tokens(device.type, spec.hidden_size), wide, device=device)
-    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
     def trained() -> None:
         read, weight = (t.to(healing).detach().requires_grad_() for t in (x, w))
@@ -71,7 +71,8 @@ def measured(plan: ConversionPlan, device: "torch.device") -> dict[str, float]:
             torch.nn.functional.linear(x, w.T)
 
     def attended() -> None:
-        torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, mask)
+        with quickly(x, spec.qkv_bias or spec.o_bias):
+            attend(heads, heads, heads, None, spec.head_dim**-0.5)
 
     return {
         "stream": rate(2 * tokens * w.numel(), streamed),

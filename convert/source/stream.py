@@ -7,7 +7,8 @@ Everything runs in float32, whatever the checkpoint's dtype.
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -16,19 +17,21 @@ import psutil
 import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from kvfold.convert import processes
 from kvfold.convert.families import Family
 from kvfold.convert.source.checkpoint import CheckpointReader
 from kvfold.convert.source.model import build_on_meta, fill_buffers
 from kvfold.errors import ConversionError
-from kvfold.surgery.kvfold_attention import Attention, Rope, attention_of, exchange, half_split
+from kvfold.surgery.kvfold_attention import Attention, Rope, attend, attention_of, exchange, half_split
 from kvfold.surgery.output import capped
 
 Result = TypeVar("Result")
 WIDE = 512
 """Hidden size from which on bfloat16 pays where the CPU multiplies it."""
-Watch = Callable[[Tensor, Tensor, Tensor], None]
+Watch = Callable[[slice, Tensor, Tensor, Tensor], None]
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm")
 """What models call the norm behind their last layer."""
 
@@ -110,6 +113,31 @@ def quickly(hidden: Tensor, biased: bool) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, hidden.device.type == "cpu" and hidden.shape[-1] >= WIDE and multiplies)
 
 
+class _WrittenOut(TorchFunctionMode):
+    """What a model's class asks of PyTorch's fused attention goes through ours: see `attend` for where that is faster."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        asked = _asked(*args, **kwargs or {}) if func is F.scaled_dot_product_attention else None
+        return func(*args, **kwargs or {}) if asked is None else attend(*asked)
+
+
+def _asked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float] | None:
+    """The arguments of `scaled_dot_product_attention` as those of `attend`, None for what that does not do."""
+    causal = is_causal and query.shape[2] == key.shape[2]
+    if dropout_p or (attn_mask is None and not causal) or (attn_mask is not None and attn_mask.ndim != 4):
+        return None
+    return query.to(value), key.to(value), value, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale
+
+
 class _Caught(Exception):
     """What an attention was about to read."""
 
@@ -165,9 +193,11 @@ class Block:
         finally:
             exchange(self.layer, before)
 
-    def mix(self, design: Attention, x: Tensor) -> Tensor:
-        """The heads' outputs of a design that is not in the layer, called as its attention is: (B, T, d) → (B, T, H·D)."""
-        return design.mix(x, self.rope, self.arguments.get("attention_mask"))
+    def mix(self, design: Attention, x: Tensor, asking: slice) -> Tensor:
+        """The heads' outputs at the tokens `asking` of a design that is not in the layer, called as its attention is:
+        (B, T, d) → (B, ·, H·D)."""
+        some = None if asking == slice(None) else asking
+        return design.mix(x, self.rope, self.arguments.get("attention_mask"), asking=some)
 
     def attention_input(self, hidden: Tensor) -> Tensor:
         """What the attention reads where the layer reads `hidden`."""
@@ -194,7 +224,8 @@ class Block:
 
         hook = attention_of(self.layer).register_forward_hook(keep, with_kwargs=True)
         try:
-            after = self(hidden)
+            with _WrittenOut() if hidden.device.type == "cpu" else nullcontext():
+                after = self(hidden)
         finally:
             hook.remove()
         read, given = seen
@@ -202,24 +233,29 @@ class Block:
 
     @torch.no_grad()
     def advance(
-        self, states: HiddenStates, watch: Watch = lambda *_: None, tell: Callable[[str], None] = lambda line: None
+        self,
+        states: HiddenStates,
+        watch: Watch = lambda *_: None,
+        tell: Callable[[str], None] = lambda line: None,
+        known: tuple[Tensor, ...] = (),
     ) -> None:
         """Replace the hidden states before this layer by those behind it.
 
-        `watch` sees of every batch that is studied the states before the layer, and what the attention reads and gives. Where
-        memory is too small, `tell` is told and `watch` sees half of the batch again, so it must add nothing up before it has
-        room for all.
+        What has been `passed` of the first rows may be `known`.
+        `watch` sees of every batch that is studied which rows it has, the states before the layer, and what the attention reads
+        and gives. Where memory is too small, `tell` is told and `watch` sees half of the batch again, so it must add nothing up
+        before it has room for all.
         """
-        done, studied = 0, processes.held(states.studied)
+        done, studied, begin = 0, processes.held(states.studied), len(known[0]) if known else 0
 
         def go_on() -> None:
             nonlocal done
-            for rows in states.batches(done):
+            for rows in chain(states.batches(done, begin), states.batches(max(done, begin))):
                 hidden = states.data[rows].to(self.device)
                 with self.quickly(hidden):
-                    read, given, after = self.passed(hidden)
+                    read, given, after = (part[rows] for part in known) if rows.stop <= begin else self.passed(hidden)
                 if rows.stop <= studied:
-                    watch(hidden, read, given)
+                    watch(rows, hidden, read, given)
                 states.data[rows] = after
                 done = rows.stop
 
