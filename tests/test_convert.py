@@ -24,6 +24,7 @@ from kvfold.convert.methods import best
 from kvfold.convert.pipeline import convert
 from kvfold.convert.planning.plan import make_plan
 from kvfold.convert.planning.settings import ConvertSettings
+from kvfold.convert.source import stream
 from kvfold.convert.source.checkpoint import CheckpointReader
 from kvfold.convert.source.data import sample_from_source
 from kvfold.convert.source.stream import Block, HiddenStates, SourceModel
@@ -129,6 +130,20 @@ def test_the_stream_runs_the_model(family: str, changes: dict[str, Any], tmp_pat
             known = block.passed(states.data[:1])  # goes behind the layer as it is
         block.advance(states, known=(*known[:2], known[2] + layer))
         states.data[:1] -= layer
+
+
+def test_a_sources_attention_is_written_out_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its class asks of the fused kernel; what the model is beside the stream stays as it is."""
+    asked: list[torch.Size] = []
+    attend = stream.attend
+    monkeypatch.setattr(stream, "attend", lambda q, *rest: asked.append(q.shape) or attend(q, *rest))
+    reader = CheckpointReader(save_model(tmp_path / "source", "llama"))
+    block, hidden = SourceModel(reader, family_of(reader.config), torch.device("cpu"), 40).block(0), torch.randn(2, 40, 64)
+    with torch.no_grad():
+        found = block.passed(hidden)[2]
+        assert asked == [(2, 8, 40, 8)]
+        torch.testing.assert_close(found, block(hidden), atol=1e-5, rtol=1e-5)
+    assert len(asked) == 1
 
 
 def test_a_wide_stream_is_as_exact_as_its_choices_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
