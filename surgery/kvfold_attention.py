@@ -114,19 +114,21 @@ def attend(
     """Queries (B, H, T, E) over keys (B, G, S, E) and values (B, G, S, F) → (B, H, T, F), scores times `scale`.
 
     Keys or values of a single head serve all, and are not repeated where queries are few. `gains` (B, G', S, 1) multiply the
-    scores of every key, by head or for groups of heads. `mask` is transformers': boolean or additive, (B, 1, T, S), None for
-    causal. `cap` soft-caps scores by `cap · tanh(score / cap)`; `sinks` (H,) are scores that a head has beside those of its
-    keys, with nothing behind them.
+    scores of every key, by head or for groups of heads. `mask` is transformers': boolean or additive, (B, 1, T, S); None is
+    causal from the first key on, whatever stands behind the last query's, and all for one token. `cap` soft-caps scores by
+    `cap · tanh(score / cap)`; `sinks` (H,) are scores that a head has beside those of its keys, with nothing behind them.
     """
     heads, tokens = q.shape[1:3]
+    if mask is None and tokens > 1:
+        k, v, gains = k[:, :, :tokens], v[:, :, :tokens], gains if gains is None else gains[:, :, :tokens]
     groups = max(t.shape[1] for t in (k, v, gains) if t is not None)
     k, v = (t.expand(-1, groups, -1, -1) for t in (k, v))
     if gains is not None:
         gains = gains.repeat_interleave(groups // gains.shape[1], 1).to(k)
     at_once = tokens if tokens == 1 or q.requires_grad else max(1, SCORES // (len(q) * heads * k.shape[2]))
-    fusable = tokens > 1 and cap is None and sinks is None and (mask is not None or tokens == k.shape[2])
     # A CPU's fused kernel takes up to three times as long as what it fuses, but where keys are so many that few queries fit.
-    if fusable and (q.device.type != "cpu" or at_once < min(tokens, FEW)):
+    slower = q.device.type == "cpu" and at_once >= min(tokens, FEW)
+    if tokens > 1 and cap is None and sinks is None and not slower:
         widest = max(q.shape[-1], v.shape[-1])  # the fused kernels take one number and one width only
         k = k if gains is None else k * gains
         q, k, padded = (F.pad(part, (0, widest - part.shape[-1])) for part in (q, k, v))
@@ -135,10 +137,10 @@ def attend(
         elif groups < heads:
             k, padded = (t.repeat_interleave(heads // groups, 1) for t in (k, padded))
         return F.scaled_dot_product_attention(q, k, padded, mask, is_causal=mask is None, scale=scale)[..., : v.shape[-1]]
-    parts, before = [], k.shape[2] - tokens
+    parts = []
     for start in range(0, tokens, at_once):
         rows = slice(start, min(start + at_once, tokens))
-        seen = slice(before + rows.stop if mask is None else None)
+        seen = slice(rows.stop if mask is None and tokens > 1 else None)
         sizes = gains if gains is None else gains[:, :, seen]
         visible = mask if mask is None else mask[..., rows, :]
         parts.append(_written_out(q[:, :, rows], k[:, :, seen], v[:, :, seen], visible, scale, sizes, cap, sinks))

@@ -37,7 +37,7 @@ def by_definition(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, g
 
 @pytest.mark.parametrize("scores", [1, 700, 1 << 24])
 @pytest.mark.parametrize("few", [1, 1000])
-@pytest.mark.parametrize("mask", ["none", "sliding", "additive", "last"])
+@pytest.mark.parametrize("mask", ["none", "sliding", "additive", "empty", "one"])
 @pytest.mark.parametrize("extra", [{}, {"cap": 0.7}, {"sinks": drawn(HEADS, seed=5)}])
 def test_attention_in_pieces_is_attention(
     scores: int, few: int, mask: str, extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -48,8 +48,10 @@ def test_attention_in_pieces_is_attention(
     q, k, v = drawn(2, HEADS, TOKENS, 10), drawn(2, KV_HEADS, TOKENS, 10, seed=1), drawn(2, KV_HEADS, TOKENS, 6, seed=2)
     gains, seen = drawn(2, KV_HEADS, TOKENS, 1, seed=3).exp(), SLIDING if mask in ("sliding", "additive") else CAUSAL
     given = None
-    if mask == "last":  # fewer queries than keys
-        q, seen = q[:, :, -7:], seen[-7:]
+    if mask == "empty":  # a static cache is longer than what it holds
+        q, seen = q[:, :, :7], seen[:7]
+    elif mask == "one":
+        q, seen = q[:, :, -1:], seen[-1:]
     elif mask != "none":
         given = seen if mask == "sliding" else torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, -1e9)
         given = given[None, None]
