@@ -45,6 +45,11 @@ def single(device: str, hidden: int, biased: bool) -> bool:
     return device == "cpu" and hidden >= SINGLE and not biased
 
 
+def _dtype(block: Block, hidden: int) -> torch.dtype:
+    """In which a layer is folded."""
+    return torch.float32 if single(block.device.type, hidden, block.biased) else torch.float64
+
+
 def fitted(tokens: int, numbers: int) -> int:
     """Of so many calibration tokens, one in how many the output projection is fitted on, which reads so many `numbers`."""
     return max(1, tokens // (FITTED * numbers))
@@ -237,8 +242,7 @@ class Observed:
     @cached_property
     def layer(self) -> Layer:
         """What the designs whose cache is one latent are folded from, at whatever widths."""
-        block, hidden = self.windows.block, self.sample.shape[-1]
-        weights = self.bare(torch.float32 if single(block.device.type, hidden, block.biased) else torch.float64)
+        weights = self.bare(_dtype(self.windows.block, self.sample.shape[-1]))
         return Layer(weights, self.attended, self.phase.to(torch.promote_types(weights.k.dtype, torch.complex64)))
 
     def forget(self) -> None:
@@ -314,8 +318,7 @@ def _moment(block: Block, original: HiddenStates, counts: Tensor) -> SecondMomen
     """The second moment of the attention's inputs over the studied windows of all processes, each token counted as often as
     `counts` (rows, T) of this one's say."""
     hidden = original.data.shape[-1]
-    products = torch.float32 if single(block.device.type, hidden, block.biased) else torch.float64
-    found = SecondMoment(hidden, block.device, products)
+    found = SecondMoment(hidden, block.device, _dtype(block, hidden))
     for batch in original.batches(0, len(counts)):
         found.add(block.attention_input(original.data[batch].to(block.device)), counts[batch])
     (found.total,) = processes.total(found.total)

@@ -139,13 +139,13 @@ def held(first: int) -> int:
 def of_all(rows: Tensor) -> Tensor:
     """The windows (rows, ...) of all processes, on each of them, in the order from which `share` took them. On the CPU."""
     shares = gathered(rows)
-    places = torch.cat([torch.arange(len(each)) * len(shares) + number for number, each in enumerate(shares)])
+    places = torch.cat([numbers(len(each), process) for process, each in enumerate(shares)])
     return torch.cat(shares)[places.argsort()]
 
 
-def numbers(held: int) -> Tensor:
-    """The numbers among all of the first so many windows that this process holds."""
-    return torch.arange(held) * count() + index()
+def numbers(held: int, process: int | None = None) -> Tensor:
+    """The numbers among all of the first so many windows that a process holds, this one where none is named."""
+    return torch.arange(held) * count() + (index() if process is None else process)
 
 
 def own(picked: Tensor) -> Tensor:

@@ -127,6 +127,7 @@ def attend(
         gains = gains.repeat_interleave(groups // gains.shape[1], 1).to(k)
     at_once = tokens if tokens == 1 or q.requires_grad else max(1, SCORES // (len(q) * heads * k.shape[2]))
     # A CPU's fused kernel takes up to three times as long as what it fuses, but where keys are so many that few queries fit.
+    # Trained, all is written out there: the fused kernel's backward pass takes twice as long in bf16.
     slower = q.device.type == "cpu" and at_once >= min(tokens, FEW)
     if tokens > 1 and cap is None and sinks is None and not slower:
         widest = max(q.shape[-1], v.shape[-1])  # the fused kernels take one number and one width only
